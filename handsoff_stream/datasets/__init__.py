@@ -1,0 +1,1 @@
+"""Labelled image sources; they know nothing of generators, label generators or streams."""
