@@ -1,0 +1,5 @@
+"""Errors that callers may want to tell apart. Everything else is a ValueError or TypeError where it arose."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file cannot be used: missing, damaged, unsupported, or not what was asked for."""

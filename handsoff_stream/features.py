@@ -1,0 +1,218 @@
+"""What a generator knows about every pixel: feature maps at native resolution, and the hypercolumn they mean.
+
+The hypercolumn of a pixel (HandsOff, section 3.2) is the concatenation of all feature maps, each resized to
+the label resolution. At 1024 x 1024 that is 6.4 GB an image, so what is passed on is the pyramid of native
+maps; this module says which values the hypercolumn *would* have (`bilinear_taps`), and reads a few of them
+(`rows_at`).
+
+It does not know which network made the maps, nor what is predicted from them.
+
+Shape letters: B batch, C channels of all maps together, P pixels, O projected channels, H W output size.
+Sampling is `F.interpolate(mode="bilinear", align_corners=False, antialias=False)` throughout, up and down.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Size = tuple[int, int]
+
+
+class Taps(NamedTuple):
+    """Along one axis, output i lies `weight[i]` of the way from sample `low[i]` to sample `high[i]`."""
+
+    low: Tensor  # int64 [n]
+    high: Tensor  # int64 [n]
+    weight: Tensor  # float64 [n], in [0, 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def bilinear_taps(source: int, full: int, start: int, count: int, device: torch.device) -> Taps:
+    """Taps of outputs `start .. start + count - 1` when an axis of `source` samples is resized to `full`.
+
+    The tensors are shared between callers and must not be written to.
+    """
+    position = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * (source / full) - 0.5
+    position = position.clamp(0, source - 1)
+    low = position.long()
+    return Taps(low.to(device), (low + 1).clamp(max=source - 1).to(device), (position - low).to(device))
+
+
+class Window(NamedTuple):
+    """The part of the image that is wanted, in pixels of the finest map; the ends are exclusive."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+@dataclass(frozen=True, eq=False)
+class FeaturePyramid:
+    """Feature maps of a batch in hypercolumn order: the constant input, then each style block's output.
+
+    `maps[l]` is floating point [B, C_l, h_l, w_l]; every map covers the whole image. `window` is set by
+    `crop`. Hypercolumns are computed in float32 (float64 for float64 maps), whatever precision the maps are
+    stored in.
+    """
+
+    maps: tuple[Tensor, ...]
+    window: Window | None = None
+
+    def __post_init__(self) -> None:
+        if not self.maps:
+            raise ValueError("A feature pyramid needs at least one feature map, got none.")
+        shapes = [tuple(feature_map.shape) for feature_map in self.maps]
+        if any(len(shape) != 4 or shape[0] != shapes[0][0] for shape in shapes):
+            raise ValueError(f"Feature maps must be [B, C, h, w] with one common B, got {shapes}.")
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        return tuple(feature_map.shape[1] for feature_map in self.maps)
+
+    @property
+    def num_channels(self) -> int:
+        return sum(self.channels)
+
+    @property
+    def batch_size(self) -> int:
+        return self.maps[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.maps[0].device
+
+    @property
+    def resolution(self) -> Size:
+        """(H, W) of the finest map, or of its crop: the output size whose pixels are those of the image."""
+        window = self._window
+        return window.bottom - window.top, window.right - window.left
+
+    @property
+    def _window(self) -> Window:
+        if self.window is not None:
+            return self.window
+        height, width = self._finest
+        return Window(0, height, 0, width)
+
+    @property
+    def _finest(self) -> Size:
+        return max(m.shape[2] for m in self.maps), max(m.shape[3] for m in self.maps)
+
+    def crop(self, rows: Size, columns: Size) -> FeaturePyramid:
+        """The pyramid of a part of the image; `rows`, `columns`: (first, end) in pixels of the finest map.
+
+        The maps stay whole, because resizing a map that was cut would treat the cut as the border of the
+        image. From now on an output `size` is the size of the cropped part:
+        `p.crop((a, b), (c, d)).hypercolumn((b - a, d - c))` equals
+        `p.hypercolumn(p.resolution)[..., a:b, c:d]`, and so on at other scales. A second crop counts
+        from the first.
+
+        Raises ValueError if the part is empty or reaches beyond the image.
+        """
+        height, width = self.resolution
+        if not (0 <= rows[0] < rows[1] <= height and 0 <= columns[0] < columns[1] <= width):
+            raise ValueError(
+                f"Crop rows {rows}, columns {columns} do not fit into {height} x {width} pixels; "
+                "give (first, end) pairs within the finest feature map."
+            )
+        top, left = self._window.top, self._window.left
+        window = Window(top + rows[0], top + rows[1], left + columns[0], left + columns[1])
+        return replace(self, window=window)
+
+    def placement(self, size: Size) -> tuple[Size, Size]:
+        """Where an output of `size` lies: (H, W) of the whole image at its scale, and (top, left) in it.
+
+        Raises ValueError if the crop does not fall on whole output pixels.
+        """
+        height, width = self._finest
+        window = self._window
+        full_height, top = _place(size[0], height, window.top, window.bottom)
+        full_width, left = _place(size[1], width, window.left, window.right)
+        return (full_height, full_width), (top, left)
+
+    def hypercolumn(self, size: Size) -> Tensor:
+        """All of it, [B, C, H, W]: obvious and enormous. For references and tests."""
+        return torch.cat([self._resize(_promote(feature_map), size) for feature_map in self.maps], dim=1)
+
+    def project(self, weight_OC: Tensor, size: Size | None = None) -> Tensor:
+        """`weight_OC @ hypercolumn`, [B, O, H, W], without the hypercolumn: maps are projected, then resized.
+
+        Exact, because resizing mixes pixels and projecting mixes channels. `size` is by default `resolution`.
+        """
+        size = self.resolution if size is None else size
+        projected = torch.zeros((), dtype=weight_OC.dtype, device=weight_OC.device)
+        for feature_map, weight_Oc in zip(self.maps, weight_OC.split(self.channels, dim=1), strict=True):
+            native = F.conv2d(feature_map.to(weight_OC.dtype), weight_Oc[:, :, None, None])
+            projected = projected + self._resize(native, size)
+        return projected
+
+    def rows_at(self, pixels_P: Tensor, size: Size, sample: Tensor | None = None) -> Tensor:
+        """Hypercolumns of a few pixels, [P, C]; no more than that is ever allocated.
+
+        `pixels_P`: int64 row-major indices in an output of `size`, in [0, H*W). `sample`: int64 [P], the
+        image of each pixel in [0, B); it may be left out when there is one image. Maps in
+        `torch.channels_last` read faster.
+        """
+        if sample is None:
+            if self.batch_size != 1:
+                raise ValueError(f"The pyramid holds {self.batch_size} images: `sample` must say which pixel is whose.")
+            sample = torch.zeros_like(pixels_P)
+        (full_height, full_width), (top, left) = self.placement(size)
+        y_P, x_P = pixels_P // size[1], pixels_P % size[1]
+        rows = []
+        for feature_map in self.maps:
+            map_BHWC = feature_map.permute(0, 2, 3, 1)
+            y = bilinear_taps(map_BHWC.shape[1], full_height, top, size[0], self.device)
+            x = bilinear_taps(map_BHWC.shape[2], full_width, left, size[1], self.device)
+            low = _mix(map_BHWC, sample, y.low[y_P], x, x_P)
+            high = _mix(map_BHWC, sample, y.high[y_P], x, x_P)
+            rows.append(torch.lerp(low, high, y.weight[y_P, None].to(low.dtype)))
+        return torch.cat(rows, dim=1)
+
+    def to(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> FeaturePyramid:
+        maps = tuple(m.to(device=device, dtype=dtype, memory_format=memory_format) for m in self.maps)
+        return replace(self, maps=maps)
+
+    def select(self, i: int) -> FeaturePyramid:
+        """The pyramid of image `i` alone, with B = 1; the maps are views."""
+        return replace(self, maps=tuple(m[i].unsqueeze(0) for m in self.maps))
+
+    def _resize(self, map_BCHW: Tensor, size: Size) -> Tensor:
+        full, (top, left) = self.placement(size)
+        whole = F.interpolate(map_BCHW, full, mode="bilinear", align_corners=False, antialias=False)
+        return whole[..., top : top + size[0], left : left + size[1]]
+
+
+def _place(count: int, source: int, first: int, end: int) -> tuple[int, int]:
+    """(full, start): `count` output pixels over pixels `first .. end - 1` are pixels `start ..` of `full`."""
+    step = (end - first) // math.gcd(source, first, end - first)
+    if count <= 0 or count % step:
+        raise ValueError(
+            f"{count} output pixels over pixels {first}:{end} of {source} would cut pixels at the edge of "
+            f"the crop; choose a positive multiple of {step}."
+        )
+    return count * source // (end - first), count * first // (end - first)
+
+
+def _promote(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _mix(map_BHWC: Tensor, sample_P: Tensor, y_P: Tensor, x: Taps, x_P: Tensor) -> Tensor:
+    """Rows [P, C] of a map at whole rows `y_P`, interpolated along the columns."""
+    low = _promote(map_BHWC[sample_P, y_P, x.low[x_P]])
+    high = _promote(map_BHWC[sample_P, y_P, x.high[x_P]])
+    return torch.lerp(low, high, x.weight[x_P, None].to(low.dtype))
