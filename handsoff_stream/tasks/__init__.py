@@ -1,0 +1,21 @@
+"""Label types, one per file. `TASKS` maps the name in a checkpoint to its class: a new type is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from handsoff_stream.tasks.base import Task
+from handsoff_stream.tasks.segmentation import Segmentation
+
+__all__ = ["TASKS", "Segmentation", "Task", "task_from_config"]
+
+TASKS: dict[str, type[Task]] = {"segmentation": Segmentation}
+
+
+def task_from_config(config: Mapping[str, Any]) -> Task:
+    """The task that `Task.config()` described. Raises ValueError for a task of an unknown name."""
+    name = config.get("name")
+    if name not in TASKS:
+        raise ValueError(f"Unknown task {name!r}: this version knows {sorted(TASKS)}; update it, or correct the name.")
+    return TASKS[name].from_config(config)

@@ -1,0 +1,56 @@
+"""What every kind of label answers: how to learn it, how to decide on it, how to see members disagree.
+
+A task sees the outputs of single pixels. It does not know images, resolutions, devices or file formats.
+
+To add a label type: one file with one frozen dataclass, and one line in the registry of `tasks/__init__.py`.
+
+Shape letters: M ensemble members, P pixels, K outputs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """One kind of label. The dataclass fields of a subclass are its configuration and must be JSON-able."""
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def num_outputs(self) -> int:
+        """K: how many numbers the label generator gives for a pixel."""
+
+    @abstractmethod
+    def loss(self, outputs_PK: Tensor, target_P: Tensor) -> Tensor:
+        """Training loss of one member: a scalar, the mean over the pixels that count."""
+
+    @abstractmethod
+    def decide(self, outputs_MPK: Tensor) -> Tensor:
+        """The label of each pixel, [P] or [P, K]: what the ensemble says together."""
+
+    @abstractmethod
+    def disagreement(self, outputs_MPK: Tensor) -> Tensor:
+        """How uncertain each pixel is, float32 [P], at least 0: one of the formulas of `uncertainty`."""
+
+    def config(self) -> dict[str, Any]:
+        """JSON-able description; `from_config` builds an equal task from it."""
+        return {"name": self.name, **asdict(self)}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Raises ValueError if the entries are not exactly those that `config` writes."""
+        expected = {"name", *(field.name for field in fields(cls))}
+        if set(config) != expected or config["name"] != cls.name:
+            raise ValueError(
+                f"A {cls.name!r} task is described by {sorted(expected)}, got {dict(config)!r}; "
+                "write the description with Task.config()."
+            )
+        return cls(**{key: value for key, value in config.items() if key != "name"})

@@ -1,0 +1,72 @@
+"""Segmentation: one class id per pixel.
+
+Knows class ids, names and display colours. Not what the pixels show or where they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from handsoff_stream.tasks.base import Task
+from handsoff_stream.uncertainty import jensen_shannon_divergence, majority_vote
+
+Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Segmentation(Task):
+    """Cross-entropy, majority vote, Jensen-Shannon divergence (HandsOff, section 3.3)."""
+
+    class_names: Sequence[str]
+    """Name of each class; the position is the id."""
+    palette: Sequence[Color]
+    """Display colour of each class, RGB, 0 to 255."""
+
+    name: ClassVar[str] = "segmentation"
+    ignore_index: ClassVar[int] = 255
+    """Pixels with this id are unlabelled: they do not count in the loss, and are never predicted."""
+
+    def __post_init__(self) -> None:
+        names = tuple(str(name) for name in self.class_names)
+        palette = tuple(tuple(int(channel) for channel in color) for color in self.palette)
+        if not 2 <= len(names) <= self.ignore_index:
+            raise ValueError(
+                f"Segmentation takes 2 to {self.ignore_index} classes, since id {self.ignore_index} marks "
+                f"unlabelled pixels; got {len(names)}."
+            )
+        if len(palette) != len(names):
+            raise ValueError(
+                f"{len(names)} classes need as many palette colours, got {len(palette)}; give one per class."
+            )
+        for color in palette:
+            if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
+                raise ValueError(f"A palette colour is three integers from 0 to 255, got {color}.")
+        # Lists arrive from JSON; tuples make equal tasks equal, and hashable.
+        object.__setattr__(self, "class_names", names)
+        object.__setattr__(self, "palette", palette)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_classes
+
+    def loss(self, outputs_PK: Tensor, target_P: Tensor) -> Tensor:
+        """Mean cross-entropy over the labelled pixels, in nats; 0 if there are none. `target_P`: int64."""
+        total = F.cross_entropy(outputs_PK, target_P, ignore_index=self.ignore_index, reduction="sum")
+        return total / (target_P != self.ignore_index).sum().clamp(min=1)
+
+    def decide(self, outputs_MPK: Tensor) -> Tensor:
+        """Majority vote of the members, int64 [P]; all ties go to the smallest id."""
+        return majority_vote(outputs_MPK.argmax(dim=-1), self.num_classes)
+
+    def disagreement(self, outputs_MPK: Tensor) -> Tensor:
+        """Jensen-Shannon divergence of the members, float32 [P], in nats."""
+        return jensen_shannon_divergence(outputs_MPK)
