@@ -1,0 +1,252 @@
+"""One file that holds everything a stream needs: generator, labelling heads, calibration scores, provenance.
+
+A `.safetensors` container whose header carries one JSON manifest; nothing in it can execute. It is the only bridge
+between the offline half (inversion, fitting) and the online half (streaming). Does not know how any part was trained.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from handsoff_stream.errors import CheckpointError
+from handsoff_stream.generators import Generator
+from handsoff_stream.generators.checkpoints import native
+from handsoff_stream.label_generator import LabelGenerator
+from handsoff_stream.synthesizer import Head, SynthesisOptions
+from handsoff_stream.tasks import task_from_config
+
+ASSETS = Path(__file__).parent / "assets"
+DEFAULT_TRUNCATION = 0.7  # what the published code applies, around the mean latent
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Image scores of a seeded sample, from which a rolling filter's window starts."""
+
+    options: dict[str, Any]
+    """The synthesis options they were computed with, without seed and kind of score."""
+    scores: dict[str, list[float]]
+    """Kind of score ("sum", "top10_mean") => one score a sample."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A generator and what is needed to label and filter its images."""
+
+    generator: Generator
+    heads: dict[str, Head] = field(default_factory=dict)
+    """Labelling heads by name; the first one's uncertainty is the image score."""
+    output_size: tuple[int, int] | None = None
+    """Height and width of images and labels; None means the generator's resolution."""
+    truncation: float = DEFAULT_TRUNCATION
+    calibration: Calibration | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where the parts come from: source files with sha256, command, versions."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images and labels that a stream yields."""
+        return self.output_size or self.generator.resolution
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights by name: `generator.*` and `heads.<name>.*`."""
+        named = {f"{native.PREFIX}{k}": v for k, v in self.generator.state_dict().items()}
+        for name, head in self.heads.items():
+            named |= {f"heads.{name}.{k}": v for k, v in head.label_generator.state_dict().items()}
+        return named
+
+    def manifest(self) -> dict[str, Any]:
+        """Everything but the weights, JSON-able, with the fingerprint of what decides the samples."""
+        identity = {
+            "format_version": native.FORMAT_VERSION,
+            "generator": {"family": self.generator.family, "config": self.generator.config()},
+            "heads": {
+                name: {"task": head.task.config(), "label_generator": head.label_generator.config()}
+                for name, head in self.heads.items()
+            },
+            "output_size": list(self.size),
+            "truncation": self.truncation,
+        }
+        calibration = None
+        if self.calibration is not None:
+            calibration = {"options": self.calibration.options, "scores": self.calibration.scores}
+        fingerprint = _fingerprint(identity, self.tensors())
+        return {
+            **identity,
+            "calibration": calibration,
+            "fingerprint": fingerprint,
+            "provenance": self.provenance,
+        }
+
+
+def _fingerprint(identity: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = False) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Args:
+        path: file to write, `.safetensors`; replaced if it exists.
+        checkpoint: what to write.
+        half: store weights of two and more dimensions as float16, half the size; arithmetic stays float32. The
+            rounded weights label a little differently, so calibrate what `load_checkpoint` gives back, not the
+            original.
+
+    Raises:
+        CheckpointError: a weight is NaN or infinite, or leaves float16's range.
+        OSError: the folder cannot be written.
+    """
+    path = Path(path)
+    if half:
+        checkpoint = _rounded(checkpoint)
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in checkpoint.tensors().items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"tensor {name!r} holds NaN or infinite values, so {path} was not written; the training that made "
+                "it diverged" + (", or its weights exceed float16: pass half=False" if half else "")
+            )
+        if half and tensor.ndim >= 2:
+            tensors[name] = tensor.half()
+    metadata = {native.MANIFEST_KEY: json.dumps(checkpoint.manifest())}
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _rounded(checkpoint: Checkpoint) -> Checkpoint:
+    # The manifest's fingerprint must be that of the weights as they will be read.
+    copied = copy.deepcopy(checkpoint)
+    for module in (copied.generator, *(head.label_generator for head in copied.heads.values())):
+        for tensor in module.state_dict().values():
+            if tensor.ndim >= 2:
+                tensor.copy_(tensor.half())
+    return copied
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """Name of a checkpoint that ships, or path of a file => path of the file.
+
+    Raises:
+        CheckpointError: neither exists.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = ASSETS / f"{name_or_path}.safetensors"
+    if path.name == str(name_or_path) and shipped.is_file():
+        return shipped
+    names = sorted(p.stem for p in ASSETS.glob("*.safetensors"))
+    raise CheckpointError(
+        f"{name_or_path}: no such file, and no checkpoint of that name ships; pass a path or one of {names}"
+    )
+
+
+def read_manifest(name_or_path: str | Path) -> dict[str, Any]:
+    """The manifest alone, without reading the weights.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    path = resolve(name_or_path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return native.parse_manifest(path, file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: no safetensors file, or a damaged one ({error}); copy it again. Published generator files "
+            "are read by load_generator()"
+        ) from error
+
+
+def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
+    """Read a checkpoint: everything on the CPU, float32, in eval mode, without gradients.
+
+    Args:
+        name_or_path: name of a checkpoint that ships ("faces") or a path.
+
+    Raises:
+        CheckpointError: missing, truncated or foreign file, newer format version, unknown generator family or task,
+            weights that do not fit the manifest or are NaN.
+    """
+    path = resolve(name_or_path)
+    manifest, tensors = native.read(path)
+    generator = native.build_generator(path, manifest, tensors).eval().requires_grad_(False)
+    try:
+        heads = {name: _load_head(name, entry, tensors) for name, entry in manifest["heads"].items()}
+        calibration = manifest["calibration"]
+        return Checkpoint(
+            generator,
+            heads,
+            output_size=(manifest["output_size"][0], manifest["output_size"][1]),
+            truncation=float(manifest["truncation"]),
+            calibration=None if calibration is None else Calibration(**calibration),
+            provenance=manifest["provenance"],
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: heads or manifest cannot be used ({error}); write the file again") from error
+
+
+def _load_head(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
+    task = task_from_config(entry["task"])
+    label_generator = LabelGenerator(**entry["label_generator"])
+    prefix = f"heads.{name}."
+    state = {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
+    label_generator.load_state_dict(state)
+    return Head(task, label_generator.eval().requires_grad_(False))
+
+
+class CheckpointSource:
+    """A checkpoint named, located or loaded: checked at once, its weights read on first use in each process."""
+
+    def __init__(self, source: str | Path | Checkpoint):
+        self._loaded = source if isinstance(source, Checkpoint) else None
+        self._path = None if isinstance(source, Checkpoint) else resolve(source)
+        self._manifest = source.manifest() if isinstance(source, Checkpoint) else read_manifest(source)
+        if not self._manifest["heads"]:
+            raise CheckpointError(
+                f"{self._path or 'this checkpoint'}: holds a generator but no labelling head, so there is nothing to "
+                "label with; fit one with `handsoff-stream fit`"
+            )
+
+    @property
+    def truncation(self) -> float:
+        return float(self._manifest["truncation"])
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self._manifest["fingerprint"])
+
+    def calibration_scores(self, options: SynthesisOptions) -> list[float]:
+        """Scores computed with these very options (but any seed); none if the checkpoint has no such."""
+        calibration = self._manifest["calibration"]
+        if calibration is None or calibration["options"] != options.calibrated_by():
+            return []
+        return list(calibration["scores"].get(options.score, []))
+
+    def load(self) -> Checkpoint:
+        if self._loaded is not None:
+            return self._loaded
+        assert self._path is not None
+        return load_checkpoint(self._path)

@@ -1,0 +1,152 @@
+"""Indices => LabelledBatch: the only place where generator, label generators and tasks meet.
+
+    index => z => w => w+ => image and feature maps => outputs of each head's ensemble => label, uncertainty
+
+Does not know streams, filters, shards or files. The same indices in the same chunk give the same bits.
+
+Shape letters: B batch, M ensemble members, P pixels, K outputs, H W image size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from handsoff_stream.batch import LabelledBatch
+from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.generators import Generator
+from handsoff_stream.label_generator import FoldedLabelGenerator, LabelGenerator
+from handsoff_stream.seeding import latents, noise_maps
+from handsoff_stream.tasks import Task
+from handsoff_stream.uncertainty import ScoreKind, image_score
+
+NOISES = ("const", "none", "random")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What to predict, and the ensemble that predicts it."""
+
+    task: Task
+    label_generator: LabelGenerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesisOptions:
+    """Everything besides the checkpoint that decides what sample i is."""
+
+    seed: int = 0
+    truncation: float = 0.7
+    """psi of the truncation trick, on all style inputs."""
+    noise: str = "const"
+    """"const": the stored maps; "none"; "random": fresh maps per index."""
+    score: str = "top10_mean"
+    """Image score: "top10_mean" (published code) or "sum" (HandsOff, section 3.3)."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.truncation <= 2.0:
+            raise ValueError(f"truncation={self.truncation} is no psi; pass a value in [0, 2], 0.7 is usual")
+        if self.noise not in NOISES:
+            raise ValueError(f"noise={self.noise!r} is unknown; pass one of {list(NOISES)}")
+        if self.score not in get_args(ScoreKind):
+            raise ValueError(f"score={self.score!r} is unknown; pass one of {list(get_args(ScoreKind))}")
+
+    def config(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    def calibrated_by(self) -> dict[str, Any]:
+        """The part that changes the distribution of scores."""
+        return {"truncation": self.truncation, "noise": self.noise}
+
+
+class CheckpointLike(Protocol):
+    """What a synthesizer needs of a checkpoint."""
+
+    @property
+    def generator(self) -> Generator: ...
+    @property
+    def heads(self) -> dict[str, Head]: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+
+class Synthesizer:
+    """The networks on their device, prepared once; calling it with indices is cheap.
+
+    Args:
+        checkpoint: generator, heads and output size.
+        options: what decides a sample.
+        device: where to compute; the networks of `checkpoint` are moved there.
+    """
+
+    def __init__(self, checkpoint: CheckpointLike, options: SynthesisOptions, device: torch.device):
+        self.options = options
+        self.device = device
+        self.size = checkpoint.size
+        self.generator = checkpoint.generator.to(device)
+        self.tasks = {name: head.task for name, head in checkpoint.heads.items()}
+        self._folded = {name: self._fold(head.label_generator) for name, head in checkpoint.heads.items()}
+
+    def _fold(self, label_generator: LabelGenerator) -> FoldedLabelGenerator:
+        w_plus = self.generator.truncate(self.generator.w_avg[None], 0.0)
+        with torch.no_grad():
+            constant_map = self.generator.synthesis(w_plus).features.maps[0][0]
+        return label_generator.to(self.device).fold(constant_map=constant_map)
+
+    @torch.no_grad()
+    def __call__(self, indices: Sequence[int]) -> LabelledBatch:
+        """Synthesise and label the samples of these indices; tensors lie on `device`."""
+        images, features = self.generate(indices)
+        labels: dict[str, Tensor] = {}
+        scores: list[Tensor] = []
+        for name in self.tasks:
+            labels[name], uncertainty_BHW = self.label(name, features)
+            scores.append(image_score(uncertainty_BHW, self.options.score))  # type: ignore[arg-type]
+        return LabelledBatch(
+            images=images,
+            labels=labels if len(labels) > 1 else next(iter(labels.values())),
+            uncertainty=scores[0],
+            indices=torch.tensor(indices, dtype=torch.int64),
+            next_index=indices[-1] + 1,
+        )
+
+    @torch.no_grad()
+    def generate(self, indices: Sequence[int]) -> tuple[Tensor, FeaturePyramid]:
+        """Images float32 [B, 3, H, W] in [0, 1] on 8-bit levels, and the feature maps behind them."""
+        z = latents(self.options.seed, indices, self.generator.z_dim).to(self.device)
+        w_plus = self.generator.truncate(self.generator.mapping(z), self.options.truncation)
+        if self.options.noise == "random":
+            maps = noise_maps(self.options.seed, indices, self.generator.noise_shapes)
+            synthesis = self.generator.synthesis(w_plus, [n.to(self.device) for n in maps])
+        else:
+            synthesis = self.generator.synthesis(w_plus, self.options.noise)  # type: ignore[arg-type]
+        return quantize(synthesis.images, self.size), synthesis.features
+
+    @torch.no_grad()
+    def label(self, name: str, features: FeaturePyramid) -> tuple[Tensor, Tensor]:
+        """Labels [B, H, W] or [B, K, H, W] of one head, and its uncertainty float32 [B, H, W]."""
+        task = self.tasks[name]
+        labels, uncertainty = [], []
+        for rows, outputs_MPK in self._folded[name].tiles(features, self.size):
+            shape = (features.batch_size, rows.stop - rows.start, self.size[1])
+            labels.append(task.decide(outputs_MPK).unflatten(0, shape))
+            uncertainty.append(task.disagreement(outputs_MPK).unflatten(0, shape))
+        label = torch.cat(labels, dim=1)
+        if label.ndim == 4:
+            label = label.permute(0, 3, 1, 2).contiguous()
+        return label, torch.cat(uncertainty, dim=1)
+
+
+def quantize(images_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Generator output in [-1, 1] => float32 in [0, 1] on 8-bit levels, resized to `size` if it differs.
+
+    Resizing is bilinear without antialiasing, as the published code does; level = floor(127.5 x + 128), clamped to
+    0 .. 255, as the published PNG writers do. What is exported as 8-bit files later equals what was streamed.
+    """
+    if tuple(images_BCHW.shape[2:]) != tuple(size):
+        images_BCHW = F.interpolate(images_BCHW, size=size, mode="bilinear", align_corners=False)
+    return images_BCHW.mul(127.5).add(128).floor().clamp(0, 255).div(255)

@@ -1,0 +1,127 @@
+"""Imports point one way, and importing the package stays cheap: the structure of the house, held by a test."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import handsoff_stream
+
+ROOT = Path(handsoff_stream.__file__).parent
+
+# Each module may import those of its own layer that stand before it in the data flow, and any layer above.
+LAYERS = [
+    {"errors", "batch", "features", "seeding", "shard", "uncertainty"},
+    {"folded_label_generator", "generators", "label_generator", "tasks", "transforms"},
+    {"filters", "synthesizer"},
+    {"checkpoint", "prefetch", "stream"},
+    {"config", "downstream", "fitting", "outlets", "preview"},
+    {"cli"},
+]
+LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+WITHIN_LAYER = {
+    ("generators", "features"),
+    ("label_generator", "folded_label_generator"),
+    ("stream", "checkpoint"),
+    ("stream", "prefetch"),
+    ("preview", "downstream"),
+}
+OPTIONAL = {"lpips", "ray", "torchmetrics", "torchvision", "webdataset", "yaml"}
+
+
+def room(path: Path) -> str:
+    """The top-level module or folder that a file belongs to."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of all modules that a file imports, at any depth in the code."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return names
+
+
+def internal(path: Path) -> set[str]:
+    """Rooms of the package that a file imports, other than its own."""
+    parts = [name.split(".") for name in imports(path) if name.startswith("handsoff_stream.")]
+    return {p[1] for p in parts if p[1] in LEVEL or p[1] == "datasets"} - {room(path)}
+
+
+FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.name != "__init__.py" or p.parent != ROOT]
+
+
+def test_every_file_belongs_to_a_known_layer():
+    assert {room(p) for p in FILES} - LEVEL.keys() == {"datasets"}
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path in FILES:
+        mine = room(path)
+        if mine == "datasets":
+            continue
+        for other in internal(path) - {"datasets"}:
+            if LEVEL[other] >= LEVEL[mine] and (mine, other) not in WITHIN_LAYER:
+                wrong.append(f"{path.relative_to(ROOT)} imports {other}")
+    assert not wrong
+
+
+def test_the_online_half_does_not_know_the_offline_half_or_real_images():
+    online = {name for layer in LAYERS[:4] for name in layer}
+    for path in FILES:
+        if room(path) in online:
+            assert not internal(path) & {"datasets", "downstream", "fitting", "outlets"}, path
+
+
+def test_datasets_import_nothing_of_the_package_but_their_own_files():
+    for path in FILES:
+        if room(path) == "datasets":
+            assert not internal(path) - {"errors"}, path
+
+
+def test_what_must_not_know_does_not_know():
+    forbidden = {
+        "generators": {"tasks", "label_generator", "synthesizer", "filters", "stream"},
+        "tasks": {"generators", "features", "label_generator", "synthesizer"},
+        "label_generator": {"tasks", "generators"},
+        "filters": {"tasks", "generators", "features", "label_generator", "synthesizer"},
+    }
+    for path in FILES:
+        assert not internal(path) & forbidden.get(room(path), set()), path
+    assert not {n for n in imports(ROOT / "filters.py") if n.startswith("torch")}
+
+
+def test_optional_packages_are_imported_in_their_own_rooms_only():
+    allowed = {
+        "lpips": {"fitting"},
+        "torchmetrics": {"downstream"},
+        "torchvision": {"downstream", "fitting", "transforms"},
+        "webdataset": {"outlets"},
+        "yaml": {"config"},
+    }
+    for path in FILES:
+        for name in {n.split(".")[0] for n in imports(path)} & OPTIONAL:
+            assert room(path) in allowed.get(name, set()), f"{path} imports {name}"
+
+
+def test_only_prefetch_and_batch_name_cuda_streams():
+    for path in FILES:
+        if "torch.cuda.Stream" in path.read_text() or "torch.cuda.current_stream" in path.read_text():
+            assert path.name in {"prefetch.py", "batch.py"}, path
+
+
+def test_importing_the_package_loads_no_optional_package():
+    code = f"import sys, handsoff_stream; print(sorted({OPTIONAL} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_facade_lists_its_names_sorted():
+    assert handsoff_stream.__all__ == sorted(handsoff_stream.__all__)
+    for name in handsoff_stream.__all__:
+        assert hasattr(handsoff_stream, name)

@@ -1,0 +1,465 @@
+"""A sample is a function of (checkpoint, seed, index); everything else about a stream is arithmetic on indices."""
+
+import dataclasses
+import itertools
+import json
+import pickle
+
+import pytest
+import torch
+from conftest import assert_resumes_exactly, assert_same, take
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from handsoff_stream.batch import LabelledBatch
+from handsoff_stream.checkpoint import Checkpoint
+from handsoff_stream.errors import CheckpointError
+from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
+from handsoff_stream.shard import Shard
+from handsoff_stream.stream import EPOCH_STRIDE, HandsOffStream
+
+
+class FakeSynthesizer:
+    """Index i => image filled with i, label i % 3, score (i * 7919) % 1000."""
+
+    def __init__(self):
+        self.chunks = []
+
+    def __call__(self, indices):
+        self.chunks.append(indices)
+        i = torch.tensor(indices, dtype=torch.int64)
+        images = i.float()[:, None, None, None].expand(-1, 3, 2, 2)
+        labels = (i % 3)[:, None, None].expand(-1, 2, 2)
+        return LabelledBatch(images, labels, (i * 7919 % 1000).float(), i, indices[-1] + 1)
+
+
+def fake_stream(checkpoint, **options) -> HandsOffStream:
+    stream = HandsOffStream(checkpoint, device="cpu", **{"filter": Threshold(value=900), **options})
+    stream._synthesizer = FakeSynthesizer()
+    return stream
+
+
+def indices_of(stream, count: int) -> list[int]:
+    return [int(image[0, 0, 0]) for image, _ in take(stream, count)]
+
+
+def kept_indices(stop: int) -> list[int]:
+    return [i for i in range(stop) if i * 7919 % 1000 <= 900]
+
+
+# What comes out ------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_float_images_on_8_bit_levels_and_integer_masks(checkpoint):
+    for image, mask in take(HandsOffStream(checkpoint, device="cpu"), 20):
+        assert image.shape == (3, 16, 16) and image.dtype == torch.float32
+        assert mask.shape == (16, 16) and mask.dtype == torch.int64
+        assert 0 <= image.min() and image.max() <= 1
+        assert torch.equal((image * 255).round() / 255, image)
+        assert mask.min() >= 0 and mask.max() < 3
+
+
+def test_batches_unpack_and_carry_uncertainty_indices_and_the_next_index(checkpoint):
+    stream = HandsOffStream(checkpoint, batch_size=6, device="cpu")
+    for batch in itertools.islice(stream, 4):
+        images, labels = batch
+        assert images.shape == (6, 3, 16, 16) and labels.shape == (6, 16, 16)
+        assert batch.uncertainty.shape == batch.indices.shape == (6,)
+        assert batch.next_index == stream.state_dict()["walk"]["cursor"] == int(batch.indices[-1]) + 1
+        for row, index in enumerate(batch.indices.tolist()):
+            assert_same((images[row], labels[row]), stream[index])
+
+
+def test_both_ways_through_a_dataloader_give_the_same_images(checkpoint):
+    samples = DataLoader(HandsOffStream(checkpoint, device="cpu"), batch_size=8)
+    batches = DataLoader(HandsOffStream(checkpoint, batch_size=8, device="cpu"), batch_size=None)
+    for (images, labels), batch in zip(take(samples, 5), take(batches, 5), strict=True):
+        assert isinstance(batch, LabelledBatch)
+        assert_same((images, labels), (batch.images, batch.labels))
+
+
+def test_a_checkpoint_with_several_heads_gives_a_dict_of_labels(checkpoint):
+    heads = {"parts": checkpoint.heads["segmentation"], "again": checkpoint.heads["segmentation"]}
+    stream = HandsOffStream(dataclasses.replace(checkpoint, heads=heads), device="cpu", batch_size=2)
+    images, labels = next(iter(stream))
+    assert set(labels) == {"parts", "again"}
+    assert torch.equal(labels["parts"], labels["again"])
+    _, label = stream[0]
+    assert label["parts"].shape == (16, 16)
+
+
+# Determinism ---------------------------------------------------------------------------------------------------
+
+
+def test_two_streams_with_the_same_seed_give_identical_samples(checkpoint, checkpoint_path):
+    from_memory = HandsOffStream(checkpoint, seed=5, device="cpu")
+    from_file = HandsOffStream(checkpoint_path, seed=5, device="cpu")
+    assert_same(take(from_memory, 30), take(from_file, 30))
+
+
+def test_another_seed_gives_other_samples(checkpoint):
+    one, other = (take(HandsOffStream(checkpoint, seed=s, device="cpu"), 4) for s in (0, 1))
+    assert not any(torch.equal(a[0], b[0]) for a, b in itertools.product(one, other))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 7, 16])
+def test_batch_size_does_not_change_samples(checkpoint, batch_size):
+    samples = take(HandsOffStream(checkpoint, device="cpu"), 48)
+    batches = take(HandsOffStream(checkpoint, device="cpu", batch_size=batch_size), 48 // batch_size)
+    images = torch.cat([b.images for b in batches])
+    assert torch.equal(images, torch.stack([image for image, _ in samples[: len(images)]]))
+
+
+@pytest.mark.parametrize("filter", [None, "block", "threshold"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_simulated_ranks_give_the_same_samples_by_index(checkpoint, filter, count):
+    def by_index(shard):
+        stream = HandsOffStream(checkpoint, device="cpu", filter=filter, batch_size=1, shard=shard)
+        below = itertools.takewhile(lambda b: int(b.indices[0]) < 300, stream)
+        return {int(b.indices[0]): (b.images, b.labels) for b in below}
+
+    whole = by_index(Shard(0, 1))
+    parts = [by_index(Shard(i, count)) for i in range(count)]
+    assert sum(map(len, parts)) == len(whole)
+    for part in parts:
+        for index, sample in part.items():
+            assert_same(sample, whole[index])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_worker_processes_give_the_same_samples_by_index(checkpoint_path, workers):
+    stream = HandsOffStream(checkpoint_path, filter=None, batch_size=4, num_samples=48, device="cpu")
+    loader = DataLoader(stream, batch_size=None, num_workers=workers)
+    batches = list(loader)
+    seen = sorted(int(i) for b in batches for i in b.indices)
+    assert seen == list(range(48))
+    for batch in batches:
+        for row, index in enumerate(batch.indices.tolist()):
+            assert_same((batch.images[row], batch.labels[row]), stream[index])
+
+
+def test_a_rolling_filter_never_changes_a_sample_only_whether_it_is_kept(checkpoint):
+    for shard in (Shard(0, 1), Shard(1, 3)):
+        stream = HandsOffStream(checkpoint, device="cpu", batch_size=5, shard=shard)
+        for batch in take(stream, 6):
+            for row, index in enumerate(batch.indices.tolist()):
+                assert_same((batch.images[row], batch.labels[row]), stream[index])
+
+
+def test_any_sample_can_be_regenerated_whether_it_was_kept_or_not(checkpoint):
+    stream = HandsOffStream(checkpoint, device="cpu", batch_size=1)
+    kept = {int(b.indices[0]) for b in take(stream, 40)}
+    rejected = set(range(max(kept))) - kept
+    assert rejected, "a run of this length rejects something"
+    for index in rejected:
+        assert_same(stream[index], HandsOffStream(checkpoint, device="cpu", filter=None)[index])
+
+
+def test_random_noise_belongs_to_the_index(checkpoint):
+    stream = HandsOffStream(checkpoint, device="cpu", noise="random", filter=None)
+    assert_same(take(stream, 9)[7], stream[7])
+    plain = HandsOffStream(checkpoint, device="cpu", filter=None)
+    assert not torch.equal(stream[7][0], plain[7][0])
+
+
+def test_the_global_random_state_is_left_alone(checkpoint):
+    before = torch.get_rng_state()
+    take(HandsOffStream(checkpoint, device="cpu", noise="random"), 10)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# The walk ------------------------------------------------------------------------------------------------------
+
+
+def test_the_walk_visits_every_index_once_in_order(checkpoint):
+    assert indices_of(fake_stream(checkpoint), 500) == kept_indices(1000)[:500]
+
+
+def test_whole_aligned_chunks_are_asked_for(checkpoint):
+    stream = fake_stream(checkpoint, chunk_size=8, shard=Shard(1, 2))
+    take(stream, 30)
+    for chunk in stream._synthesizer.chunks:
+        assert len(chunk) == 8 and chunk[0] % 8 == 0 and chunk[0] // 8 % 2 == 1
+
+
+def test_no_more_is_synthesised_than_is_asked_for(checkpoint):
+    stream = fake_stream(checkpoint, chunk_size=4, filter=None)
+    take(stream, 9)
+    assert len(stream._synthesizer.chunks) == 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_blocks_stay_whole_when_ranks_share_them(checkpoint, count):
+    parts = [
+        fake_stream(checkpoint, filter=BlockQuantile(80, block=10), chunk_size=4, shard=Shard(i, count))
+        for i in range(count)
+    ]
+    kept = sorted(i for part in parts for i in indices_of(part, 160))
+    expected = []
+    for begin in range(0, 200, 10):
+        block = sorted(range(begin, begin + 10), key=lambda i: i * 7919 % 1000)
+        expected += sorted(block[:8])
+    assert [i for i in kept if i < 200] == expected
+
+
+def test_an_epoch_of_given_length_is_shared_out_and_ends(checkpoint):
+    lengths = []
+    for i in range(3):
+        stream = fake_stream(checkpoint, num_samples=100, shard=Shard(i, 3))
+        lengths.append(len(list(stream)))
+        assert len(stream) == lengths[-1]
+    assert lengths == [34, 33, 33]
+    batches = fake_stream(checkpoint, num_samples=100, batch_size=8)
+    assert [len(b) for b in batches] == [8] * 12 + [4]
+    assert len(batches) == 13
+
+
+def test_an_endless_stream_has_no_length(checkpoint):
+    with pytest.raises(TypeError, match="pass num_samples"):
+        len(fake_stream(checkpoint))
+
+
+def test_iterating_again_repeats_and_another_epoch_does_not(checkpoint):
+    stream = fake_stream(checkpoint, filter=None)
+    assert indices_of(stream, 5) == indices_of(stream, 5) == [0, 1, 2, 3, 4]
+    stream.set_epoch(2)
+    first = take(stream, 1)[0][0]
+    assert int(first[0, 0, 0]) == 2 * EPOCH_STRIDE
+    with pytest.raises(ValueError, match="epoch=-1"):
+        stream.set_epoch(-1)
+
+
+def test_two_iterations_of_one_stream_do_not_disturb_each_other(checkpoint):
+    stream = fake_stream(checkpoint, filter=RollingPercentile(90, window=20))
+    alone = [image for image, _ in take(stream, 40)]
+    pairs = itertools.islice(zip(stream, stream, strict=True), 40)
+    for (left, right), expected in zip(pairs, alone, strict=True):
+        assert_same((left[0], right[0]), (expected, expected))
+
+
+# State ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("filter", ["rolling", "block", "threshold", None])
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_resuming_is_exact_at_every_step(checkpoint, filter, batch_size):
+    choice = BlockQuantile(90, block=10) if filter == "block" else filter
+    assert_resumes_exactly(
+        lambda: HandsOffStream(checkpoint, device="cpu", filter=choice, batch_size=batch_size, seed=3),
+        steps=25,
+    )
+
+
+@pytest.mark.parametrize("options", [{"shard": Shard(1, 2)}, {"num_samples": 20}, {"chunk_size": 7}])
+def test_resuming_is_exact_on_a_shard_in_an_epoch_and_with_odd_chunks(checkpoint, options):
+    assert_resumes_exactly(lambda: HandsOffStream(checkpoint, device="cpu", **options), steps=20)
+
+
+def test_resuming_keeps_the_epoch(checkpoint):
+    def make():
+        stream = fake_stream(checkpoint)
+        stream.set_epoch(3)
+        return stream
+
+    stream = make()
+    iterator = iter(stream)
+    next(iterator)
+    resumed = fake_stream(checkpoint)
+    resumed.load_state_dict(stream.state_dict())
+    assert_same(take(resumed, 3), list(itertools.islice(iterator, 3)))
+
+
+def test_the_state_counts_what_was_handed_out(checkpoint):
+    stream = HandsOffStream(checkpoint, device="cpu", chunk_size=16)
+    take(stream, 3)
+    assert stream.accepted == 3
+    walk = stream.state_dict()["walk"]
+    assert walk["counts"]["accepted"] == 3 and walk["cursor"] == 3 + stream.rejected
+
+
+def test_batch_size_may_change_on_resuming(checkpoint):
+    stream = HandsOffStream(checkpoint, device="cpu", batch_size=6)
+    iterator = iter(stream)
+    take(iterator, 2)
+    state = stream.state_dict()
+    samples = HandsOffStream(checkpoint, device="cpu")
+    samples.load_state_dict(state)
+    images = torch.stack([image for image, _ in take(samples, 6)])
+    assert torch.equal(images, next(iterator).images)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"truncation": 0.5}, "truncation"),
+        ({"filter": "block"}, "filter"),
+        ({"chunk_size": 8}, "chunk_size"),
+        ({"shard": Shard(0, 2)}, "shard"),
+        ({"noise": "none"}, "noise"),
+        ({"score": "sum"}, "score"),
+        ({"num_samples": 50}, "num_samples"),
+    ],
+)
+def test_a_state_that_cannot_be_honoured_is_refused_by_name(checkpoint, change, named):
+    state = HandsOffStream(checkpoint, device="cpu").state_dict()
+    other = HandsOffStream(checkpoint, device="cpu", **change)
+    with pytest.raises(ValueError, match=f"saved with {named}=.*repeat or skip"):
+        other.load_state_dict(state)
+
+
+def test_a_state_of_another_checkpoint_or_version_is_refused(checkpoint):
+    from conftest import make_checkpoint
+
+    state = HandsOffStream(make_checkpoint(seed=1), device="cpu").state_dict()
+    stream = HandsOffStream(checkpoint, device="cpu")
+    with pytest.raises(ValueError, match="saved with checkpoint="):
+        stream.load_state_dict(state)
+    for broken in ({}, {**stream.state_dict(), "version": 99}, None):
+        with pytest.raises(ValueError, match="no stream state of version 1"):
+            stream.load_state_dict(broken)
+
+
+# Loaders, processes, pickling ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stateful_dataloader_resumes_exactly_with_the_same_workers(checkpoint_path, workers):
+    def make():
+        stream = HandsOffStream(checkpoint_path, device="cpu", batch_size=3)
+        return StatefulDataLoader(stream, batch_size=None, num_workers=workers)
+
+    loader = make()
+    iterator = iter(loader)
+    take(iterator, 3)
+    state = json.loads(json.dumps(loader.state_dict())) if workers == 0 else loader.state_dict()
+    expected = take(iterator, 4)
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert_same(take(resumed, 4), expected)
+
+
+def test_a_state_for_the_main_process_is_refused_inside_workers(checkpoint_path):
+    stream = HandsOffStream(checkpoint_path, device="cpu")
+    take(stream, 3)
+    resumed = HandsOffStream(checkpoint_path, device="cpu")
+    resumed.load_state_dict(stream.state_dict())
+    with pytest.raises(ValueError, match="StatefulDataLoader"):
+        take(DataLoader(resumed, batch_size=2, num_workers=2), 1)
+
+
+def test_a_stream_pickles_small_and_continues(checkpoint_path):
+    stream = HandsOffStream(checkpoint_path, device="cpu")
+    iterator = iter(stream)
+    take(iterator, 5)
+    data = pickle.dumps(stream)
+    assert len(data) < 20_000
+    assert_same(take(pickle.loads(data), 5), take(iterator, 5))
+
+
+def test_spawned_workers_work_too(checkpoint_path):
+    stream = HandsOffStream(checkpoint_path, device="cpu", filter=None, batch_size=4)
+    loader = DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    assert_same(take(loader, 2), take(stream, 2))
+
+
+def test_cuda_inside_a_worker_process_is_refused_with_the_remedy(checkpoint_path):
+    loader = DataLoader(HandsOffStream(checkpoint_path, device="cuda"), batch_size=2, num_workers=1)
+    with pytest.raises(RuntimeError, match=r"num_workers=0"):
+        next(iter(loader))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no CUDA device")
+def test_cuda_without_a_device_is_refused_with_the_remedy(checkpoint):
+    with pytest.raises(RuntimeError, match="pass device='cpu'"):
+        next(iter(HandsOffStream(checkpoint, device="cuda")))
+
+
+# Transforms ----------------------------------------------------------------------------------------------------
+
+
+def test_transforms_move_image_and_mask_together_and_belong_to_the_index(checkpoint):
+    from torchvision.transforms import v2
+
+    transforms = v2.Compose([v2.RandomHorizontalFlip(0.5), v2.RandomCrop(12)])
+    plain = HandsOffStream(checkpoint, device="cpu", filter=None)
+    stream = HandsOffStream(checkpoint, device="cpu", filter=None, transforms=transforms)
+    flipped = 0
+    for index, (image, mask) in enumerate(take(stream, 20)):
+        assert image.shape == (3, 12, 12) and mask.shape == (12, 12) and mask.dtype == torch.int64
+        assert type(image) is type(mask) is torch.Tensor
+        assert_same((image, mask), stream[index])
+        whole, labels = plain[index]
+        flips = [(whole, labels), (whole.flip(2), labels.flip(1))]
+        matches = [
+            (f, y, x)
+            for f, (w, m) in enumerate(flips)
+            for y, x in itertools.product(range(5), repeat=2)
+            if torch.equal(w[:, y : y + 12, x : x + 12], image) and torch.equal(m[y : y + 12, x : x + 12], mask)
+        ]
+        assert matches
+        flipped += matches[0][0]
+    assert 0 < flipped < 20
+
+
+# Bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_nan_weights_are_reported_by_index_instead_of_labelling_garbage(checkpoint):
+    import copy
+
+    broken = copy.deepcopy(checkpoint)
+    broken.heads["segmentation"].label_generator.linear1.weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="sample 0 has the uncertainty nan"):
+        next(iter(HandsOffStream(broken, device="cpu")))
+
+
+def test_a_checkpoint_without_a_head_is_refused_when_the_stream_is_built(checkpoint):
+    with pytest.raises(CheckpointError, match="no labelling head.*handsoff-stream fit"):
+        HandsOffStream(Checkpoint(checkpoint.generator))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 yields nothing"),
+        ({"num_samples": -1}, "num_samples=-1 yields nothing"),
+        ({"chunk_size": 0}, "chunk_size=0 yields nothing"),
+        ({"truncation": 3.0}, "truncation=3.0 is no psi"),
+        ({"noise": "loud"}, "noise='loud' is unknown"),
+        ({"score": "max"}, "score='max' is unknown"),
+        ({"filter": "sorted"}, "filter='sorted' is unknown"),
+        ({"seed": -1}, "seed=-1 addresses no stream"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_when_the_stream_is_built(checkpoint, options, message):
+    with pytest.raises(ValueError, match=message):
+        HandsOffStream(checkpoint, device="cpu", **options)
+
+
+def test_an_unknown_option_is_refused(checkpoint):
+    with pytest.raises(TypeError, match="trucation"):
+        HandsOffStream(checkpoint, trucation=0.5)
+
+
+@pytest.mark.parametrize("index", [-1, 2**63])
+def test_an_index_without_a_sample_is_an_index_error(checkpoint, index):
+    with pytest.raises(IndexError, match="addresses no sample"):
+        HandsOffStream(checkpoint, device="cpu")[index]
+
+
+# The default filter on a real ensemble -------------------------------------------------------------------------
+
+
+def test_the_rolling_filter_agrees_with_dropping_the_top_tenth_of_5000_samples_offline(checkpoint):
+    stream = HandsOffStream(checkpoint, device="cpu", filter=None, batch_size=500, chunk_size=250, num_samples=5000)
+    scores = torch.cat([batch.uncertainty for batch in stream])
+    offline = torch.zeros(5000, dtype=torch.bool)
+    offline[scores.argsort()[:4500]] = True
+
+    rolling = HandsOffStream(checkpoint, device="cpu", batch_size=1, chunk_size=250)
+    below = itertools.takewhile(lambda b: int(b.indices[0]) < 5000, rolling)
+    kept = torch.zeros(5000, dtype=torch.bool)
+    kept[[int(b.indices[0]) for b in below]] = True
+    assert abs(kept.float().mean() - 0.9) <= 0.02
+    assert (kept == offline).float().mean() >= 0.95
