@@ -1,0 +1,89 @@
+"""The StyleGAN2 discriminator, needed only to train a generator (Karras et al., CVPR 2020, figure 7c: residual).
+
+Shape letters: B batch, I input channels, O output channels, H W map size.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from handsoff_stream.generators.stylegan2 import EqualizedLinear, activate, filter_fir, fir_kernel
+
+MINIBATCH_GROUP = 4
+
+
+class EqualizedConv(nn.Module):
+    """Convolution with run-time weight scale; optional filtered 2x down-sampling, bias and activation."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, down: bool = False, act: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if act else None
+        self.gain = 1.0 / math.sqrt(in_channels * kernel_size**2)
+        self.down = down
+        self.register_buffer("kernel", fir_kernel(), persistent=False)
+
+    def forward(self, x_BIHW: Tensor) -> Tensor:
+        weight_OIkk = (self.weight * self.gain).to(x_BIHW.dtype)
+        size = weight_OIkk.shape[-1]
+        if not self.down:
+            out = F.conv2d(x_BIHW, weight_OIkk, padding=size // 2)
+        elif size == 1:  # a 1x1 convolution commutes with the sampling: filter only the pixels that are kept
+            out = F.conv2d(filter_fir(x_BIHW, self.get_buffer("kernel"), pad=(1, 1), stride=2), weight_OIkk)
+        else:
+            out = F.conv2d(filter_fir(x_BIHW, self.get_buffer("kernel"), pad=(2, 2)), weight_OIkk, stride=2)
+        return out if self.bias is None else activate(out, self.bias, None)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, the second down-samples; the 1x1 shortcut does too. Sum scaled to unit variance."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = EqualizedConv(in_channels, in_channels, 3)
+        self.down = EqualizedConv(in_channels, out_channels, 3, down=True)
+        self.skip = EqualizedConv(in_channels, out_channels, 1, down=True, act=False)
+
+    def forward(self, x_BIHW: Tensor) -> Tensor:
+        return (self.down(self.conv(x_BIHW)) + self.skip(x_BIHW)) * math.sqrt(0.5)
+
+
+def minibatch_standard_deviation(x_BCHW: Tensor) -> Tensor:
+    """Append the mean standard deviation over groups of samples as one more channel (ProGAN, section 3)."""
+    b, _, h, w = x_BCHW.shape
+    group = MINIBATCH_GROUP if b % MINIBATCH_GROUP == 0 else b
+    y = x_BCHW.float().reshape(group, b // group, *x_BCHW.shape[1:])
+    deviation = (y.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=(1, 2, 3))
+    plane = deviation.repeat(group).to(x_BCHW.dtype)[:, None, None, None].expand(-1, 1, h, w)
+    return torch.cat([x_BCHW, plane], dim=1)
+
+
+class Discriminator(nn.Module):
+    """Images float32 [B, 3, H, W] in [-1, 1] => logits float32 [B], high for real ones.
+
+    Args:
+        channels: channels per resolution, from the coarsest (the generator's constant) upwards.
+        constant_size: height and width of the coarsest map.
+    """
+
+    def __init__(self, *, channels: Sequence[int], constant_size: tuple[int, int] = (4, 4)):
+        super().__init__()
+        self.from_rgb = EqualizedConv(3, channels[-1], 1)
+        # Named from the coarsest upwards so that a network grown by one resolution keeps its blocks' names.
+        self.blocks = nn.ModuleList(
+            ResidualBlock(fine, coarse) for coarse, fine in zip(channels, channels[1:], strict=False)
+        )
+        self.conv = EqualizedConv(channels[0] + 1, channels[0], 3)
+        self.hidden = EqualizedLinear(channels[0] * constant_size[0] * constant_size[1], channels[0])
+        self.out = EqualizedLinear(channels[0], 1)
+
+    def forward(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        x = self.from_rgb(images_BCHW.to(dtype).contiguous(memory_format=torch.channels_last))
+        for block in reversed(self.blocks):
+            x = block(x)
+        x = self.conv(minibatch_standard_deviation(x)).float()
+        x = F.leaky_relu(self.hidden(x.flatten(1)), 0.2) * math.sqrt(2.0)
+        return self.out(x).squeeze(1)
