@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from handsoff_stream.errors import StreamError
+
 
 class Filter(ABC):
     """Decides which samples are kept. Lifecycle: `start(calibration)` once, then `push` score by score."""
@@ -202,7 +204,7 @@ class RejectionMonitor:
         accepted, rejected: samples so far.
 
     Raises:
-        RuntimeError: from `count`, when more than `RAISE_SHARE` of the last `WINDOW` samples were rejected.
+        StreamError: from `count`, when more than `RAISE_SHARE` of the last `WINDOW` samples were rejected.
     """
 
     WINDOW = 1000
@@ -234,7 +236,7 @@ class RejectionMonitor:
             "the truncation, or pass filter=None"
         )
         if share >= self.RAISE_SHARE:
-            raise RuntimeError(message)
+            raise StreamError(message)
         if share > self.WARN_SHARE and not self._warned:
             warnings.warn(message, stacklevel=2)
             self._warned = True

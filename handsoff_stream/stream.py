@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset
 
 from handsoff_stream.batch import LabelledBatch, Labels
 from handsoff_stream.checkpoint import Checkpoint, CheckpointSource
+from handsoff_stream.errors import StreamError
 from handsoff_stream.filters import Filter, RejectionMonitor, make_filter
 from handsoff_stream.prefetch import check_device, default_chunk_size, prefetch
 from handsoff_stream.seeding import MAX_INDEX, check_seed
@@ -315,7 +316,7 @@ class _Walk:
 
 def _check_finite(score: float, index: int) -> None:
     if not math.isfinite(score):
-        raise RuntimeError(
+        raise StreamError(
             f"sample {index} has the uncertainty {score}: the generator or a label generator computes NaN or infinite "
             "values there, and its label would be garbage; check the checkpoint with `handsoff-stream inspect`"
         )

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
+from handsoff_stream.errors import StreamError
 from handsoff_stream.filters import (
     BlockQuantile,
     Filter,
@@ -161,7 +162,7 @@ def test_the_monitor_counts_warns_once_and_then_raises():
             monitor.count(i % 4 == 0)
     assert [str(w.message).split(" of the")[0] for w in caught] == ["75.0%"]
     assert (monitor.accepted, monitor.rejected) == (750, 2250)
-    with pytest.raises(RuntimeError, match="100.0% of the last 1000 samples were rejected by .*threshold"):
+    with pytest.raises(StreamError, match="100.0% of the last 1000 samples were rejected by .*threshold"):
         for _ in range(monitor.WINDOW):
             monitor.count(False)
 

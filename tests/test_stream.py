@@ -13,7 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.checkpoint import Checkpoint
-from handsoff_stream.errors import CheckpointError
+from handsoff_stream.errors import CheckpointError, StreamError
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
 from handsoff_stream.shard import Shard
 from handsoff_stream.stream import EPOCH_STRIDE, HandsOffStream
@@ -365,13 +365,13 @@ def test_spawned_workers_work_too(checkpoint_path):
 
 def test_cuda_inside_a_worker_process_is_refused_with_the_remedy(checkpoint_path):
     loader = DataLoader(HandsOffStream(checkpoint_path, device="cuda"), batch_size=2, num_workers=1)
-    with pytest.raises(RuntimeError, match=r"num_workers=0"):
+    with pytest.raises(StreamError, match=r"num_workers=0"):
         next(iter(loader))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no CUDA device")
 def test_cuda_without_a_device_is_refused_with_the_remedy(checkpoint):
-    with pytest.raises(RuntimeError, match="pass device='cpu'"):
+    with pytest.raises(StreamError, match="pass device='cpu'"):
         next(iter(HandsOffStream(checkpoint, device="cuda")))
 
 
@@ -410,7 +410,7 @@ def test_nan_weights_are_reported_by_index_instead_of_labelling_garbage(checkpoi
 
     broken = copy.deepcopy(checkpoint)
     broken.heads["segmentation"].label_generator.linear1.weight.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="sample 0 has the uncertainty nan"):
+    with pytest.raises(StreamError, match="sample 0 has the uncertainty nan"):
         next(iter(HandsOffStream(broken, device="cpu")))
 
 
