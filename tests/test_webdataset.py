@@ -1,0 +1,94 @@
+"""An export is what was streamed, in whole shards, and an interrupted one ends with the same bytes."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from conftest import take
+from PIL import Image
+
+from handsoff_stream.outlets import webdataset as outlet
+from handsoff_stream.outlets.webdataset import write_shards
+from handsoff_stream.stream import HandsOffStream
+
+
+@pytest.fixture
+def make(checkpoint):
+    return lambda **options: HandsOffStream(checkpoint, batch_size=5, device="cpu", **options)
+
+
+def test_reading_the_shards_back_gives_the_streamed_tensors(make, tmp_path):
+    paths = write_shards(make(), tmp_path, num_samples=23, shard_size=10)
+    assert [p.name for p in paths] == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
+    dataset = webdataset.WebDataset([str(p) for p in paths], shardshuffle=False)
+    read = list(dataset)
+    assert len(read) == 23
+    batches = take(make(), 5)
+    images = torch.cat([b.images for b in batches])
+    labels = torch.cat([b.labels for b in batches])
+    indices = torch.cat([b.indices for b in batches]).tolist()
+    for row, sample in enumerate(read):
+        assert sample["__key__"] == f"{indices[row]:012d}"
+        about = json.loads(sample["json"])
+        assert about["index"] == indices[row]
+        pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(sample["image.png"]))))
+        assert torch.equal(pixels.permute(2, 0, 1).float() / 255, images[row])
+        mask = torch.from_numpy(np.array(Image.open(io.BytesIO(sample["label.png"]))))
+        assert torch.equal(mask.long(), labels[row])
+
+
+def test_an_interrupted_export_continues_and_ends_with_the_same_bytes(make, tmp_path, monkeypatch):
+    whole = write_shards(make(), tmp_path / "whole", num_samples=20, shard_size=6)
+
+    original, written = outlet._fields, []
+
+    def fail_at_the_ninth(batch):
+        if len(written) == 9:
+            raise KeyboardInterrupt
+        written.append(batch)
+        return original(batch)
+
+    monkeypatch.setattr(outlet, "_fields", fail_at_the_ninth)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6)
+    assert [p.name for p in sorted((tmp_path / "cut").glob("*.tar"))] == ["shard-000000.tar"]
+
+    monkeypatch.setattr(outlet, "_fields", original)
+    resumed = write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6)
+    assert [p.read_bytes() for p in resumed] == [p.read_bytes() for p in whole]
+    assert not list((tmp_path / "cut").glob("*.partial"))
+
+
+def test_float_labels_are_stored_as_arrays(make, tmp_path):
+    batch = take(make(), 1)[0].select([0])
+    fields = outlet._label("depth", torch.rand(1, 4, 4))
+    assert list(fields) == ["depth.npy"]
+    assert np.load(io.BytesIO(fields["depth.npy"]), allow_pickle=False).shape == (1, 4, 4)
+    assert set(outlet._fields(batch)) == {"__key__", "image.png", "label.png", "json"}
+
+
+def test_every_name_in_a_shard_has_one_key(make, tmp_path):
+    (path,) = write_shards(make(), tmp_path, num_samples=3, shard_size=10)
+    with tarfile.open(path) as tar:
+        names = tar.getnames()
+    assert len(names) == len(set(names)) == 9
+    assert {name.split(".", 1)[1] for name in names} == {"image.png", "label.png", "json"}
+
+
+def test_another_streams_export_in_the_folder_is_not_continued(make, tmp_path):
+    write_shards(make(), tmp_path, num_samples=4, shard_size=2)
+    with pytest.raises(ValueError, match="saved with seed=0"):
+        write_shards(make(seed=1), tmp_path, num_samples=4, shard_size=2)
+    with pytest.raises(ValueError, match="an export with other counts"):
+        write_shards(make(), tmp_path, num_samples=8, shard_size=2)
+
+
+def test_streams_of_samples_and_empty_exports_are_refused(checkpoint, make, tmp_path):
+    with pytest.raises(ValueError, match="build the stream with batch_size"):
+        write_shards(HandsOffStream(checkpoint, device="cpu"), tmp_path, num_samples=1)
+    with pytest.raises(ValueError, match="num_samples=0"):
+        write_shards(make(), tmp_path, num_samples=0)
