@@ -4,15 +4,16 @@
     python examples/train_generator.py runs/mine --data photos/ --resolution 256 --images 5000000
 
 Non-saturating logistic loss, lazy R1, style mixing, EMA, minibatch standard deviation (StyleGAN2, Karras et al., CVPR
-2020); bfloat16 convolutions. Ctrl-C stops and saves; the same command resumes from OUT/state.pt, and a step's random
-numbers are a function of (seed, step). OUT also gets metrics.jsonl, a sample sheet per `--sheet-every` images, and
-generator.safetensors, which handsoff_stream reads. `--stages 32:60000 64:200000 128:400000` trains at low
+2020); bfloat16 convolutions. Ctrl-C or SIGTERM stops and saves; the same command resumes from OUT/state.pt, and a
+step's random numbers are a function of (seed, step). OUT also gets metrics.jsonl, a sample sheet per `--sheet-every`
+images, and generator.safetensors, which handsoff_stream reads. `--stages 32:60000 64:200000 128:400000` trains at low
 resolutions first; the skip architecture makes that exact, since a new block's ToRGB starts at zero. Left out: path
 length regularisation and adaptive augmentation (a folder of fewer than some 10,000 images will overfit).
 """
 
 import argparse
 import json
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ RENDERED_IMAGES = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a run is; stored in its state and compared on resuming."""
+    """What a run is; recorded in its state. A resumed run goes on with the settings it is resumed with."""
 
     data: str | None
     stages: tuple[tuple[int, int], ...]
@@ -200,7 +201,9 @@ class Trainer:
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
         for name, optimizer in self.optimizers.items():
+            lr = optimizer.param_groups[0]["lr"]
             optimizer.load_state_dict(state["optimizers"][name])
+            optimizer.param_groups[0]["lr"] = lr
 
     def step(self, reals_BCHW: Tensor) -> dict[str, float]:
         """One discriminator and one generator update on uint8 images [B, 3, H, W]."""
@@ -410,6 +413,9 @@ def main() -> None:
         "seed",
     )
     settings = Settings(stages=stages, channels=tuple(args.channels), **{name: getattr(args, name) for name in names})
+    # What schedulers send before they kill, and what a shell's background jobs otherwise ignore.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     train(settings, args.out, args)
 
 
