@@ -1,0 +1,93 @@
+"""The offline half: labelled images and a generator => a checkpoint to stream from.
+
+Inversion finds each image's latent, fitting learns labels from the feature maps of these latents, calibration
+scores a sample of what the checkpoint generates. Nothing here is needed once the checkpoint is written.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handsoff_stream.checkpoint import DEFAULT_TRUNCATION, Checkpoint
+from handsoff_stream.fitting.calibration import calibrate
+from handsoff_stream.fitting.feature_table import FeatureTable
+from handsoff_stream.fitting.fit import FitReport, FitSettings, fit_label_generator
+from handsoff_stream.fitting.inversion import Inversion, InversionSettings, invert
+from handsoff_stream.fitting.inversion_store import invert_images
+from handsoff_stream.fitting.perceptual import Perceptual, load_perceptual
+from handsoff_stream.generators import Generator
+from handsoff_stream.synthesizer import Head
+from handsoff_stream.tasks import Task
+
+__all__ = [
+    "FeatureTable",
+    "FitReport",
+    "FitSettings",
+    "Inversion",
+    "InversionSettings",
+    "Perceptual",
+    "calibrate",
+    "fit_checkpoint",
+    "fit_label_generator",
+    "invert",
+    "invert_images",
+    "load_perceptual",
+]
+
+
+def fit_checkpoint(
+    generator: Generator,
+    images: Sequence[tuple[str, Tensor]],
+    targets: Tensor,
+    task: Task,
+    out_dir: str | Path,
+    *,
+    inversion: InversionSettings | None = None,
+    fit: FitSettings | None = None,
+    perceptual: Perceptual | None = None,
+    encodings: Mapping[str, Tensor] | None = None,
+    truncation: float = DEFAULT_TRUNCATION,
+    calibration_samples: int = 2000,
+    sources: Mapping[str, str] | None = None,
+    progress: bool = False,
+) -> Checkpoint:
+    """Invert, fit, calibrate.
+
+    Args:
+        generator: what images are inverted into, and will be streamed from; its device does the work.
+        images: (name, float32 [3, H, W] in [0, 1]) of the generator's resolution.
+        targets: [N, H, W] or [N, H, W, K], one per image, whatever `task.loss` takes for a pixel.
+        task: becomes the head named `task.name`.
+        out_dir: where inversions are kept; see `invert_images`.
+        inversion, fit: settings; the defaults if None.
+        perceptual: image distance of the inversion; `load_perceptual()` if None.
+        encodings: name => w_e of an encoder, to start from and stay near.
+        truncation: psi that the checkpoint's streams use by default, and that it is calibrated with.
+        calibration_samples: 0 leaves the calibration to the caller, as one must who stores float16 weights.
+        sources: file => sha256, for provenance.
+        progress: show bars.
+    """
+    inversion, fit = inversion or InversionSettings(), fit or FitSettings()
+    perceptual = perceptual or load_perceptual()
+    found = invert_images(generator, images, out_dir, perceptual, inversion, encodings=encodings, progress=progress)
+    table = FeatureTable.collect(generator, found.w_plus, (targets.shape[1], targets.shape[2]))
+    label_generator, report = fit_label_generator(table, targets, task, fit, progress=progress)
+    provenance: dict[str, Any] = {
+        "sources": dict(sources or {}),
+        "images": [name for name, _ in images],
+        "perceptual": perceptual.description,
+        "inversion": {**inversion.config(), "psnr": found.psnr.tolist(), "lpips": found.perceptual.tolist()},
+        "fit": {**fit.config(), "accuracy": report.accuracy, "held_out_loss": report.held_out_loss},
+        "versions": {"handsoff_stream": version("handsoff_stream"), "torch": torch.__version__},
+    }
+    heads = {task.name: Head(task, label_generator)}
+    checkpoint = Checkpoint(
+        generator, heads, (targets.shape[1], targets.shape[2]), truncation=truncation, provenance=provenance
+    )
+    if calibration_samples == 0:
+        return checkpoint
+    return calibrate(checkpoint, num_samples=calibration_samples, progress=progress)

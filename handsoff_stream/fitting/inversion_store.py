@@ -1,0 +1,153 @@
+"""Inversions on disk: one `<name>.safetensors` an image, so that an interrupted run goes on where it stopped.
+
+A file carries what it depends on: the image's pixels, the generator, the perceptual distance and the
+settings. A result that depends on something else than what is asked for is done again, with a warning.
+
+Knows file names and hashes. Does not know how latents are found (`inversion`).
+
+Shape letters: N images, L number of style inputs, D latent size, H W image size.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from handsoff_stream.checkpoint import Checkpoint
+from handsoff_stream.fitting.inversion import Inversion, InversionSettings, invert
+from handsoff_stream.fitting.perceptual import Perceptual
+from handsoff_stream.generators import Generator
+from handsoff_stream.progress import progress_bar
+
+MANIFEST_KEY = "handsoff_stream_inversion"
+FIELDS = ("w_plus", "loss", "perceptual", "mse")
+
+
+def invert_images(
+    generator: Generator,
+    images: Sequence[tuple[str, Tensor]],
+    out_dir: str | Path,
+    perceptual: Perceptual,
+    settings: InversionSettings | None = None,
+    *,
+    encodings: Mapping[str, Tensor] | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Inversion:
+    """Invert the images that `out_dir` has no result of yet.
+
+    Args:
+        generator, perceptual, settings: as for `invert`.
+        images: (name, float32 [3, H, W] in [0, 1]); names are unique and become file names.
+        out_dir: folder of the results; created if missing. A file is written when its batch is done, whole or
+            not at all.
+        encodings: name => w_e, float32 [L, D], of an encoder; for all images or none.
+        batch_size: images inverted together; decides memory and speed, not the results.
+        progress: show a bar.
+
+    Returns:
+        The inversions of all images, in their order.
+
+    Raises:
+        ValueError: names that are no file names, or not unique; images of the wrong shape or range.
+    """
+    settings = settings or InversionSettings()
+    names = [name for name, _ in images]
+    _check_names(names, encodings)
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    common = {
+        "generator": Checkpoint(generator).manifest()["fingerprint"],
+        "perceptual": perceptual.description,
+        "settings": settings.config(),
+    }
+    manifests = {
+        name: {**common, "image": _sha256(image), "encoding": _sha256(encodings[name]) if encodings else None}
+        for name, image in images
+    }
+    finished = {name: _read(_path(folder, name), manifests[name]) for name in names}
+    pending = [(name, image) for name, image in images if finished[name] is None]
+    batches = [pending[i : i + batch_size] for i in range(0, len(pending), batch_size)]
+    with progress_bar("Inverting", len(batches) * settings.steps, show=progress) as update:
+        for number, batch in enumerate(batches):
+            found = invert(
+                generator,
+                torch.stack([image for _, image in batch]),
+                perceptual,
+                settings,
+                encoding=torch.stack([encodings[name] for name, _ in batch]) if encodings else None,
+                progress=lambda done, _, number=number: update(number * settings.steps + done, ""),  # type: ignore[misc]
+            )
+            for i, (name, _) in enumerate(batch):
+                finished[name] = one = _select(found, i)
+                _write(_path(folder, name), one, manifests[name])
+    return _concatenate([result for name in names if (result := finished[name]) is not None])
+
+
+def _check_names(names: Sequence[str], encodings: Mapping[str, Tensor] | None) -> None:
+    bad = sorted({name for name in names if name in ("", ".", "..") or Path(name).name != name})
+    twice = sorted({name for name in names if names.count(name) > 1})
+    lost = sorted(set(names) - set(encodings)) if encodings is not None else []
+    if not names or bad or twice or lost:
+        raise ValueError(
+            f"{len(names)} images to invert; no file names: {bad}; more than once: {twice}; without an encoding: "
+            f"{lost}. Give at least one image, each a unique name without slashes, and encodings to all or none"
+        )
+
+
+def _sha256(tensor: Tensor) -> str:
+    digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
+    digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def _read(path: Path, manifest: dict[str, Any]) -> Inversion | None:
+    """The result in the file; None, after a warning if there is a file, where it has to be computed."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            stored = json.loads((file.metadata() or {})[MANIFEST_KEY])
+            tensors = [file.get_tensor(field) for field in FIELDS]
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        warnings.warn(f"{path} is no readable inversion ({error}); it is computed again", stacklevel=3)
+        return None
+    differing = sorted(key for key in manifest if stored.get(key) != manifest[key])
+    if differing:
+        warnings.warn(f"{path} was computed with another {', '.join(differing)}; it is computed again", stacklevel=3)
+        return None
+    return Inversion(*tensors)
+
+
+def _write(path: Path, inversion: Inversion, manifest: dict[str, Any]) -> None:
+    tensors = {field: getattr(inversion, field).contiguous() for field in FIELDS}
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, partial, metadata={MANIFEST_KEY: json.dumps(manifest)})
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _select(inversion: Inversion, i: int) -> Inversion:
+    return Inversion(*(getattr(inversion, field)[i : i + 1] for field in FIELDS))
+
+
+def _concatenate(inversions: Sequence[Inversion]) -> Inversion:
+    return Inversion(*(torch.cat([getattr(one, field) for one in inversions]) for field in FIELDS))
