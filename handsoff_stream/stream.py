@@ -18,9 +18,10 @@ from torch.utils.data import IterableDataset
 
 from handsoff_stream.batch import LabelledBatch, Labels
 from handsoff_stream.checkpoint import Checkpoint, CheckpointSource
+from handsoff_stream.device import check_device, default_chunk_size, resolve_device
 from handsoff_stream.errors import StreamError
 from handsoff_stream.filters import Filter, RejectionMonitor, make_filter
-from handsoff_stream.prefetch import check_device, default_chunk_size, prefetch
+from handsoff_stream.prefetch import prefetch
 from handsoff_stream.seeding import MAX_INDEX, check_seed
 from handsoff_stream.shard import Shard, detect, detect_worker
 from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer
@@ -90,7 +91,7 @@ class HandsOffStream(IterableDataset[Any]):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} yields nothing; pass a positive integer or None")
         self._source = CheckpointSource(checkpoint)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = resolve_device(device)
         self.batch_size = batch_size
         self.num_samples = num_samples
         self.chunk_size = chunk_size or default_chunk_size(self.device)

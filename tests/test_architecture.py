@@ -11,12 +11,12 @@ ROOT = Path(handsoff_stream.__file__).parent
 
 # Each module may import those of its own layer that stand before it in the data flow, and any layer above.
 LAYERS = [
-    {"errors", "batch", "features", "seeding", "shard", "uncertainty"},
+    {"batch", "device", "errors", "features", "progress", "seeding", "shard", "uncertainty"},
     {"folded_label_generator", "generators", "label_generator", "tasks", "transforms"},
     {"filters", "synthesizer"},
     {"checkpoint", "prefetch", "stream"},
-    {"config", "downstream", "fitting", "outlets", "preview"},
-    {"cli"},
+    {"config", "describe", "downstream", "fitting", "outlets", "preview"},
+    {"cli", "demo"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 WITHIN_LAYER = {
@@ -24,7 +24,8 @@ WITHIN_LAYER = {
     ("label_generator", "folded_label_generator"),
     ("stream", "checkpoint"),
     ("stream", "prefetch"),
-    ("preview", "downstream"),
+    ("cli", "demo"),
+    ("device", "errors"),
 }
 OPTIONAL = {"lpips", "ray", "torchmetrics", "torchvision", "webdataset", "yaml"}
 

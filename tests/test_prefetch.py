@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from handsoff_stream import prefetch as module
-from handsoff_stream.prefetch import CHUNKS_IN_FLIGHT, default_chunk_size, prefetch
+from handsoff_stream.device import default_chunk_size
+from handsoff_stream.prefetch import CHUNKS_IN_FLIGHT, prefetch
 
 CUDA = torch.device("cuda")
 
