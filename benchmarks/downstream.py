@@ -1,0 +1,177 @@
+"""The experiment: DeepLabV3 trained on the stream, against the labelled images that the stream was made from.
+
+    python benchmarks/downstream.py --steps 300 --seeds 0 1 2
+
+Each arm gets the same network, steps, batch size, optimiser and learning rate; all are scored on the same rendered
+test faces, which no training saw.
+
+    stream     an endless stream of synthesised pairs
+    labelled   the labelled images themselves, again and again, with ordinary augmentation
+    rendered   fresh faces from the same source as the labelled ones, never the same twice: unlimited annotation
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import write_result
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader, Subset
+
+from handsoff_stream.checkpoint import read_manifest
+from handsoff_stream.datasets.labelled_faces import labelled_faces
+from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
+from handsoff_stream.downstream import (
+    RepeatedAugmented,
+    SegmentationScores,
+    TrainingReport,
+    build_deeplab,
+    evaluate,
+    train_segmentation,
+)
+from handsoff_stream.downstream.deeplab import BACKBONES
+from handsoff_stream.stream import HandsOffStream
+
+Loader = DataLoader[Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One training and its test."""
+
+    arm: str
+    seed: int
+    training: TrainingReport
+    scores: SegmentationScores
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "arm": self.arm,
+            "seed": self.seed,
+            "seconds": round(self.training.seconds, 2),
+            "seconds_waiting": round(self.training.seconds_waiting, 2),
+            "last_loss": round(statistics.fmean(self.training.losses[-20:]), 4),
+            "scores": self.scores.record(),
+        }
+
+
+def stream_loader(args: argparse.Namespace, seed: int) -> Loader:
+    stream = HandsOffStream(args.checkpoint, batch_size=args.batch, seed=seed)
+    return DataLoader(stream, batch_size=None)
+
+
+def labelled_loader(args: argparse.Namespace, seed: int) -> Loader:
+    views = RepeatedAugmented(labelled_faces(args.labelled), length=args.steps * args.batch, seed=seed)
+    order = torch.Generator().manual_seed(seed)
+    return DataLoader(views, batch_size=args.batch, shuffle=True, generator=order)
+
+
+def rendered_loader(args: argparse.Namespace, seed: int) -> Loader:
+    # Past the labelled images, and other faces for every seed.
+    num_images, first = args.steps * args.batch, args.labelled + seed * args.steps * args.batch
+    faces = labelled_faces(first + num_images)
+    return DataLoader(Subset(faces, range(first, first + num_images)), batch_size=args.batch)
+
+
+ARMS: dict[str, Callable[[argparse.Namespace, int], Loader]] = {
+    "stream": stream_loader,
+    "labelled": labelled_loader,
+    "rendered": rendered_loader,
+}
+
+
+def run(args: argparse.Namespace, arm: str, seed: int) -> Outcome:
+    """Train one network on one arm and score it."""
+    torch.manual_seed(seed)  # dropout
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    model = build_deeplab(len(CLASS_NAMES), backbone=args.backbone, pretrained_backbone=args.pretrained, seed=seed)
+    training = train_segmentation(
+        model,
+        ARMS[arm](args, seed),
+        steps=args.steps,
+        lr=args.lr,
+        schedule=args.schedule,
+        warmup=args.warmup,
+        dtype=dtype,
+    )
+    scores = evaluate(model, RenderedFaces("test", num_images=args.test_images), CLASS_NAMES, dtype=dtype)
+    return Outcome(arm, seed, training, scores)
+
+
+def summary(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
+    """Mean and spread over the seeds, for each arm."""
+    rows: dict[str, dict[str, Any]] = {}
+    for arm in dict.fromkeys(o.arm for o in outcomes):
+        mine = [o for o in outcomes if o.arm == arm]
+        mious = [o.scores.miou for o in mine]
+        rows[arm] = {
+            "miou_mean": statistics.fmean(mious),
+            "miou_std": statistics.stdev(mious) if len(mious) > 1 else None,
+            "pixel_accuracy_mean": statistics.fmean(o.scores.pixel_accuracy for o in mine),
+            "seconds_mean": statistics.fmean(o.training.seconds for o in mine),
+            "seconds_waiting_mean": statistics.fmean(o.training.seconds_waiting for o in mine),
+        }
+    return rows
+
+
+def table(args: argparse.Namespace, outcomes: list[Outcome]) -> Table:
+    """One column an arm: mIoU, IoU of each class (means over the seeds), seconds."""
+    rows = summary(outcomes)
+    seeds = len(args.seeds)
+    shown = Table("", *rows, title=f"{args.steps} steps of {args.batch}, {args.backbone}, {seeds} seed(s)")
+    spread = [f" ± {r['miou_std']:.3f}" if r["miou_std"] is not None else "" for r in rows.values()]
+    shown.add_row(
+        "mIoU", *(f"{r['miou_mean']:.3f}{s}" for r, s in zip(rows.values(), spread, strict=True)), end_section=True
+    )
+    for k, name in enumerate(CLASS_NAMES):
+        ious = [[o.scores.iou_per_class[k] for o in outcomes if o.arm == arm] for arm in rows]
+        shown.add_row(name, *(f"{statistics.fmean(v):.3f}" for v in ious), end_section=k == len(CLASS_NAMES) - 1)
+    shown.add_row("training, s", *(f"{r['seconds_mean']:.0f}" for r in rows.values()))
+    shown.add_row("of it waiting for data, s", *(f"{r['seconds_waiting_mean']:.0f}" for r in rows.values()))
+    return shown
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--checkpoint", default="faces", help="name or path, for the arm `stream`")
+    parser.add_argument("--labelled", type=int, default=16, help="labelled images the checkpoint was fitted on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--test-images", type=int, default=200)
+    parser.add_argument("--backbone", choices=BACKBONES, default="resnet18")
+    parser.add_argument("--pretrained", action="store_true", help="start from cached ImageNet weights")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--schedule", choices=("constant", "cosine"), default="cosine")
+    parser.add_argument("--warmup", type=int, default=20)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the forward pass; CUDA: bfloat16")
+    parser.add_argument("--name", default="downstream", help="of the result file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    console = Console(stderr=True)
+    outcomes = []
+    for seed in args.seeds:
+        for arm in args.arms:
+            with console.status(f"{arm}, seed {seed}: {args.steps} steps"):
+                outcomes.append(run(args, arm, seed))
+            last = outcomes[-1]
+            console.print(f"{arm}, seed {seed}: mIoU {last.scores.miou:.3f} in {last.training.seconds:.0f} s")
+    Console().print(table(args, outcomes))
+    settings = {**vars(args), "checkpoint": Path(args.checkpoint).name}
+    if "stream" in args.arms:
+        settings["fingerprint"] = read_manifest(args.checkpoint)["fingerprint"]
+    runs = [outcome.record() for outcome in outcomes]
+    write_result(args.name, {"settings": settings, "summary": summary(outcomes), "runs": runs})
+
+
+if __name__ == "__main__":
+    main()

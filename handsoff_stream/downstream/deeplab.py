@@ -1,0 +1,157 @@
+"""DeepLabV3 by torchvision, as the network that is trained on the stream.
+
+Takes images in [0, 1] and normalises them itself, so that a stream, a folder and a camera feed it alike. Knows
+torchvision's models and where it caches weights; never starts a download. Does not know losses, data or labels.
+
+HandsOff (section 4.1) names a "ResNet151" backbone, which does not exist; its published code uses ResNet-101.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models import segmentation
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SCRATCH_BATCH_NORM_MOMENTUM = 0.1
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One family member."""
+
+    build: Callable[..., nn.Module]
+    imagenet: Any
+    """torchvision's record of the ImageNet weights, of which only the address is used."""
+
+
+def _small_resnet18(*, num_classes: int, weights: None, weights_backbone: None) -> nn.Module:
+    """ResNet-18 cut after conv4 at output stride 8, under torchvision's DeepLabV3 head.
+
+    For images of some 128 pixels, whose feature maps are 16 x 16: the usual atrous rates of 12, 24 and 36 would reach
+    past them. conv4's stride becomes dilation, as torchvision does in its deeper ResNets.
+    """
+    resnet = models.resnet18(weights=None)
+    first = resnet.layer3[0]
+    first.conv1.stride = first.downsample[0].stride = (1, 1)
+    for module in resnet.layer3.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.dilation = module.padding = (2, 2)
+    backbone = create_feature_extractor(resnet, {"layer3": "out"})
+    network: nn.Module = DeepLabV3(backbone, DeepLabHead(256, num_classes, atrous_rates=(2, 4, 6)))
+    return network
+
+
+BACKBONES: dict[str, Backbone] = {
+    "resnet101": Backbone(segmentation.deeplabv3_resnet101, models.ResNet101_Weights.IMAGENET1K_V1),
+    "resnet50": Backbone(segmentation.deeplabv3_resnet50, models.ResNet50_Weights.IMAGENET1K_V1),
+    "mobilenet_v3_large": Backbone(
+        segmentation.deeplabv3_mobilenet_v3_large, models.MobileNet_V3_Large_Weights.IMAGENET1K_V1
+    ),
+    "resnet18": Backbone(_small_resnet18, models.ResNet18_Weights.IMAGENET1K_V1),
+}
+
+
+class DeepLab(nn.Module):
+    """A torchvision segmentation network with its normalisation in front and its logits taken out of the dict."""
+
+    def __init__(self, network: nn.Module, num_classes: int):
+        super().__init__()
+        self.network: Any = network  # torchvision's, with `backbone` and `classifier`
+        self.num_classes = num_classes
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Images float32 [B, 3, H, W] in [0, 1] => logits [B, K, H, W]. Training needs B >= 2 (BatchNorm)."""
+        normalised = (images_BCHW - self.get_buffer("mean")) / self.get_buffer("std")
+        logits: Tensor = self.network(normalised)["out"]
+        return logits
+
+
+def build_deeplab(
+    num_classes: int,
+    *,
+    backbone: str = "resnet101",
+    pretrained_backbone: bool | str | Path = False,
+    seed: int = 0,
+) -> DeepLab:
+    """DeepLabV3 with a head of `num_classes`.
+
+    Args:
+        num_classes: K, at least 2.
+        backbone: "resnet101" (published code), "resnet50", "mobilenet_v3_large", or "resnet18", a small one for images
+            of some 128 pixels, which learns fastest from random weights on a CPU.
+        pretrained_backbone: False for random weights; True for torchvision's ImageNet weights if they lie in
+            torch.hub's cache; or the path of a state dict of the classification network.
+        seed: of the random weights.
+
+    Raises:
+        ValueError: unknown backbone, or weights of another network.
+        FileNotFoundError: the ImageNet weights are not in the cache; it says where they are expected.
+    """
+    if backbone not in BACKBONES or num_classes < 2:
+        raise ValueError(
+            f"backbone={backbone!r}, num_classes={num_classes}: pass one of {list(BACKBONES)} and at least 2 classes"
+        )
+    parts = BACKBONES[backbone]
+    # weights_backbone=None, spelled out: torchvision's default downloads.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network: Any = parts.build(weights=None, weights_backbone=None, num_classes=num_classes)
+    outputs = network.classifier[-1].out_channels
+    if outputs != num_classes:  # torchvision accepts and ignores keywords that it does not know
+        raise RuntimeError(
+            f"torchvision built a head of {outputs} classes instead of {num_classes}; use torchvision >= 0.21"
+        )
+    if pretrained_backbone is False:
+        _use_short_memory(network)
+    else:
+        path = cached_weights(backbone) if pretrained_backbone is True else Path(pretrained_backbone)
+        _load_backbone(network.backbone, path)
+    return DeepLab(network, num_classes)
+
+
+def cached_weights(backbone: str) -> Path:
+    """Where torch.hub keeps the ImageNet weights of a backbone.
+
+    Raises:
+        FileNotFoundError: they are not there.
+    """
+    url = BACKBONES[backbone].imagenet.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no ImageNet weights for {backbone} at {path}, and nothing is downloaded here; fetch {url} to that "
+            "place, pass the path of a copy, or pass pretrained_backbone=False"
+        )
+    return path
+
+
+def _load_backbone(backbone: nn.Module, path: Path) -> None:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    # The backbone lacks the classifier, and MobileNet's is the inside of `features`.
+    state = {name.removeprefix("features."): tensor for name, tensor in state.items()}
+    wanted = backbone.state_dict().keys()
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} of the backbone's {len(wanted)} tensors, {missing[0]!r} first: it belongs "
+            "to another network; pass the weights of the same backbone"
+        )
+    backbone.load_state_dict({name: state[name] for name in wanted})
+
+
+def _use_short_memory(network: nn.Module) -> None:
+    # MobileNetV3's BatchNorm momentum of 0.01 is made for ImageNet schedules: after 100 steps from random weights its
+    # statistics are still mostly those of initialisation, and the network, in evaluation, predicts background alone.
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = SCRATCH_BATCH_NORM_MOMENTUM

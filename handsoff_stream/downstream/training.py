@@ -1,0 +1,201 @@
+"""Train a segmentation network on anything that yields (images, labels), and score it on a set it has not seen.
+
+Knows modules, batches and optimisers. Does not know where batches come from: a `DataLoader` over a `HandsOffStream`,
+the stream itself with `batch_size=n`, or a loader over a handful of labelled images. The budget is a number of steps,
+so that an endless stream and sixteen images can be given the same.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from handsoff_stream.device import resolve_device
+from handsoff_stream.downstream.metrics import IGNORE_INDEX, SegmentationMeter, SegmentationScores
+
+Batches = Iterable[Any]
+"""Yields pairs: images float32 [B, 3, H, W] in [0, 1], labels int64 [B, H, W]; a `LabelledBatch` is one."""
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training did and where its time went."""
+
+    losses: tuple[float, ...]
+    """Cross-entropy of each step, in nats."""
+    num_images: int
+    seconds: float
+    seconds_waiting: float
+    """Of these, spent by the host in asking for the next batch."""
+
+    @property
+    def images_per_second(self) -> float:
+        return self.num_images / self.seconds
+
+
+def train_segmentation(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    steps: int,
+    lr: float = 1e-3,
+    schedule: str = "constant",
+    warmup: int = 0,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    progress: Callable[[int, float], None] | None = None,
+) -> TrainingReport:
+    """Train `model` in place with Adam and cross-entropy; defaults as in HandsOff's published code, at batch 8.
+
+    Args:
+        model: images [B, 3, H, W] => logits [B, K, H, W].
+        batches: (images, labels) pairs; run through again when they end before `steps`. A batch smaller than the
+            first is dropped, as the last one of an epoch is: BatchNorm suffers from it and fails on one image.
+        steps: optimiser steps.
+        lr: learning rate, at its highest.
+        schedule: "constant", or "cosine" down to zero at the end.
+        warmup: steps over which the learning rate first rises linearly.
+        device: where to train; None means CUDA if there is one.
+        dtype: dtype of the forward pass under autocast; None means bfloat16 on CUDA and float32 on a CPU.
+        ignore_index: label of pixels that do not count.
+        progress: called as `progress(step, loss)` after each step. It makes the host wait for the step, which on
+            CUDA costs the overlap with data loading.
+
+    Raises:
+        ValueError: no step to do, an unknown schedule, batches of one image, or batches that end before `steps` and
+            cannot be run through again.
+    """
+    if steps < 1 or schedule not in SCHEDULES:
+        raise ValueError(f"steps={steps}, schedule={schedule!r}: pass at least 1 step and one of {list(SCHEDULES)}")
+    device = resolve_device(device)
+    dtype = _dtype(dtype, device)
+    model.to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(steps, schedule, warmup))
+    losses: list[Tensor] = []
+    num_images, waiting = 0, 0.0
+    source = full_batches(batches)
+    start = time.perf_counter()
+    for step in range(steps):
+        asked = time.perf_counter()
+        images, labels = _next(source, step, steps)
+        waiting += time.perf_counter() - asked
+        loss = _loss(model, images, labels, device, dtype, ignore_index)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.detach())
+        num_images += len(images)
+        if progress is not None:
+            progress(step + 1, loss.item())
+    values = tuple(torch.stack(losses).tolist())  # waits for the device
+    return TrainingReport(values, num_images, time.perf_counter() - start, waiting)
+
+
+def _loss(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    ignore_index: int,
+) -> Tensor:
+    images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+    labels = labels.to(device, non_blocking=True)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        logits_BKHW = model(images)
+    total = F.cross_entropy(logits_BKHW.float(), labels, ignore_index=ignore_index, reduction="sum")
+    return total / (labels != ignore_index).sum().clamp(min=1)  # 0, not NaN, if no pixel is labelled
+
+
+def _rate(steps: int, schedule: str, warmup: int) -> Callable[[int], float]:
+    def rate(step: int) -> float:
+        rising = min(1.0, (step + 1) / (warmup + 1))
+        return rising * (0.5 + 0.5 * math.cos(math.pi * step / steps) if schedule == "cosine" else 1.0)
+
+    return rate
+
+
+def full_batches(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """The (images, labels) pairs of `batches`, again and again, without those smaller than the first.
+
+    Raises:
+        ValueError: batches of one image.
+    """
+    size = 0
+    while True:
+        found = False
+        for images, labels in batches:
+            size = size or len(images)
+            if size < 2:
+                raise ValueError(
+                    "batches of one image cannot train BatchNorm, whose statistics they would be; pass "
+                    "DataLoader(..., batch_size=8)"
+                )
+            if len(images) >= size:
+                found = True
+                yield images, labels
+        if not found:
+            return
+
+
+def _next(source: Iterator[tuple[Tensor, Tensor]], step: int, steps: int) -> tuple[Tensor, Tensor]:
+    pair = next(source, None)
+    if pair is None:
+        raise ValueError(
+            f"the batches ended after {step} of {steps} steps and cannot be run through again; pass a DataLoader or "
+            "a dataset instead of an iterator, or ask for fewer steps"
+        )
+    return pair
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    data: Dataset[Any] | Batches,
+    class_names: Sequence[str],
+    *,
+    batch_size: int = 16,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> SegmentationScores:
+    """Score `model` on a whole set: counts are summed over all images, then divided.
+
+    Args:
+        model: images [B, 3, H, W] => logits [B, K, H, W]; its mode is restored afterwards.
+        data: a dataset of (image, label) samples, or (images, labels) batches that end.
+        class_names: name of each class; the position is the id.
+        batch_size: images at once, for a dataset.
+        device: where to evaluate; None means CUDA if there is one.
+        dtype: as in `train_segmentation`.
+        ignore_index: label of pixels that do not count.
+
+    Raises:
+        ValueError: the data hold no labelled pixel.
+    """
+    device = resolve_device(device)
+    dtype = _dtype(dtype, device)
+    training = model.training
+    model.to(device).eval()
+    meter = SegmentationMeter(class_names, device=device, ignore_index=ignore_index)
+    batches: Batches = DataLoader(data, batch_size=batch_size) if isinstance(data, Dataset) else data
+    for images, labels in batches:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits_BKHW = model(images.to(device, memory_format=torch.channels_last))
+        meter.update(logits_BKHW.argmax(dim=1), labels.to(device))
+    model.train(training)
+    return meter.compute()
+
+
+def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    return dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
