@@ -1,0 +1,200 @@
+"""The whole story on the embedded faces: one network trained on the stream, its twin on the 16 labelled images.
+
+Both see the same number of batches of the same size, from the same random initial weights, and are scored on the same
+held-out renders, which neither the generator, nor the label generator, nor the networks have seen. Composes what the
+other rooms offer; nothing else is computed here.
+"""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.data import DataLoader
+
+from handsoff_stream.checkpoint import load_checkpoint
+from handsoff_stream.datasets.labelled_faces import labelled_faces
+from handsoff_stream.datasets.labelled_folder import LabelledFolder
+from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
+from handsoff_stream.device import resolve_device
+from handsoff_stream.downstream import (
+    RepeatedAugmented,
+    SegmentationScores,
+    build_deeplab,
+    evaluate,
+    train_segmentation,
+)
+from handsoff_stream.errors import CheckpointError
+from handsoff_stream.preview import preview_sheet
+from handsoff_stream.progress import progress_bar
+from handsoff_stream.stream import HandsOffStream
+
+NUM_LABELLED = 16
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What both trainings get."""
+
+    steps: int
+    backbone: str
+    batch_size: int = 8
+    lr: float = 1e-3
+    """Of Adam, at its highest; it falls to zero along a half cosine."""
+    warmup: int = 0
+    """Steps over which it first rises."""
+
+
+def default_budget(device: torch.device) -> Budget:
+    """Two CPU cores end the demo within six minutes; a GPU affords the paper's network."""
+    if device.type == "cuda":
+        return Budget(steps=4000, backbone="resnet101", warmup=100)
+    return Budget(steps=300, backbone="resnet18", lr=3e-3, warmup=20)
+
+
+def run_demo(
+    out: Path,
+    *,
+    steps: int | None = None,
+    backbone: str | None = None,
+    test_images: int = 200,
+    seed: int = 0,
+    device: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Preview, train twice, compare; writes `out`/preview.png and `out`/result.json and returns the latter."""
+    console = console or Console()
+    started = time.perf_counter()
+    chosen = resolve_device(device)
+    default = default_budget(chosen)
+    budget = replace(default, steps=steps or default.steps, backbone=backbone or default.backbone)
+    out.mkdir(parents=True, exist_ok=True)
+
+    checkpoint = load_checkpoint("faces")
+    size = checkpoint.size[0]
+    preview_sheet(checkpoint, out / "preview.png", num=16, seed=seed, device=chosen)
+    console.print(f"[bold]faces[/bold]: fitted on {NUM_LABELLED} labelled images; see {out}/preview.png")
+
+    stream = HandsOffStream(checkpoint, seed=seed, device=chosen)
+    test = RenderedFaces("test", num_images=test_images, size=size)
+    console.print(f"\n[bold]1.[/bold] {budget.steps} steps on pairs synthesised and labelled while the network trains")
+    on_stream, stream_report = _train_and_score(budget, stream, test, seed, chosen, console)
+    rejected = stream.rejected / (stream.accepted + stream.rejected)
+    console.print(
+        f"    {stream.accepted} pairs used once each, {rejected:.1%} rejected as too uncertain, "
+        f"{stream_report['waiting_share']:.0%} of the time spent waiting for pairs"
+    )
+
+    console.print(f"\n[bold]2.[/bold] {budget.steps} steps on the {NUM_LABELLED} labelled images, augmented")
+    views = RepeatedAugmented(
+        labelled_faces(NUM_LABELLED, size=size), length=budget.steps * budget.batch_size, seed=seed
+    )
+    on_labelled, labelled_report = _train_and_score(budget, views, test, seed, chosen, console)
+
+    console.print(comparison(on_stream, on_labelled, f"IoU on {test_images} held-out renders"))
+    result: dict[str, Any] = {
+        "stream": {**on_stream.record(), **stream_report, "rejected": rejected, "accepted": stream.accepted},
+        "labelled_images": {**on_labelled.record(), **labelled_report},
+        "budget": {**vars(budget), "seed": seed, "device": str(chosen)},
+        "seconds": time.perf_counter() - started,
+    }
+    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    console.print(f"{result['seconds'] / 60:.1f} minutes; all numbers are of this run and in {out}/result.json")
+    return result
+
+
+def _train_and_score(
+    budget: Budget, data: Any, test: RenderedFaces, seed: int, device: torch.device, console: Console
+) -> tuple[SegmentationScores, dict[str, float]]:
+    model = build_deeplab(len(CLASS_NAMES), backbone=budget.backbone, seed=seed)
+    report = train_with_bar(model, DataLoader(data, batch_size=budget.batch_size), budget, device, console)
+    return evaluate(model, test, CLASS_NAMES, device=device), report
+
+
+def train_with_bar(
+    model: nn.Module, batches: Iterable[Any], budget: Budget, device: torch.device, console: Console
+) -> dict[str, float]:
+    """`train_segmentation` with a progress bar; returns where the time went."""
+    with progress_bar("    training", budget.steps, console=console) as update:
+        report = train_segmentation(
+            model,
+            batches,
+            steps=budget.steps,
+            lr=budget.lr,
+            schedule="cosine",
+            warmup=budget.warmup,
+            device=device,
+            progress=lambda step, loss: update(step, f"loss {loss:.3f}"),
+        )
+    return {
+        "train_seconds": report.seconds,
+        "images_per_s": report.images_per_second,
+        "waiting_share": report.seconds_waiting / report.seconds,
+        "final_loss": report.losses[-1],
+    }
+
+
+def comparison(on_stream: SegmentationScores, on_labelled: SegmentationScores, title: str) -> Table:
+    """Both networks side by side, in percent."""
+    table = Table("class", "stream", f"{NUM_LABELLED} images", "difference", title=title, show_footer=True)
+    rows = zip(on_stream.class_names, on_stream.iou_per_class, on_labelled.iou_per_class, strict=True)
+    for name, *values in rows:
+        table.add_row(name, *_percentages(*values))
+    footers = ["mean", *_percentages(on_stream.miou, on_labelled.miou)]
+    for column, footer in zip(table.columns, footers, strict=True):
+        column.footer = footer
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _percentages(stream: float, labelled: float) -> list[str]:
+    return [f"{100 * stream:.1f}", f"{100 * labelled:.1f}", f"{100 * (stream - labelled):+.1f}"]
+
+
+def train_on_stream(
+    checkpoint: str,
+    out: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    backbone: str,
+    lr: float,
+    test_folders: tuple[Path, Path] | None,
+    seed: int,
+    device: str | None,
+    console: Console,
+) -> None:
+    """Train DeepLabV3 on a checkpoint's stream, save its state dict, and score it if there is something to score on.
+
+    Raises:
+        CheckpointError: the checkpoint has no segmentation head.
+        LabelledImagesError: test folders that do not fit.
+    """
+    chosen = resolve_device(device)
+    loaded = load_checkpoint(checkpoint)
+    names = next((h.task.class_names for h in loaded.heads.values() if hasattr(h.task, "class_names")), None)
+    if names is None:
+        raise CheckpointError(f"{checkpoint}: no segmentation head, so there are no masks to train DeepLabV3 on")
+    test: Any = None
+    if test_folders is not None:
+        folder = LabelledFolder(*test_folders, num_classes=len(names))
+        test = DataLoader([(image, mask) for _, image, mask in folder], batch_size=1)  # type: ignore[arg-type]
+    elif checkpoint == "faces":
+        test = RenderedFaces("test", num_images=200, size=loaded.size[0])
+    stream = HandsOffStream(loaded, seed=seed, device=chosen)
+    model = build_deeplab(len(names), backbone=backbone, seed=seed)
+    budget = Budget(steps, backbone, batch_size, lr, warmup=min(100, steps // 10))
+    train_with_bar(model, DataLoader(stream, batch_size=batch_size), budget, chosen, console)
+    partial = out.with_name(out.name + ".partial")
+    torch.save(model.state_dict(), partial)
+    partial.replace(out)
+    console.print(f"wrote {out}; {stream.rejected} of {stream.accepted + stream.rejected} samples were rejected")
+    if test is not None:
+        console.print(evaluate(model, test, names, device=chosen).table("IoU on test images"))

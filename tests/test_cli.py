@@ -1,0 +1,166 @@
+"""The command line as a user meets it: real processes, plain sentences, exit codes, no tracebacks."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_checkpoint
+from PIL import Image
+from typer.testing import CliRunner
+
+from handsoff_stream.checkpoint import load_checkpoint, save_checkpoint
+from handsoff_stream.cli import app
+from handsoff_stream.datasets.rendered_faces import RenderedFaces
+
+VERBS = ("demo", "export", "fit", "inspect", "invert", "preview", "train")
+
+
+def run(*arguments) -> tuple[int, str]:
+    """Exit code, and what was printed to stdout and stderr."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_the_installed_command_runs_as_a_process():
+    done = subprocess.run([sys.executable, "-m", "handsoff_stream.cli", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for verb in VERBS:
+        assert verb in done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb):
+    code, text = run(verb, "--help")
+    assert code == 0
+    assert f"Example: handsoff-stream {verb}" in text
+
+
+def test_a_users_mistake_is_one_sentence_without_a_traceback_and_exit_code_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "handsoff_stream.cli", "inspect", str(tmp_path / "missing.pt")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("handsoff-stream: ") and "no such file" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_inspect_prints_the_geometry_of_a_checkpoint_and_of_a_published_file(checkpoint_path):
+    code, text = run("inspect", checkpoint_path)
+    assert code == 0
+    for part in ("stylegan2, 16 x 16", "z 8, w 8, 6 style inputs", "30 channels from 6 maps", "3 members", "hair"):
+        assert part in text
+    code, text = run("inspect", "tests/data/rosinality_32.pt")
+    assert code == 0 and "stylegan2, 32 x 32" in text and "rosinality" in text
+
+
+def test_preview_writes_a_picture(checkpoint_path, tmp_path):
+    code, text = run("preview", checkpoint_path, tmp_path / "sheet.png", "--num", 4)
+    assert code == 0 and "wrote" in text
+    assert Image.open(tmp_path / "sheet.png").size[0] > 100
+
+
+def test_export_writes_shards_and_refuses_another_seed_in_the_same_folder(checkpoint_path, tmp_path):
+    arguments = ("export", checkpoint_path, tmp_path, "--num", 6, "--shard-size", 4, "--device", "cpu")
+    assert run(*arguments)[0] == 0
+    assert len(list(tmp_path.glob("*.tar"))) == 2
+    code, text = run(*arguments, "--seed", 1)
+    assert code == 2 and "saved with seed=0" in text
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Four 16x16 renders with masks in three classes, and a generator of that size, as files."""
+    folder = tmp_path_factory.mktemp("labelled")
+    (folder / "images").mkdir()
+    (folder / "masks").mkdir()
+    faces = RenderedFaces("train", num_images=4, size=16)
+    for i in range(4):
+        face = faces.scene(i)
+        Image.fromarray(face.image).save(folder / "images" / f"{i}.png")
+        Image.fromarray(np.minimum(face.mask, 2)).save(folder / "masks" / f"{i}.png")
+    save_checkpoint(folder / "generator.safetensors", make_checkpoint(seed=3))
+    return folder
+
+
+def fit_arguments(labelled, out, **changes):
+    options = {
+        "images": labelled / "images",
+        "labels": labelled / "masks",
+        "classes": "background,skin,rest",
+        "out": out,
+        "steps": 2,
+        "epochs": 1,
+        "device": "cpu",
+        **changes,
+    }
+    return ["fit", labelled / "generator.safetensors", *(x for k, v in options.items() for x in (f"--{k}", v))]
+
+
+@pytest.mark.filterwarnings("ignore:LPIPS has no trained backbone")
+def test_fit_goes_from_folders_to_a_checkpoint_that_streams(labelled, tmp_path):
+    out = tmp_path / "mine.safetensors"
+    code, text = run(*fit_arguments(labelled, out))
+    assert code == 0 and "accuracy on held-out pixels of the labelled images" in text
+    fitted = load_checkpoint(out)
+    assert fitted.heads["segmentation"].task.class_names == ("background", "skin", "rest")
+    assert len(fitted.calibration.scores["top10_mean"]) == 2000
+    assert len(list((tmp_path / "mine.latents").iterdir())) == 4
+    assert set(fitted.provenance["sources"]) >= {"images/0.png", "masks/0.png", "masks/3.png"}
+
+
+@pytest.mark.filterwarnings("ignore:LPIPS has no trained backbone")
+def test_invert_reports_each_image_and_continues(labelled, tmp_path):
+    arguments = (
+        "invert", labelled / "generator.safetensors", labelled / "images", tmp_path, "--steps", 2, "--device", "cpu",
+    )  # fmt: skip
+    code, text = run(*arguments)
+    assert code == 0 and "PSNR" in text
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    assert len(before) == 4
+    assert run(*arguments)[0] == 0
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
+
+
+def test_every_problem_of_a_labelled_set_is_reported_before_any_work(labelled, tmp_path):
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    images.mkdir()
+    masks.mkdir()
+    Image.new("RGB", (16, 16)).save(images / "a.png")
+    Image.new("L", (8, 8)).save(masks / "a.png")
+    Image.new("RGB", (16, 16)).save(images / "b.png")
+    Image.new("L", (16, 16), 7).save(masks / "b.png")
+    (images / "c.png").write_text("not an image")
+    Image.new("L", (16, 16)).save(masks / "c.png")
+    code, text = run(*fit_arguments(labelled, tmp_path / "out.safetensors", images=images, labels=masks))
+    assert code == 2
+    for part in ("a.png", "8 x 8", "ids [7]", "c.png: cannot be read"):
+        assert part in text
+    assert not (tmp_path / "out.safetensors").exists() and not (tmp_path / "out.latents").exists()
+
+
+def test_zero_labelled_images_are_refused(labelled, tmp_path):
+    (tmp_path / "empty").mkdir()
+    empty = {"images": tmp_path / "empty", "labels": tmp_path / "empty"}
+    code, text = run(*fit_arguments(labelled, tmp_path / "out.safetensors", **empty))
+    assert code == 2 and "no labelled image; one is needed" in text
+
+
+def test_train_saves_a_state_dict_and_scores_it(checkpoint_path, labelled, tmp_path):
+    out = tmp_path / "deeplab.pt"
+    code, text = run(
+        "train", checkpoint_path, out, "--steps", 2, "--batch-size", 2, "--device", "cpu",
+        "--test-images", labelled / "images", "--test-labels", labelled / "masks",
+    )  # fmt: skip
+    assert code == 0 and "IoU on test images" in text
+    assert all(isinstance(v, torch.Tensor) for v in torch.load(out, weights_only=True).values())
+
+
+def test_an_unknown_option_names_itself(checkpoint_path, tmp_path):
+    code, text = run("preview", checkpoint_path, tmp_path / "x.png", "--trunkation", "0.5")
+    assert code == 2 and "--trunkation" in text
