@@ -1,0 +1,137 @@
+"""How far generated faces are from rendered ones, and how often they wear glasses or a hat.
+
+    python benchmarks/generator.py --images 2000
+
+Distance: the Fréchet distance of torchmetrics (Heusel et al., NeurIPS 2017, equation 6) between features of real and of
+generated images. The usual Inception weights cannot be had offline and know nothing of rendered faces, so the features
+are those of a judge trained here and now: a small DeepLabV3 learns to segment fresh renders, and its backbone's maps,
+averaged over the image, are the features (256 numbers). Distances therefore compare generators of this domain with each
+other, not with published FIDs; the distance between two disjoint sets of renders is given as the floor.
+
+Attributes: the share of images in which the judge sees at least `MIN_PIXELS` pixels of a class, on generated and on
+real images, next to the true share of the real ones. Last line of stdout: the result as JSON.
+"""
+
+import argparse
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from common import write_result
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from handsoff_stream import load_checkpoint
+from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
+from handsoff_stream.downstream import build_deeplab, evaluate, train_segmentation
+from handsoff_stream.progress import progress_bar
+from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer
+
+MIN_PIXELS = 20
+LONG_TAIL = ("glasses", "hat")
+BATCH = 16
+
+
+class BackboneFeatures(nn.Module):
+    """Images [B, 3, H, W] in [0, 1] => [B, 256]: the judge's deepest maps, averaged over the image."""
+
+    num_features = 256
+
+    def __init__(self, judge: Any):
+        super().__init__()
+        self.judge = judge
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        normalised = (images_BCHW - self.judge.mean) / self.judge.std
+        maps: Tensor = self.judge.network.backbone(normalised)["out"]
+        return maps.mean(dim=(2, 3))
+
+
+def train_judge(size: int, steps: int, device: torch.device) -> nn.Module:
+    """A DeepLabV3 that has seen `8 * steps` fresh renders of the validation split, glasses and hats at one third."""
+    faces = RenderedFaces("validation", num_images=8 * steps, size=size, glasses=1 / 3, hat=1 / 3)
+    judge = build_deeplab(len(CLASS_NAMES), backbone="resnet18")
+    with progress_bar("training the judge", steps) as update:
+        train_segmentation(
+            judge,
+            DataLoader(faces, batch_size=8),
+            steps=steps,
+            lr=3e-3,
+            schedule="cosine",
+            warmup=20,
+            device=device,
+            dtype=torch.bfloat16,
+            progress=lambda step, loss: update(step, f"loss {loss:.3f}"),
+        )
+    return judge.eval()
+
+
+def generated(synthesizer: Synthesizer, count: int) -> Iterator[Tensor]:
+    for start in range(0, count, BATCH):
+        yield synthesizer.generate(range(start, min(start + BATCH, count)))[0]
+
+
+def rendered(split: str, size: int, count: int, device: torch.device) -> Iterator[Tensor]:
+    for images, _ in DataLoader(RenderedFaces(split, num_images=count, size=size), batch_size=BATCH):
+        yield images.to(device)
+
+
+@torch.inference_mode()
+def measure(batches: Iterator[Tensor], judge: Any, reference: FrechetInceptionDistance) -> dict[str, float]:
+    """Distance to the reference, and attribute shares, of one set of images."""
+    distance = copy.deepcopy(reference)
+    found = dict.fromkeys(LONG_TAIL, 0)
+    count = 0
+    for images in batches:
+        distance.update(images, real=False)
+        predicted = judge(images).argmax(dim=1)
+        for name in LONG_TAIL:
+            pixels = (predicted == CLASS_NAMES.index(name)).sum(dim=(1, 2))
+            found[name] += int((pixels >= MIN_PIXELS).sum())
+        count += len(images)
+    shares = {name: number / count for name, number in found.items()}
+    return {"distance": float(distance.compute()), **shares}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="faces")
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--judge-steps", type=int, default=300)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    device = torch.device(args.device)
+    checkpoint = load_checkpoint(args.checkpoint)
+    size = checkpoint.size[0]
+    torch.manual_seed(0)  # dropout of the judge's head
+    judge = train_judge(size, args.judge_steps, device)
+    scores = evaluate(judge, RenderedFaces("test", num_images=100, size=size), CLASS_NAMES, device=device)
+
+    reference = FrechetInceptionDistance(
+        feature=BackboneFeatures(judge), normalize=True, input_img_size=(3, size, size)
+    ).to(device)
+    for images in rendered("generator", size, args.images, device):
+        reference.update(images, real=True)
+
+    sets = {"other renders": rendered("test", size, args.images, device)}
+    for psi in (1.0, checkpoint.truncation):
+        synthesizer = Synthesizer(checkpoint, SynthesisOptions(truncation=psi), device)
+        sets[f"generated, psi {psi}"] = generated(synthesizer, args.images)
+    results = {name: measure(batches, judge, reference) for name, batches in sets.items()}
+
+    table = Table("images", "Fréchet distance", *(f"{name} seen" for name in LONG_TAIL))
+    for name, row in results.items():
+        table.add_row(name, f"{row['distance']:.3f}", *(f"{row[attribute]:.1%}" for attribute in LONG_TAIL))
+    Console().print(table)
+    training = checkpoint.provenance.get("generator_training", checkpoint.provenance)
+    record = {"arguments": vars(args), "judge_miou": scores.miou, "sets": results, "training": training}
+    write_result("generator", record)
+
+
+if __name__ == "__main__":
+    main()
