@@ -55,7 +55,7 @@ def default_budget(device: torch.device) -> Budget:
     """Two CPU cores end the demo within six minutes; a GPU affords the paper's network."""
     if device.type == "cuda":
         return Budget(steps=4000, backbone="resnet101", warmup=100)
-    return Budget(steps=300, backbone="resnet18", lr=3e-3, warmup=20)
+    return Budget(steps=200, backbone="resnet18", lr=3e-3, warmup=20)
 
 
 def run_demo(
