@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.generators import Generator
-from handsoff_stream.generators.checkpoints import native
+from handsoff_stream.generators.checkpoints import native, read_generator
 from handsoff_stream.label_generator import LabelGenerator
 from handsoff_stream.synthesizer import Head, SynthesisOptions
 from handsoff_stream.tasks import task_from_config
@@ -206,6 +207,28 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: heads or manifest cannot be used ({error}); write the file again") from error
+
+
+def import_generator(path: str | Path, *, average_latent: str | Path | None = None) -> Checkpoint:
+    """Checkpoint without heads of a published generator file; its provenance names the file and its sha256.
+
+    Args:
+        path, average_latent: see `generators.load_generator`.
+
+    Raises:
+        CheckpointError: a file that cannot be read, or one that is a handsoff_stream checkpoint already.
+    """
+    path = Path(path)
+    read = read_generator(path, average_latent=average_latent)
+    if native.is_safetensors(path):
+        raise CheckpointError(f"{path}: is a handsoff_stream checkpoint already; there is nothing to convert")
+    files = [path] if average_latent is None else [path, Path(average_latent)]
+    provenance = {
+        "sources": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+        "source_format": read.source,
+        "versions": {"handsoff_stream": version("handsoff_stream"), "torch": torch.__version__},
+    }
+    return Checkpoint(read.generator, provenance=provenance)
 
 
 def _load_head(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Head:

@@ -63,6 +63,21 @@ def inspect(checkpoint: CheckpointArgument) -> None:
     console.print(table)
 
 
+@app.command(epilog="Example: `handsoff-stream convert stylegan2-ffhq-config-f.pt ffhq.safetensors`")
+@plain_errors
+def convert(
+    generator: Annotated[Path, typer.Argument(help="Published generator file: .pt, .pth or .pkl.")],
+    out: Annotated[Path, typer.Argument(help="Checkpoint to write, .safetensors.")],
+    average_latent: Annotated[Path | None, typer.Option(help=".npy file, where the generator stores none.")] = None,
+    half: Annotated[bool, typer.Option(help="Store weights as float16.")] = False,
+) -> None:
+    """Rewrite a published generator as a checkpoint, which nothing but numbers fits into."""
+    from handsoff_stream.checkpoint import import_generator, save_checkpoint
+
+    save_checkpoint(out, import_generator(generator, average_latent=average_latent), half=half)
+    console.print(f"wrote {out}")
+
+
 @app.command(epilog="Example: `handsoff-stream preview faces sheet.png --num 24 --seed 7`")
 @plain_errors
 def preview(

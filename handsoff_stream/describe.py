@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from handsoff_stream.checkpoint import Checkpoint, load_checkpoint, resolve
-from handsoff_stream.generators import Generator, load_generator
-from handsoff_stream.generators.checkpoints import native
+from handsoff_stream.generators import Generator
+from handsoff_stream.generators.checkpoints import native, read_generator
 
 
 def describe(name_or_path: str | Path) -> dict[str, str]:
@@ -21,13 +21,13 @@ def describe(name_or_path: str | Path) -> dict[str, str]:
     try:
         path = resolve(name_or_path)
     except ValueError:
-        path = Path(name_or_path)  # load_generator then says what is wrong
+        path = Path(name_or_path)  # read_generator then says what is wrong
     if path.is_file() and native.is_safetensors(path):
         checkpoint = load_checkpoint(path)
         facts = {"file": _file(path, "handsoff_stream checkpoint"), **_generator(checkpoint.generator)}
         return facts | _checkpoint(checkpoint)
-    generator = load_generator(path)
-    return {"file": _file(path, "rosinality/stylegan2-pytorch"), **_generator(generator)}
+    read = read_generator(path)
+    return {"file": _file(path, read.source), **_generator(read.generator)}
 
 
 def _file(path: Path, kind: str) -> str:
@@ -38,9 +38,10 @@ def _generator(generator: Generator) -> dict[str, str]:
     height, width = generator.resolution
     parameters = sum(p.numel() for p in generator.parameters())
     channels = generator.feature_channels
+    condition = f"conditional on {generator.label_dim} numbers" if generator.label_dim else "unconditional"
     return {
         "generator": f"{generator.family}, {height} x {width} (height x width), {parameters / 1e6:.2f} M parameters",
-        "latents": f"z {generator.z_dim}, w {generator.w_dim}, {generator.num_ws} style inputs, unconditional",
+        "latents": f"z {generator.z_dim}, w {generator.w_dim}, {generator.num_ws} style inputs, {condition}",
         "hypercolumn": f"{sum(channels)} channels from {len(channels)} maps: {' '.join(map(str, channels))}",
     }
 

@@ -44,7 +44,9 @@ class HandsOffStream(IterableDataset[Any]):
 
     `stream[i]` regenerates sample i, rejected or not. `state_dict()` is small, JSON-able, and counts what was handed
     out, not what was prefetched. Ranks and DataLoader workers share the indices without overlap; samples have the
-    same bits for any batch size, rank or worker count on the same kind of device.
+    same bits for any batch size, rank or worker count on the same kind of device. On a CPU that needs the same number
+    of intra-op threads as well: oneDNN may add in another order for another number, which moves a pixel here and there
+    by one 8-bit level. DataLoader workers have one thread; one and two have been seen to agree.
 
     Args:
         checkpoint: name of a checkpoint that ships ("faces"), path of a `.safetensors`, or a loaded `Checkpoint`.

@@ -92,6 +92,8 @@ class Synthesizer:
         self._folded = {name: self._fold(head.label_generator) for name, head in checkpoint.heads.items()}
 
     def _fold(self, label_generator: LabelGenerator) -> FoldedLabelGenerator:
+        if not self.generator.constant_input:
+            return label_generator.to(self.device).fold()
         w_plus = self.generator.truncate(self.generator.w_avg[None], 0.0)
         with torch.no_grad():
             constant_map = self.generator.synthesis(w_plus).features.maps[0][0]

@@ -14,7 +14,7 @@ from handsoff_stream.checkpoint import load_checkpoint, save_checkpoint
 from handsoff_stream.cli import app
 from handsoff_stream.datasets.rendered_faces import RenderedFaces
 
-VERBS = ("demo", "export", "fit", "inspect", "invert", "preview", "train")
+VERBS = ("convert", "demo", "export", "fit", "inspect", "invert", "preview", "train")
 
 
 def run(*arguments) -> tuple[int, str]:

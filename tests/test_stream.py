@@ -15,8 +15,12 @@ from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.checkpoint import Checkpoint
 from handsoff_stream.errors import CheckpointError, StreamError
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
+from handsoff_stream.generators import StyleGAN2
+from handsoff_stream.label_generator import LabelGenerator
 from handsoff_stream.shard import Shard
 from handsoff_stream.stream import EPOCH_STRIDE, HandsOffStream
+from handsoff_stream.synthesizer import Head, SynthesisOptions, Synthesizer
+from handsoff_stream.tasks import Segmentation
 
 
 class FakeSynthesizer:
@@ -160,6 +164,24 @@ def test_random_noise_belongs_to_the_index(checkpoint):
     assert_same(take(stream, 9)[7], stream[7])
     plain = HandsOffStream(checkpoint, device="cpu", filter=None)
     assert not torch.equal(stream[7][0], plain[7][0])
+
+
+def test_one_thread_and_two_give_the_same_samples():
+    """A DataLoader worker has one thread. (For more threads oneDNN may split sums, see the stream's docstring.)"""
+    torch.manual_seed(0)
+    generator = StyleGAN2(channels=(96, 96, 64, 48, 24), z_dim=32, w_dim=32, mapping_layers=3).eval()
+    ensemble = LabelGenerator(generator.feature_channels, hidden=(64, 32), num_outputs=8, members=6).eval()
+    head = Head(Segmentation([f"class {i}" for i in range(8)], [(i, i, i) for i in range(8)]), ensemble)
+    synthesizer = Synthesizer(Checkpoint(generator, {"parts": head}), SynthesisOptions(), torch.device("cpu"))
+    before = torch.get_num_threads()
+    batches = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            batches.append(synthesizer(range(8, 12)))
+    finally:
+        torch.set_num_threads(before)
+    assert_same(batches[0], batches[1])
 
 
 def test_the_global_random_state_is_left_alone(checkpoint):

@@ -36,6 +36,8 @@ class Generator(nn.Module, ABC):
     """
 
     family: ClassVar[str]
+    constant_input: ClassVar[bool] = True
+    """Whether the first feature map is the same for every latent, as StyleGAN2's learned constant is."""
     w_avg: Tensor
     """float32 [D], the centre of truncation."""
 
@@ -60,6 +62,11 @@ class Generator(nn.Module, ABC):
         """Size of w."""
 
     @property
+    def label_dim(self) -> int:
+        """Size of the class condition that `mapping` needs; 0 for an unconditional generator."""
+        return 0
+
+    @property
     @abstractmethod
     def feature_channels(self) -> tuple[int, ...]:
         """Channels of each map of the pyramid; their sum is the size C of a hypercolumn."""
@@ -79,7 +86,8 @@ class Generator(nn.Module, ABC):
 
         Args:
             z_BD: float32 [B, z_dim], standard normal.
-            label: class condition of a conditional generator; unconditional ones refuse it.
+            label: float32 [B, label_dim], the class condition of a conditional generator; unconditional ones
+                refuse it.
 
         Returns:
             float32 [B, w_dim], before truncation.

@@ -1,10 +1,10 @@
-"""StyleGAN2 in plain PyTorch operations: nothing is compiled at install or first use.
+"""The StyleGAN2 generator: mapping network, synthesis network, feature maps.
 
-From the papers' text: StyleGAN2 (Karras et al., CVPR 2020; "SG2" below), StyleGAN (Karras et al., CVPR 2019; "SG1").
-Knows the skip architecture, constants of any shape and any channel table. Does not know file formats, labels, or
-training losses.
+From the paper's text: StyleGAN2 (Karras et al., CVPR 2020; "SG2" below), with the conditional mapping of its official
+code. Knows skip, residual and plain architectures, constants of any shape and any channel table. Does not know file
+formats, labels of pixels, or training losses.
 
-Shape letters: B batch, I input channels, O output channels, H W map size, D latent size, L number of style inputs.
+Shape letters: B batch, D latent size, L number of style inputs.
 """
 
 import math
@@ -17,135 +17,29 @@ from torch import Tensor, nn
 
 from handsoff_stream.features import FeaturePyramid
 from handsoff_stream.generators.base import Generator, Noise, Synthesis
+from handsoff_stream.generators.layers import (
+    LEAKY_GAIN,
+    LEAKY_SLOPE,
+    EqualizedLinear,
+    ResidualProjection,
+    StyleLayer,
+    ToRGB,
+    choose_noise,
+    fir_kernel,
+    normal,
+    normalize,
+    upsample,
+)
 
-FIR_TAPS = (1.0, 3.0, 3.0, 1.0)
-LEAKY_SLOPE = 0.2
-LEAKY_GAIN = math.sqrt(2.0)  # keeps unit variance through a leaky ReLU
-EPSILON = 1e-8
-
-
-def fir_kernel(gain: float = 1.0) -> Tensor:
-    """Separable low-pass filter [1, 3, 3, 1] that follows every zero-insertion (SG2, appendix B); sums to `gain`."""
-    taps = torch.tensor(FIR_TAPS)
-    kernel = torch.outer(taps, taps)
-    return kernel * (gain / kernel.sum())
-
-
-def filter_fir(x_BCHW: Tensor, kernel: Tensor, pad: tuple[int, int], stride: int = 1) -> Tensor:
-    """Every channel through the same FIR kernel, `pad` zeros before and after on both axes."""
-    channels = x_BCHW.shape[1]
-    weight = kernel.to(x_BCHW.dtype).expand(channels, 1, -1, -1)
-    if pad[0] != pad[1]:
-        return F.conv2d(F.pad(x_BCHW, (*pad, *pad)), weight, stride=stride, groups=channels)
-    return F.conv2d(x_BCHW, weight, padding=pad[0], stride=stride, groups=channels)
-
-
-def upsample(x_BCHW: Tensor, kernel: Tensor) -> Tensor:
-    """Filtered 2x up-sampling of the skip image: zero-insertion, then FIR with gain 4."""
-    b, c, h, w = x_BCHW.shape
-    spread = x_BCHW.new_zeros(b, c, 2 * h, 2 * w)
-    spread[:, :, ::2, ::2] = x_BCHW
-    return filter_fir(spread, kernel, pad=(2, 1))
-
-
-def activate(x_BCHW: Tensor, bias_C: Tensor, clamp: float | None) -> Tensor:
-    """Bias, leaky ReLU with unit-variance gain, optional clamp."""
-    shape = [1, -1] + [1] * (x_BCHW.ndim - 2)
-    out = F.leaky_relu(x_BCHW + bias_C.to(x_BCHW.dtype).view(shape), LEAKY_SLOPE).mul(LEAKY_GAIN)
-    return out if clamp is None else out.clamp(-clamp, clamp)
-
-
-class EqualizedLinear(nn.Module):
-    """Linear layer with run-time weight scale 1/sqrt(fan_in), "equalized learning rate" (SG1, appendix C)."""
-
-    def __init__(self, in_features: int, out_features: int, *, bias_init: float = 0.0, lr_multiplier: float = 1.0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
-        self.bias = nn.Parameter(torch.full((out_features,), bias_init / lr_multiplier))
-        self.weight_gain = lr_multiplier / math.sqrt(in_features)
-        self.bias_gain = lr_multiplier
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
-
-
-class ModulatedConv(nn.Module):
-    """Convolution whose input channels are scaled by a style and whose output is demodulated (SG2, equations 1-3).
-
-    Scaling the activations instead of the weights is the same product and lets a whole batch share one dense
-    convolution: conv(x, W * s) * d == conv(x * s, W) * d, with d = rsqrt(sum (W * s)^2 + eps).
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, w_dim: int, *, kernel_size: int, up: bool, demodulate: bool
-    ):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
-        self.affine = EqualizedLinear(w_dim, in_channels, bias_init=1.0)
-        self.weight_gain = 1.0 / math.sqrt(in_channels * kernel_size**2)
-        self.up = up
-        self.demodulate = demodulate
-        self.register_buffer("kernel", fir_kernel(gain=4.0), persistent=False)
-
-    def forward(self, x_BIHW: Tensor, w_BD: Tensor) -> Tensor:
-        style_BI = self.affine(w_BD)
-        weight_OIkk = self.weight * self.weight_gain
-        x_BIHW = x_BIHW * style_BI.to(x_BIHW.dtype)[:, :, None, None]
-        if self.up:
-            out = F.conv_transpose2d(x_BIHW, weight_OIkk.transpose(0, 1).to(x_BIHW.dtype), stride=2)
-            out = filter_fir(out, self.get_buffer("kernel"), pad=(1, 1))
-        else:
-            out = F.conv2d(x_BIHW, weight_OIkk.to(x_BIHW.dtype), padding=weight_OIkk.shape[-1] // 2)
-        if not self.demodulate:
-            return out
-        energy_BO = style_BI.square() @ weight_OIkk.square().sum(dim=(2, 3)).T
-        return out * (energy_BO + EPSILON).rsqrt().to(out.dtype)[:, :, None, None]
-
-
-class StyleLayer(nn.Module):
-    """Modulated 3x3 convolution, scaled noise, bias, activation (SG2, figure 2c). Its output is a feature map."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        w_dim: int,
-        *,
-        up: bool,
-        size: tuple[int, int],
-        clamp: float | None,
-    ):
-        super().__init__()
-        self.conv = ModulatedConv(in_channels, out_channels, w_dim, kernel_size=3, up=up, demodulate=True)
-        self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.noise_strength = nn.Parameter(torch.zeros([]))
-        self.clamp = clamp
-        self.size = size
-        self.register_buffer("noise_const", torch.randn(1, 1, *size))
-
-    def forward(self, x_BIHW: Tensor, w_BD: Tensor, noise: Tensor | None) -> Tensor:
-        out = self.conv(x_BIHW, w_BD)
-        if noise is not None:
-            out = out + (noise * self.noise_strength).to(out.dtype)
-        return activate(out, self.bias, self.clamp)
-
-
-class ToRGB(nn.Module):
-    """1x1 modulated convolution without demodulation, to image channels, added to the skip image (SG2, figure 7b)."""
-
-    def __init__(self, in_channels: int, image_channels: int, w_dim: int, *, clamp: float | None):
-        super().__init__()
-        self.conv = ModulatedConv(in_channels, image_channels, w_dim, kernel_size=1, up=False, demodulate=False)
-        self.bias = nn.Parameter(torch.zeros(image_channels))
-        self.clamp = clamp
-
-    def forward(self, x_BIHW: Tensor, w_BD: Tensor) -> Tensor:
-        out = self.conv(x_BIHW, w_BD) + self.bias.to(x_BIHW.dtype)[:, None, None]
-        return (out if self.clamp is None else out.clamp(-self.clamp, self.clamp)).float()
+ARCHITECTURES = ("skip", "resnet", "orig")
 
 
 class SynthesisBlock(nn.Module):
-    """All layers of one resolution: `up` (absent at the constant), `conv`, `to_rgb`."""
+    """All layers of one resolution: `up` (absent at the constant), `conv`, `to_rgb`.
+
+    "skip": every block adds to the image. "resnet" and "orig": only the last one makes it; "resnet" adds a projection
+    of the block's input to its output, both scaled to keep unit variance (SG2, figure 7).
+    """
 
     def __init__(
         self,
@@ -156,14 +50,20 @@ class SynthesisBlock(nn.Module):
         size: tuple[int, int],
         clamp: float | None,
         image_channels: int,
+        architecture: str,
         first: bool,
+        last: bool,
     ):
         super().__init__()
+        residual = architecture == "resnet" and not first
+        gain = math.sqrt(0.5) if residual else 1.0
         self.up = None
         if not first:
             self.up = StyleLayer(in_channels, channels, w_dim, up=True, size=size, clamp=clamp)
-        self.conv = StyleLayer(channels, channels, w_dim, up=False, size=size, clamp=clamp)
-        self.to_rgb = ToRGB(channels, image_channels, w_dim, clamp=clamp)
+        self.conv = StyleLayer(channels, channels, w_dim, up=False, size=size, clamp=clamp, gain=gain)
+        self.skip = ResidualProjection(in_channels, channels, gain=gain) if residual else None
+        makes_image = last or architecture == "skip"
+        self.to_rgb = ToRGB(channels, image_channels, w_dim, clamp=clamp) if makes_image else None
 
     def style_layers(self) -> Iterator[StyleLayer]:
         """The layers that yield a feature map, in order."""
@@ -173,7 +73,7 @@ class SynthesisBlock(nn.Module):
 
 
 class StyleGAN2(Generator):
-    """StyleGAN2 generator, skip architecture.
+    """StyleGAN2 generator.
 
     Args:
         channels: channels per resolution, from the constant upwards; its length fixes the image size.
@@ -184,6 +84,10 @@ class StyleGAN2(Generator):
         mapping_lr_multiplier: learning-rate multiplier of the mapping network; scales its weights and biases.
         conv_clamp: clamp of every layer's output, None for none.
         image_channels: channels of the image.
+        architecture: "skip" (every published StyleGAN2 of the paper), "resnet" or "orig".
+        mapping_hidden: width of the inner layers of the mapping network; None means `w_dim`.
+        label_dim: size of the class condition, 0 for an unconditional generator.
+        label_features: size of the embedded class condition; None means `w_dim`.
 
     Raises:
         ValueError: a size that cannot be built.
@@ -202,14 +106,23 @@ class StyleGAN2(Generator):
         mapping_lr_multiplier: float = 0.01,
         conv_clamp: float | None = None,
         image_channels: int = 3,
+        architecture: str = "skip",
+        mapping_hidden: int | None = None,
+        label_dim: int = 0,
+        label_features: int | None = None,
     ):
         super().__init__()
-        sizes = (*channels, *constant_size, z_dim, w_dim, mapping_layers, image_channels)
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture={architecture!r} is unknown; pass one of {list(ARCHITECTURES)}")
+        hidden = w_dim if mapping_hidden is None else mapping_hidden
+        embedded = 0 if not label_dim else w_dim if label_features is None else label_features
+        sizes = (*channels, *constant_size, z_dim, w_dim, mapping_layers, image_channels, hidden, label_dim + 1)
         if len(channels) < 1 or len(constant_size) != 2 or min(sizes) < 1:
             raise ValueError(
                 f"channels={list(channels)}, constant_size={list(constant_size)}, z_dim={z_dim}, w_dim={w_dim}, "
-                f"mapping_layers={mapping_layers}, image_channels={image_channels} describe no generator; "
-                "every size must be a positive integer and constant_size a (height, width) pair"
+                f"mapping_layers={mapping_layers}, image_channels={image_channels}, mapping_hidden={hidden}, "
+                f"label_dim={label_dim} describe no generator; every size must be a positive integer and "
+                "constant_size a (height, width) pair"
             )
         self.channels = tuple(channels)
         self.constant_size = (constant_size[0], constant_size[1])
@@ -217,12 +130,16 @@ class StyleGAN2(Generator):
         self.mapping_lr_multiplier = mapping_lr_multiplier
         self.conv_clamp = conv_clamp
         self.image_channels = image_channels
+        self.architecture, self.mapping_hidden = architecture, hidden
+        self._label_dim, self.label_features = label_dim, embedded
 
+        self.label_embedding = EqualizedLinear(label_dim, embedded) if label_dim else None
+        widths = [z_dim + embedded, *[hidden] * (mapping_layers - 1), w_dim]
         self.mapping_network = nn.ModuleList(
-            EqualizedLinear(z_dim if i == 0 else w_dim, w_dim, lr_multiplier=mapping_lr_multiplier)
+            EqualizedLinear(widths[i], widths[i + 1], lr_multiplier=mapping_lr_multiplier)
             for i in range(mapping_layers)
         )
-        self.constant = nn.Parameter(torch.randn(channels[0], *self.constant_size))
+        self.constant = nn.Parameter(normal(channels[0], *self.constant_size))
         self.blocks = nn.ModuleList(
             SynthesisBlock(
                 channels[max(i - 1, 0)],
@@ -231,7 +148,9 @@ class StyleGAN2(Generator):
                 size=(self.constant_size[0] << i, self.constant_size[1] << i),
                 clamp=conv_clamp,
                 image_channels=image_channels,
+                architecture=architecture,
                 first=i == 0,
+                last=i == len(channels) - 1,
             )
             for i in range(len(channels))
         )
@@ -256,6 +175,10 @@ class StyleGAN2(Generator):
         return self._w_dim
 
     @property
+    def label_dim(self) -> int:
+        return self._label_dim
+
+    @property
     def feature_channels(self) -> tuple[int, ...]:
         first, *rest = self.channels
         return (first, first, *(c for channels in rest for c in (channels, channels)))
@@ -265,6 +188,14 @@ class StyleGAN2(Generator):
         return tuple(layer.size for layer in self._style_layers())
 
     def config(self) -> dict[str, Any]:
+        # Only what departs from the usual generator is added, so that checkpoints of it keep their fingerprint.
+        unusual: dict[str, Any] = {}
+        if self.architecture != "skip":
+            unusual["architecture"] = self.architecture
+        if self.mapping_hidden != self.w_dim:
+            unusual["mapping_hidden"] = self.mapping_hidden
+        if self.label_dim:
+            unusual |= {"label_dim": self.label_dim, "label_features": self.label_features}
         return {
             "channels": list(self.channels),
             "constant_size": list(self.constant_size),
@@ -274,12 +205,20 @@ class StyleGAN2(Generator):
             "mapping_lr_multiplier": self.mapping_lr_multiplier,
             "conv_clamp": self.conv_clamp,
             "image_channels": self.image_channels,
+            **unusual,
         }
 
     def mapping(self, z_BD: Tensor, label: Tensor | None = None) -> Tensor:
-        if label is not None:
+        x = normalize(z_BD)
+        if self.label_embedding is not None:
+            if label is None or label.shape != (len(z_BD), self.label_dim):
+                raise ValueError(
+                    f"label is {None if label is None else list(label.shape)}, this generator is conditional: pass "
+                    f"float32 [{len(z_BD)}, {self.label_dim}], one-hot for classes"
+                )
+            x = torch.cat([x, normalize(self.label_embedding(label))], dim=1)
+        elif label is not None:
             raise ValueError("a label was given to an unconditional generator; call mapping(z) without one")
-        x = z_BD * (z_BD.square().mean(dim=1, keepdim=True) + EPSILON).rsqrt()
         for layer in self.mapping_network:
             x = F.leaky_relu(layer(x), LEAKY_SLOPE) * LEAKY_GAIN
         return x
@@ -291,7 +230,7 @@ class StyleGAN2(Generator):
                 "use truncate(w) to broadcast a single w"
             )
         ws = w_plus_BLD.unbind(1)
-        maps = self._noise_maps(noise)
+        maps = choose_noise(noise, [layer.get_buffer("noise_const") for layer in self._style_layers()])
         x = self.constant.to(dtype or self.constant.dtype).expand(len(w_plus_BLD), -1, -1, -1)
         features = [x]
         image: Tensor | None = None
@@ -299,12 +238,16 @@ class StyleGAN2(Generator):
         index = 0
         for block in self.blocks:
             assert isinstance(block, SynthesisBlock)
+            block_input = x
             for layer in block.style_layers():
                 x = layer(x, ws[index], maps[index])
                 features.append(x)
                 index += 1
-            rgb = block.to_rgb(x, ws[index])
-            image = rgb if image is None else upsample(image, self.get_buffer("kernel")) + rgb
+            if block.skip is not None:
+                x = block.skip(block_input) + x
+            if block.to_rgb is not None:
+                rgb = block.to_rgb(x, ws[index])
+                image = rgb if image is None else upsample(image, self.get_buffer("kernel")) + rgb
         assert image is not None
         return Synthesis(image, FeaturePyramid(tuple(features)))
 
@@ -312,17 +255,3 @@ class StyleGAN2(Generator):
         for block in self.blocks:
             assert isinstance(block, SynthesisBlock)
             yield from block.style_layers()
-
-    def _noise_maps(self, noise: Noise) -> Sequence[Tensor | None]:
-        layers = list(self._style_layers())
-        if noise == "const":
-            return [layer.get_buffer("noise_const") for layer in layers]
-        if noise == "none":
-            return [None] * len(layers)
-        if isinstance(noise, str) or [tuple(n.shape[2:]) for n in noise] != [layer.size for layer in layers]:
-            came = noise if isinstance(noise, str) else [list(n.shape) for n in noise]
-            raise ValueError(
-                f"noise={came} fits none of this generator's layers; pass 'const', 'none' or one [1 or B, 1, h, w] "
-                f"tensor for each of the sizes {list(self.noise_shapes)}"
-            )
-        return list(noise)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.generators.base import Generator
+from handsoff_stream.generators.checkpoints.assemble import assemble
 
 FORMAT = "handsoff_stream"
 FORMAT_VERSION = 1
@@ -78,23 +79,9 @@ def build_generator(path: Path, manifest: dict[str, Any], tensors: dict[str, Ten
         raise CheckpointError(f"{path}: generator family {family!r} is unknown; this release has {sorted(FAMILIES)}")
     state = {name.removeprefix(PREFIX): t.float() for name, t in tensors.items() if name.startswith(PREFIX)}
     try:
-        generator = FAMILIES[family](**manifest["generator"]["config"])
-        wrong = _differences(state, generator.state_dict())
-        if wrong:
-            raise ValueError(f"tensors do not fit the geometry: {'; '.join(wrong[:4])}")
-        generator.load_state_dict(state)
-    except (TypeError, ValueError, RuntimeError) as error:
+        return assemble(FAMILIES[family], manifest["generator"]["config"], state)
+    except CheckpointError as error:
         raise CheckpointError(f"{path}: the generator cannot be rebuilt ({error}); write the file again") from error
-    return generator
-
-
-def _differences(got: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    shapes = [{name: list(t.shape) for name, t in tensors.items()} for tensors in (got, expected)]
-    return [
-        f"{name} is {shapes[0].get(name, 'missing')}, needed {shapes[1].get(name, 'absent')}"
-        for name in sorted(got.keys() | expected.keys())
-        if shapes[0].get(name) != shapes[1].get(name)
-    ]
 
 
 def load(path: Path) -> Generator:

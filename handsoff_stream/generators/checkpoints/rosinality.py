@@ -1,120 +1,132 @@
-"""rosinality/stylegan2-pytorch `.pt` files: `{"g_ema": state dict, "latent_avg": [D]}` and close relatives.
+"""rosinality/stylegan2-pytorch state dicts: `{"g_ema": ..., "latent_avg": [D]}`, and what other tools wrap them in.
 
-The geometry is read off the shapes, since the file records none. Parameters map one to one, without flips.
+Also training snapshots (`g`, `d`, `g_ema`, `args`), bare state dicts, DataParallel's `module.` prefix, and the
+`decoder.` of the ReStyle, pSp and e4e encoders. The geometry is read off the shapes, since the files record none.
+Parameters map one to one, without flips.
 """
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.generators.base import Generator
+from handsoff_stream.generators.checkpoints.assemble import assemble, centre, estimate_centre, tensor
+from handsoff_stream.generators.layers import fir_kernel
 from handsoff_stream.generators.stylegan2 import StyleGAN2
 
-# Latents averaged for the truncation centre when the file stores none, as the published sampling script does.
-NUM_MEAN_LATENTS = 4096
-MEAN_LATENT_SEED = 0
+SOURCE = "rosinality/stylegan2-pytorch"
+WRAPPERS = ("g_ema", "g", "state_dict")
+PREFIXES = ("module.", "decoder.")
 
 
-def load(path: Path) -> StyleGAN2:
-    """`.pt` file => generator.
+def build(content: Any) -> tuple[Generator, str] | None:
+    """Content of a file => generator and source format; None if it is of another format.
 
     Raises:
-        CheckpointError: damaged archive, blocked pickle, no StyleGAN2 inside, or SWAGAN.
+        CheckpointError: SWAGAN, or tensors that make no StyleGAN2.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for damaged and for blocked files
-        raise CheckpointError(
-            f"{path}: cannot be read without executing code from it ({error}); only plain tensors are accepted"
-        ) from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
-    state = content.get("g_ema", content.get("g", content))
-    if "input.input" not in state or not any(key.startswith("style.") for key in state):
-        raise CheckpointError(
-            f"{path}: no StyleGAN2 generator (no 'input.input' and 'style.*') among the keys "
-            f"{sorted(map(str, content))[:6]}; a file that holds one has 'g_ema'"
-        )
-    if state["to_rgb1.bias"].shape[1] == 12:
-        raise CheckpointError(f"{path}: a SWAGAN (wavelet) generator, which is not supported; use a StyleGAN2")
-    latent_avg = content.get("latent_avg")
-    return convert(state, latent_avg if isinstance(latent_avg, Tensor) else None)
-
-
-def geometry(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Constructor arguments of `StyleGAN2`, from the shapes alone."""
-    num_blocks = 1 + sum(re.fullmatch(r"to_rgbs\.\d+\.bias", key) is not None for key in state)
-    constant = state["input.input"]
-    wide = [state[f"convs.{2 * k + 1}.conv.weight"].shape[1] for k in range(num_blocks - 1)]
-    return {
-        "channels": [constant.shape[1], *wide],
-        "constant_size": list(constant.shape[2:]),
-        "z_dim": state["style.1.weight"].shape[1],
-        "w_dim": state["conv1.conv.modulation.weight"].shape[1],
-        "mapping_layers": sum(re.fullmatch(r"style\.\d+\.weight", key) is not None for key in state),
-        "image_channels": state["to_rgb1.bias"].shape[1],
-    }
+        return None
+    for key in (*WRAPPERS, None):
+        state = _unprefixed(content.get(key)) if key else _unprefixed(content)
+        if "input.input" in state:
+            latent_avg = content.get("latent_avg")
+            generator = convert(state, latent_avg if isinstance(latent_avg, Tensor) else None)
+            return generator, f"{SOURCE}, {key or 'bare state dict'}"
+    return None
 
 
 def convert(state: Mapping[str, Tensor], latent_avg: Tensor | None) -> StyleGAN2:
     """State dict in rosinality's names => generator.
 
-    Without `latent_avg` the truncation centre is the mean of `NUM_MEAN_LATENTS` mapped latents of a fixed seed;
-    without stored noise maps the noise strengths act on zero maps.
+    Without `latent_avg` the truncation centre is estimated; without stored noise maps, the maps are zero.
     """
-    generator = StyleGAN2(**geometry(state))
-    renamed = {"constant": state["input.input"][0]}
-    for i in range(len(generator.mapping_network)):
+    if tensor(state, "to_rgb1.bias", ndim=4).shape[1] == 12:
+        raise CheckpointError("a SWAGAN (wavelet) generator, which is not supported; use a StyleGAN2")
+    _check_filter(state)
+    config = geometry(state)
+    renamed = {"constant": tensor(state, "input.input", ndim=4)[0]}
+    for i in range(config["mapping_layers"]):
         for kind in ("weight", "bias"):
-            renamed[f"mapping_network.{i}.{kind}"] = state[f"style.{i + 1}.{kind}"]
-    for i in range(len(generator.blocks)):
-        layers = (
-            {"conv": ("conv1", 0)}
-            if i == 0
-            else {
-                "up": (f"convs.{2 * i - 2}", 2 * i - 1),
-                "conv": (f"convs.{2 * i - 1}", 2 * i),
-            }
-        )
-        for ours, (theirs, noise_index) in layers.items():
-            renamed |= _style_layer(state, f"blocks.{i}.{ours}", theirs, noise_index)
-        renamed |= _to_rgb(state, f"blocks.{i}.to_rgb", "to_rgb1" if i == 0 else f"to_rgbs.{i - 1}")
-    for name, tensor in generator.state_dict().items():
-        if name.endswith("noise_const") and name not in renamed:
-            renamed[name] = torch.zeros_like(tensor)
-    renamed["w_avg"] = torch.zeros(generator.w_dim) if latent_avg is None else latent_avg.reshape(-1)
-    generator.load_state_dict({name: tensor.float() for name, tensor in renamed.items()})
+            renamed[f"mapping_network.{i}.{kind}"] = tensor(state, f"style.{i + 1}.{kind}")
+    for i in range(len(config["channels"])):
+        size = [side << i for side in config["constant_size"]]
+        if i == 0:
+            renamed |= _style_layer(state, "blocks.0.conv", "conv1", 0, size)
+            renamed |= _to_rgb(state, "blocks.0.to_rgb", "to_rgb1")
+        else:
+            renamed |= _style_layer(state, f"blocks.{i}.up", f"convs.{2 * i - 2}", 2 * i - 1, size)
+            renamed |= _style_layer(state, f"blocks.{i}.conv", f"convs.{2 * i - 1}", 2 * i, size)
+            renamed |= _to_rgb(state, f"blocks.{i}.to_rgb", f"to_rgbs.{i - 1}")
+    w_dim = config["w_dim"]
+    renamed["w_avg"] = torch.zeros(w_dim) if latent_avg is None else centre(latent_avg, w_dim)
+    generator = assemble(StyleGAN2, config, renamed)
     if latent_avg is None:
-        rng = torch.Generator().manual_seed(MEAN_LATENT_SEED)
-        with torch.no_grad():
-            z = torch.randn(NUM_MEAN_LATENTS, generator.z_dim, generator=rng)
-            generator.w_avg.copy_(generator.mapping(z).mean(dim=0))
+        estimate_centre(generator)
     return generator
+
+
+def geometry(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Constructor arguments of `StyleGAN2`, from the shapes alone."""
+    num_blocks = 1 + sum(re.fullmatch(r"to_rgbs\.\d+\.bias", key) is not None for key in state)
+    constant = tensor(state, "input.input", ndim=4)
+    wide = [tensor(state, f"convs.{2 * k + 1}.conv.weight", ndim=5).shape[1] for k in range(num_blocks - 1)]
+    return {
+        "channels": [constant.shape[1], *wide],
+        "constant_size": list(constant.shape[2:]),
+        "z_dim": tensor(state, "style.1.weight", ndim=2).shape[1],
+        "w_dim": tensor(state, "conv1.conv.modulation.weight", ndim=2).shape[1],
+        "mapping_layers": sum(re.fullmatch(r"style\.\d+\.weight", key) is not None for key in state),
+        "image_channels": tensor(state, "to_rgb1.bias", ndim=4).shape[1],
+    }
+
+
+def _unprefixed(value: Any) -> dict[str, Any]:
+    """A state dict without the prefixes of its wrappers; empty if it is none."""
+    if not isinstance(value, Mapping):
+        return {}
+    state = {key: item for key, item in value.items() if isinstance(key, str)}
+    for prefix in PREFIXES:
+        if any(key.startswith(f"{prefix}input.input") or key.startswith(f"{prefix}decoder.") for key in state):
+            state = {key.removeprefix(prefix): item for key, item in state.items() if key.startswith(prefix)}
+    return state
+
+
+def _check_filter(state: Mapping[str, Tensor]) -> None:
+    for key in state:
+        if key.endswith((".blur.kernel", ".upsample.kernel")):
+            kernel = tensor(state, key).float()
+            if kernel.shape != (4, 4) or not torch.allclose(kernel, fir_kernel(gain=4.0), atol=1e-3):
+                raise CheckpointError(f"{key} is not the filter [1, 3, 3, 1]; other filters are not supported")
 
 
 def _modulated_conv(state: Mapping[str, Tensor], ours: str, theirs: str) -> dict[str, Tensor]:
     return {
-        f"{ours}.weight": state[f"{theirs}.weight"][0],
-        f"{ours}.affine.weight": state[f"{theirs}.modulation.weight"],
-        f"{ours}.affine.bias": state[f"{theirs}.modulation.bias"],
+        f"{ours}.weight": tensor(state, f"{theirs}.weight", ndim=5)[0],
+        f"{ours}.affine.weight": tensor(state, f"{theirs}.modulation.weight"),
+        f"{ours}.affine.bias": tensor(state, f"{theirs}.modulation.bias"),
     }
 
 
-def _style_layer(state: Mapping[str, Tensor], ours: str, theirs: str, noise_index: int) -> dict[str, Tensor]:
-    layer = _modulated_conv(state, f"{ours}.conv", f"{theirs}.conv")
-    layer[f"{ours}.noise_strength"] = state[f"{theirs}.noise.weight"].reshape([])
-    layer[f"{ours}.bias"] = state[f"{theirs}.activate.bias"]
-    if f"noises.noise_{noise_index}" in state:
-        layer[f"{ours}.noise_const"] = state[f"noises.noise_{noise_index}"]
-    return layer
+def _style_layer(
+    state: Mapping[str, Tensor], ours: str, theirs: str, noise_index: int, size: list[int]
+) -> dict[str, Tensor]:
+    noise = f"noises.noise_{noise_index}"
+    return {
+        **_modulated_conv(state, f"{ours}.conv", f"{theirs}.conv"),
+        f"{ours}.noise_strength": tensor(state, f"{theirs}.noise.weight").reshape([]),
+        f"{ours}.bias": tensor(state, f"{theirs}.activate.bias"),
+        # Files converted before 2020 store no noise maps. The zeros are views of one number.
+        f"{ours}.noise_const": tensor(state, noise) if noise in state else torch.zeros(()).expand(1, 1, *size),
+    }
 
 
 def _to_rgb(state: Mapping[str, Tensor], ours: str, theirs: str) -> dict[str, Tensor]:
     return {
         **_modulated_conv(state, f"{ours}.conv", f"{theirs}.conv"),
-        f"{ours}.bias": state[f"{theirs}.bias"].reshape(-1),
+        f"{ours}.bias": tensor(state, f"{theirs}.bias").reshape(-1),
     }

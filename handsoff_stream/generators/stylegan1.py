@@ -1,0 +1,217 @@
+"""The StyleGAN generator in the form that DatasetGAN reads features from.
+
+From the papers' texts: StyleGAN (Karras et al., CVPR 2019; "SG1" below), DatasetGAN (Zhang et al., CVPR 2021). Knows
+square images from a 4x4 constant and any channel table. Does not know file formats or labels.
+
+Its hypercolumn has two maps per resolution: the block's output, after adaptive instance normalisation, and the raw
+output of the block's second convolution, before noise, activation and normalisation. 5088 channels at 1024.
+
+Shape letters: B batch, C channels, H W map size, D latent size, L number of style inputs.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.generators.base import Generator, Noise, Synthesis
+from handsoff_stream.generators.layers import (
+    LEAKY_GAIN,
+    LEAKY_SLOPE,
+    EqualizedLinear,
+    choose_noise,
+    filter_fir,
+    normal,
+    normalize,
+)
+
+BLUR_TAPS = (1.0, 2.0, 1.0)
+NORM_EPSILON = 1e-5
+FUSED_SIZE = 128  # from this output size on, up-sampling and convolution are one transposed convolution
+PUBLISHED_NUM_WS = 18  # the published mapping repeats w 18 times whatever the image size
+
+
+class EqualizedConv(nn.Module):
+    """Convolution with run-time weight scale gain/sqrt(fan_in), optionally after 2x up-sampling (SG1, appendix C)."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int, gain: float, up: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(normal(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.weight_gain = gain / (in_channels * kernel_size**2) ** 0.5
+        self.up = up
+        blur = torch.tensor([[a * b / sum(BLUR_TAPS) ** 2 for b in BLUR_TAPS] for a in BLUR_TAPS])
+        self.register_buffer("blur", blur, persistent=False)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        weight = (self.weight * self.weight_gain).to(x_BCHW.dtype)
+        bias = self.bias.to(x_BCHW.dtype)
+        if not self.up:
+            return F.conv2d(x_BCHW, weight, bias, padding=weight.shape[-1] // 2)
+        if 2 * min(x_BCHW.shape[2:]) < FUSED_SIZE:
+            out = F.conv2d(F.interpolate(x_BCHW, scale_factor=2, mode="nearest"), weight, padding=1)
+        else:
+            wide = F.pad(weight, (1, 1, 1, 1))
+            wide = wide[..., 1:, 1:] + wide[..., :-1, 1:] + wide[..., 1:, :-1] + wide[..., :-1, :-1]
+            out = F.conv_transpose2d(x_BCHW, wide.transpose(0, 1), stride=2, padding=1)
+        return filter_fir(out, self.get_buffer("blur"), pad=(1, 1)) + bias[:, None, None]
+
+
+class Epilogue(nn.Module):
+    """Scaled noise, leaky ReLU, instance normalisation, style (SG1, equation 1)."""
+
+    def __init__(self, channels: int, w_dim: int, *, size: int):
+        super().__init__()
+        self.noise_strength = nn.Parameter(torch.zeros(channels))
+        self.style = EqualizedLinear(w_dim, 2 * channels)
+        self.register_buffer("noise_const", torch.zeros(1, 1, size, size))
+
+    def forward(self, x_BCHW: Tensor, w_BD: Tensor, noise: Tensor | None) -> Tensor:
+        if noise is not None:
+            x_BCHW = x_BCHW + (noise * self.noise_strength[:, None, None]).to(x_BCHW.dtype)
+        x_BCHW = F.instance_norm(F.leaky_relu(x_BCHW, LEAKY_SLOPE), eps=NORM_EPSILON)
+        scale_BC, shift_BC = self.style(w_BD).to(x_BCHW.dtype).chunk(2, dim=1)
+        return x_BCHW * (scale_BC + 1)[:, :, None, None] + shift_BC[:, :, None, None]
+
+
+class Block(nn.Module):
+    """One resolution: `up` (absent at the constant), epilogue, `conv`, epilogue."""
+
+    def __init__(self, in_channels: int, channels: int, w_dim: int, *, size: int, first: bool):
+        super().__init__()
+        self.up = None if first else EqualizedConv(in_channels, channels, kernel_size=3, gain=LEAKY_GAIN, up=True)
+        self.epilogue1 = Epilogue(channels, w_dim, size=size)
+        self.conv = EqualizedConv(channels, channels, kernel_size=3, gain=LEAKY_GAIN)
+        self.epilogue2 = Epilogue(channels, w_dim, size=size)
+
+    def forward(self, x: Tensor, ws: Sequence[Tensor], maps: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Output, and what the second convolution gave."""
+        if self.up is not None:
+            x = self.up(x)
+        convolved = self.conv(self.epilogue1(x, ws[0], maps[0]))
+        return self.epilogue2(convolved, ws[1], maps[1]), convolved
+
+
+class StyleGAN1(Generator):
+    """StyleGAN generator.
+
+    Args:
+        channels: channels per resolution, from the 4x4 constant upwards; its length fixes the image size.
+        z_dim: size of z.
+        w_dim: size of w.
+        mapping_layers: depth of the mapping network.
+        mapping_lr_multiplier: learning-rate multiplier of the mapping network; scales its weights and biases.
+        num_ws: style inputs L of w+; only the first two per resolution act.
+        image_channels: channels of the image.
+
+    Raises:
+        ValueError: a size that cannot be built.
+    """
+
+    family = "stylegan1"
+    constant_input = False
+
+    def __init__(
+        self,
+        *,
+        channels: Sequence[int],
+        z_dim: int = 512,
+        w_dim: int = 512,
+        mapping_layers: int = 8,
+        mapping_lr_multiplier: float = 0.01,
+        num_ws: int = PUBLISHED_NUM_WS,
+        image_channels: int = 3,
+    ):
+        super().__init__()
+        sizes = (*channels, z_dim, w_dim, mapping_layers, image_channels)
+        if len(channels) < 1 or min(sizes) < 1 or num_ws < 2 * len(channels):
+            raise ValueError(
+                f"channels={list(channels)}, z_dim={z_dim}, w_dim={w_dim}, mapping_layers={mapping_layers}, "
+                f"num_ws={num_ws}, image_channels={image_channels} describe no generator; every size must be a "
+                "positive integer and num_ws at least two per resolution"
+            )
+        self.channels = tuple(channels)
+        self._z_dim, self._w_dim, self._num_ws = z_dim, w_dim, num_ws
+        self.mapping_lr_multiplier = mapping_lr_multiplier
+        self.image_channels = image_channels
+        self.mapping_network = nn.ModuleList(
+            EqualizedLinear(z_dim if i == 0 else w_dim, w_dim, lr_multiplier=mapping_lr_multiplier, gain=LEAKY_GAIN)
+            for i in range(mapping_layers)
+        )
+        self.constant = nn.Parameter(torch.ones(channels[0], 4, 4))
+        self.constant_bias = nn.Parameter(torch.zeros(channels[0]))
+        self.blocks = nn.ModuleList(
+            Block(channels[max(i - 1, 0)], channels[i], w_dim, size=4 << i, first=i == 0) for i in range(len(channels))
+        )
+        self.to_rgb = EqualizedConv(channels[-1], image_channels, kernel_size=1, gain=1.0)
+        self.register_buffer("w_avg", torch.zeros(w_dim))
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        side = 4 << (len(self.channels) - 1)
+        return side, side
+
+    @property
+    def num_ws(self) -> int:
+        return self._num_ws
+
+    @property
+    def z_dim(self) -> int:
+        return self._z_dim
+
+    @property
+    def w_dim(self) -> int:
+        return self._w_dim
+
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        return tuple(c for channels in self.channels for c in (channels, channels))
+
+    @property
+    def noise_shapes(self) -> tuple[tuple[int, int], ...]:
+        sides = [4 << i for i in range(len(self.channels))]
+        return tuple((side, side) for side in sides for _ in range(2))
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "channels": list(self.channels),
+            "z_dim": self.z_dim,
+            "w_dim": self.w_dim,
+            "mapping_layers": len(self.mapping_network),
+            "mapping_lr_multiplier": self.mapping_lr_multiplier,
+            "num_ws": self.num_ws,
+            "image_channels": self.image_channels,
+        }
+
+    def mapping(self, z_BD: Tensor, label: Tensor | None = None) -> Tensor:
+        if label is not None:
+            raise ValueError("a label was given to an unconditional generator; call mapping(z) without one")
+        x = normalize(z_BD)
+        for layer in self.mapping_network:
+            x = F.leaky_relu(layer(x), LEAKY_SLOPE)
+        return x
+
+    def synthesis(self, w_plus_BLD: Tensor, noise: Noise = "const", *, dtype: torch.dtype | None = None) -> Synthesis:
+        if w_plus_BLD.ndim != 3 or w_plus_BLD.shape[1:] != (self.num_ws, self.w_dim):
+            raise ValueError(
+                f"w_plus has shape {list(w_plus_BLD.shape)}, this generator takes [B, {self.num_ws}, {self.w_dim}]; "
+                "use truncate(w) to broadcast a single w"
+            )
+        ws = w_plus_BLD.unbind(1)
+        maps = choose_noise(noise, [layer.get_buffer("noise_const") for layer in self._epilogues()])
+        constant = self.constant + self.constant_bias[:, None, None]
+        x = constant.to(dtype or constant.dtype).expand(len(w_plus_BLD), -1, -1, -1)
+        features: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            pair = slice(2 * i, 2 * i + 2)
+            x, convolved = block(x, ws[pair], maps[pair])
+            features += [x, convolved]
+        return Synthesis(self.to_rgb(x).float(), FeaturePyramid(tuple(features)))
+
+    def _epilogues(self) -> Iterator[Epilogue]:
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield from (block.epilogue1, block.epilogue2)
