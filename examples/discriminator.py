@@ -5,12 +5,13 @@ Shape letters: B batch, I input channels, O output channels, H W map size.
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handsoff_stream.generators.stylegan2 import EqualizedLinear, activate, filter_fir, fir_kernel
+from handsoff_stream.generators.layers import LEAKY_SLOPE, EqualizedLinear, activate, filter_fir, fir_kernel
 
 MINIBATCH_GROUP = 4
 
@@ -87,3 +88,34 @@ class Discriminator(nn.Module):
         x = self.conv(minibatch_standard_deviation(x)).float()
         x = F.leaky_relu(self.hidden(x.flatten(1)), 0.2) * math.sqrt(2.0)
         return self.out(x).squeeze(1)
+
+
+@torch.no_grad()
+def grow(old: Discriminator, new: Discriminator) -> None:
+    """Make `new`, of twice the resolution, compute what `old` computes on the image blurred and halved.
+
+    All of `old` is kept but its first layer, which moves into the new block's down-sampling convolution. What stands
+    before it passes the colours on as pairs (c, -c), since lrelu(c) - lrelu(-c) = 1.2 c is linear; everything else in
+    the new block begins at zero where it would disturb. Without this the old blocks would see noise, and a generator
+    that has learned its trade would meet a judge that has forgotten his.
+    """
+    if len(new.from_rgb.weight) < 6:
+        raise ValueError(
+            f"{len(new.from_rgb.weight)} channels at the finest resolution cannot pass on 3 colours as pairs"
+        )
+    state = old.state_dict()
+    new.load_state_dict({k: v for k, v in state.items() if not k.startswith("from_rgb")}, strict=False)
+    first, finest, block = cast(Any, old.from_rgb), cast(Any, new.from_rgb), cast(Any, new.blocks[len(old.blocks)])
+    eye = torch.eye(3)
+    pairs = torch.cat([eye, -eye])  # [6, 3]: colours => their pairs
+    undo = pairs.T / ((1 + LEAKY_SLOPE) * math.sqrt(2.0))  # [3, 6]: activated pairs => colours
+    for layer in (finest, block.conv, block.down):
+        layer.bias.zero_()
+    finest.weight[:6, :, 0, 0] = pairs / finest.gain
+    block.conv.weight[:6] = 0
+    block.conv.weight[:6, :6, 1, 1] = pairs @ undo / block.conv.gain
+    block.down.weight.zero_()
+    colours = first.weight[:, :, 0, 0] * first.gain
+    block.down.weight[:, :6, 1, 1] = math.sqrt(2.0) * colours @ undo / block.down.gain
+    block.down.bias.copy_(math.sqrt(2.0) * first.bias)
+    block.skip.weight.zero_()

@@ -7,7 +7,7 @@ Non-saturating logistic loss, lazy R1, style mixing, EMA, minibatch standard dev
 2020); bfloat16 convolutions. Ctrl-C or SIGTERM stops and saves; the same command resumes from OUT/state.pt, and a
 step's random numbers are a function of (seed, step). OUT also gets metrics.jsonl, a sample sheet per `--sheet-every`
 images, and generator.safetensors, which handsoff_stream reads. `--stages 32:60000 64:200000 128:400000` trains at low
-resolutions first; the skip architecture makes that exact, since a new block's ToRGB starts at zero. Left out: path
+resolutions first; growing changes neither image nor verdict (see `grow`). Left out: path
 length regularisation and adaptive augmentation (a folder of fewer than some 10,000 images will overfit).
 """
 
@@ -19,21 +19,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from discriminator import Discriminator
+from discriminator import grow as grow_discriminator
+from generator_images import RandomOrder, open_data
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from handsoff_stream.checkpoint import Checkpoint, save_checkpoint
-from handsoff_stream.datasets.rendered_faces import RenderedFaces
-from handsoff_stream.generators import StyleGAN2
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-RENDERED_IMAGES = 1_000_000
+from handsoff_stream.generators import Generator, StyleGAN2, load_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,72 +52,10 @@ class Settings:
     mixing: float
     ema_images: float
     seed: int
-
-
-class ImageArray(Dataset[Tensor]):
-    """uint8 [N, 3, H, W] in a `.npy` file, memory-mapped."""
-
-    def __init__(self, path: Path):
-        self.images = np.load(path, mmap_mode="r", allow_pickle=False)
-        if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
-            raise ValueError(f"{path}: {self.images.dtype} {self.images.shape}; needed uint8 [N, 3, H, W]")
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(np.array(self.images[index]))
-
-
-class ImageFolder(Dataset[Tensor]):
-    """Every image below a folder, centre-cropped to a square and resized."""
-
-    def __init__(self, folder: Path, resolution: int):
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not self.paths:
-            raise ValueError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) below this folder")
-        self.resolution = resolution
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        image = Image.open(self.paths[index]).convert("RGB")
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-        resized = image.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS, box=box)
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-
-
-class Renders(Dataset[Tensor]):
-    """The generator-training split of the embedded domain."""
-
-    def __init__(self, resolution: int):
-        self.faces = RenderedFaces("generator", num_images=RENDERED_IMAGES, size=resolution)
-
-    def __len__(self) -> int:
-        return len(self.faces)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return (self.faces[index][0] * 255).round().to(torch.uint8)
-
-
-class RandomOrder(torch.utils.data.Sampler[int]):
-    """Endless random indices, the same from any position on: draw k is a function of (seed, k // block)."""
-
-    BLOCK = 4096
-
-    def __init__(self, num_items: int, seed: int, start: int):
-        self.num_items, self.seed, self.position = num_items, seed, start
-
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        while True:
-            block, offset = divmod(self.position, self.BLOCK)
-            rng = np.random.default_rng([self.seed, block])
-            for index in rng.integers(self.num_items, size=self.BLOCK)[offset:]:
-                self.position += 1
-                yield int(index)
+    start_from: str | None = None
+    """A generator file to fine-tune; its discriminator is not in it, so ..."""
+    discriminator_first: int = 0
+    """... for so many images only the new discriminator learns."""
 
 
 def build(settings: Settings, resolution: int) -> dict[str, Any]:
@@ -148,15 +83,14 @@ def optimizers(networks: dict[str, Any], settings: Settings) -> dict[str, torch.
     }
 
 
+@torch.no_grad()
 def grow(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Copy every tensor that both have; the new blocks of the generators add nothing to the image yet."""
-    for name, network in new.items():
-        state = network.state_dict()
-        kept = {k: v for k, v in old[name].state_dict().items() if k in state and v.shape == state[k].shape}
-        network.load_state_dict(state | kept)
-        if isinstance(network, StyleGAN2):
-            for block in network.blocks[len(old[name].blocks) :]:
-                torch.nn.init.zeros_(cast(Any, block).to_rgb.conv.weight)
+    """Networks of twice the resolution that compute what the old ones do: image and verdict do not jump."""
+    for name in ("generator", "ema"):
+        new[name].load_state_dict(old[name].state_dict(), strict=False)
+        for block in new[name].blocks[len(old[name].blocks) :]:
+            block.to_rgb.conv.weight.zero_()
+    grow_discriminator(old["discriminator"], new["discriminator"])
 
 
 class Trainer:
@@ -170,6 +104,13 @@ class Trainer:
         self.resolution = 0
         self.networks: dict[str, Any] = {}
         self.enter_stage(settings.stages[0][0])
+        if settings.start_from is not None:
+            self.fine_tune(load_generator(settings.start_from))
+
+    def fine_tune(self, pretrained: Generator) -> None:
+        """Begin from the weights of a trained generator of this geometry."""
+        for name in ("generator", "ema"):
+            self.networks[name].load_state_dict(pretrained.state_dict())
 
     def enter_stage(self, resolution: int) -> None:
         """Networks for this resolution; what an earlier stage learned is kept."""
@@ -212,8 +153,10 @@ class Trainer:
         reals = reals_BCHW.to(self.device).float() / 127.5 - 1
         flip = torch.rand(len(reals), generator=rng).lt(0.5).to(self.device)
         reals = torch.where(flip[:, None, None, None], reals.flip(3), reals)
-        metrics = self._discriminator_step(reals, rng) | self._generator_step(len(reals), rng)
-        self._update_ema(len(reals))
+        metrics = self._discriminator_step(reals, rng)
+        if self.num_images >= self.settings.discriminator_first:
+            metrics |= self._generator_step(len(reals), rng)
+            self._update_ema(len(reals))
         self.num_images += len(reals)
         self.num_steps += 1
         self.seconds += time.monotonic() - started
@@ -294,16 +237,10 @@ def save_state(trainer: Trainer, out: Path) -> None:
         "seconds": round(trainer.seconds),
         "torch": torch.__version__,
     }
-    provenance |= {"trained_by": "examples/train_generator.py", "settings": asdict(trainer.settings)}
+    data = "rendered faces" if trainer.settings.data is None else Path(trainer.settings.data).name
+    settings = asdict(trainer.settings) | {"data": data}
+    provenance |= {"trained_by": "examples/train_generator.py", "settings": settings}
     save_checkpoint(out / "generator.safetensors", Checkpoint(trainer.networks["ema"], provenance=provenance))
-
-
-def open_data(data: str | None, resolution: int) -> Dataset[Tensor]:
-    """The stage's images; an array stored at a higher resolution is averaged down batch by batch."""
-    if data is None:
-        return Renders(resolution)
-    path = Path(data)
-    return ImageArray(path) if path.suffix == ".npy" else ImageFolder(path, resolution)
 
 
 def train(settings: Settings, out: Path, args: argparse.Namespace) -> None:
@@ -392,6 +329,8 @@ def main() -> None:
     parser.add_argument("--mixing", type=float, default=0.5)
     parser.add_argument("--ema-images", type=float, default=10_000.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start-from", metavar="FILE", help="fine-tune the generator of this file or checkpoint")
+    parser.add_argument("--discriminator-first", type=int, default=0, metavar="IMAGES", help="with --start-from")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--sheet-every", type=int, default=10_000)
@@ -400,18 +339,10 @@ def main() -> None:
     stages = tuple(args.stages or [(args.resolution, args.images)])
     if len(args.channels) < stages[-1][0].bit_length() - 2:
         parser.error(f"--channels names {len(args.channels)} resolutions; {stages[-1][0]} needs one for each from 4 on")
-    names = (
-        "data",
-        "batch",
-        "z_dim",
-        "mapping_layers",
-        "lr",
-        "r1",
-        "r1_every",
-        "mixing",
-        "ema_images",
-        "seed",
-    )
+    names = [
+        *("data", "batch", "z_dim", "mapping_layers", "lr", "r1", "r1_every", "mixing", "ema_images", "seed"),
+        *("start_from", "discriminator_first"),
+    ]
     settings = Settings(stages=stages, channels=tuple(args.channels), **{name: getattr(args, name) for name in names})
     # What schedulers send before they kill, and what a shell's background jobs otherwise ignore.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,0 +1,187 @@
+"""The generator trainer resumes exactly, grows without a jump, and its discriminator is the paper's."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from discriminator import Discriminator, grow, minibatch_standard_deviation  # noqa: E402
+from generator_images import ImageArray, ImageFolder, RandomOrder  # noqa: E402
+from train_generator import Settings, Trainer  # noqa: E402
+
+from handsoff_stream.generators import load_generator  # noqa: E402
+from handsoff_stream.generators.layers import filter_fir, fir_kernel  # noqa: E402
+from handsoff_stream.generators.stylegan2 import StyleGAN2  # noqa: E402
+
+
+def settings(**changes) -> Settings:
+    defaults = {
+        "data": None,
+        "stages": ((8, 32), (16, 64)),
+        "batch": 4,
+        "channels": (8, 7, 6),
+        "z_dim": 8,
+        "mapping_layers": 2,
+        "lr": 0.002,
+        "r1": 1.0,
+        "r1_every": 4,
+        "mixing": 0.5,
+        "ema_images": 100.0,
+        "seed": 0,
+    }
+    return Settings(**{**defaults, **changes})
+
+
+def trainer(**changes) -> Trainer:
+    return Trainer(settings(**changes), torch.device("cpu"), torch.float32)
+
+
+def reals(step: int, resolution: int = 8) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(step)
+    return torch.randint(0, 256, (4, 3, resolution, resolution), generator=rng, dtype=torch.uint8)
+
+
+def weights(t: Trainer) -> list[torch.Tensor]:
+    return [v.clone() for network in t.networks.values() for v in network.state_dict().values()]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_resumed_run_continues_bit_by_bit(stop):
+    whole = trainer()
+    for step in range(6):
+        whole.step(reals(step))
+    first = trainer()
+    for step in range(stop):
+        first.step(reals(step))
+    second = trainer()
+    second.load_state_dict(first.state_dict())
+    for step in range(stop, 6):
+        second.step(reals(step))
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second), strict=True))
+    assert (second.num_images, second.num_steps) == (24, 6)
+
+
+def test_a_grown_generator_makes_the_same_image_at_twice_the_size():
+    t = trainer()
+    for step in range(3):
+        t.step(reals(step))
+    small = t.networks["ema"]
+    t.enter_stage(16)
+    large = t.networks["ema"]
+    w = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    before = small.synthesis(small.truncate(w)).images
+    after = large.synthesis(large.truncate(w)).images
+    assert after.shape == (2, 3, 16, 16)
+    # The filter that doubles the skip image keeps constants, away from the border; averaging undoes most of it.
+    inside = (F.avg_pool2d(after, 2) - before)[:, :, 1:-1, 1:-1]
+    assert inside.abs().mean() < 0.35 * before.std()
+    t.step(reals(9, resolution=16))
+
+
+def test_a_grown_discriminator_judges_the_halved_image_as_before():
+    torch.manual_seed(0)
+    old, new = Discriminator(channels=(8, 7)), Discriminator(channels=(8, 7, 9))
+    for parameter in old.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    grow(old, new)
+    images = torch.randn(4, 3, 16, 16)
+    halved = filter_fir(images, fir_kernel(), pad=(1, 1), stride=2)
+    assert torch.allclose(new(images), old(halved), atol=1e-5)
+    new(images).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in new.blocks[1].down.parameters())
+    assert new.blocks[1].skip.weight.grad.abs().max() > 0
+
+
+def test_training_learns_something():
+    """A generator of flat images against flat bright reals: its mean brightness has to rise."""
+    t = trainer(stages=((8, 10_000),), mixing=0.0, lr=0.01)
+    bright = torch.full((4, 3, 8, 8), 230, dtype=torch.uint8)
+    w = t.networks["generator"].mapping(torch.randn(16, 8, generator=torch.Generator().manual_seed(0)))
+    before = t.networks["generator"].synthesis(t.networks["generator"].truncate(w)).images.mean().item()
+    for _ in range(60):
+        metrics = t.step(bright)
+    w = t.networks["generator"].mapping(torch.randn(16, 8, generator=torch.Generator().manual_seed(0)))
+    after = t.networks["generator"].synthesis(t.networks["generator"].truncate(w)).images.mean().item()
+    assert after > before + 0.3
+    assert all(np.isfinite(v) for v in metrics.values())
+
+
+def test_only_the_discriminator_learns_first_when_asked(tmp_path):
+    t = trainer(discriminator_first=8)
+    before = [p.clone() for p in t.networks["generator"].parameters()]
+    t.step(reals(0))
+    t.step(reals(1))
+    assert all(torch.equal(a, b) for a, b in zip(before, t.networks["generator"].parameters(), strict=True))
+    t.step(reals(2))
+    assert not all(torch.equal(a, b) for a, b in zip(before, t.networks["generator"].parameters(), strict=True))
+
+
+def test_the_ema_generator_follows_with_its_half_life():
+    t = trainer(ema_images=4.0)
+    t.num_images = 1000  # past the ramp-up
+    start = t.networks["ema"].constant.clone()
+    t.step(reals(0))
+    now = t.networks["generator"].constant
+    assert torch.allclose(t.networks["ema"].constant, (start + now) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize(("channels", "size"), [((8,), 4), ((8, 6), 8), ((8, 6, 4), 16)])
+def test_the_discriminator_gives_one_logit_an_image(channels, size):
+    assert Discriminator(channels=channels)(torch.randn(4, 3, size, size)).shape == (4,)
+
+
+def test_minibatch_standard_deviation_is_zero_for_equal_images_and_known_for_two():
+    same = torch.ones(4, 2, 3, 3)
+    assert minibatch_standard_deviation(same)[:, 2].abs().max() < 2e-4
+    pair = torch.stack([torch.zeros(2, 3, 3), torch.full((2, 3, 3), 2.0)])
+    assert torch.allclose(minibatch_standard_deviation(pair)[:, 2], torch.ones(2, 3, 3), atol=1e-4)
+
+
+def test_the_random_order_is_the_same_from_any_position_on():
+    def order(start, count):
+        iterator = iter(RandomOrder(1000, 7, start))
+        return [next(iterator) for _ in range(count)]
+
+    whole = order(0, 9000)
+    assert order(4090, 100) == whole[4090:4190]
+    assert len(set(whole)) > 990
+
+
+def test_folders_and_arrays_of_images_are_read(tmp_path):
+    Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "a.png")
+    (tmp_path / "deeper").mkdir()
+    Image.new("L", (16, 16), 7).save(tmp_path / "deeper" / "b.jpg")
+    folder = ImageFolder(tmp_path, 8)
+    assert len(folder) == 2 and folder[0].shape == (3, 8, 8) and folder[0].dtype == torch.uint8
+    np.save(tmp_path / "array.npy", np.full((5, 3, 8, 8), 9, np.uint8))
+    assert torch.equal(ImageArray(tmp_path / "array.npy")[4], torch.full((3, 8, 8), 9, dtype=torch.uint8))
+    np.save(tmp_path / "wrong.npy", np.zeros((5, 8, 8)))
+    with pytest.raises(ValueError, match="needed uint8"):
+        ImageArray(tmp_path / "wrong.npy")
+    with pytest.raises(ValueError, match="no images"):
+        ImageFolder(tmp_path / "deeper" / "nothing", 8)
+
+
+def test_the_script_trains_resumes_and_writes_a_generator_that_loads(tmp_path):
+    def run(images):
+        command = [sys.executable, str(EXAMPLES / "train_generator.py"), str(tmp_path / "run"), "--resolution", "16"]
+        command += ["--images", str(images), "--batch", "4", "--channels", "8", "7", "6", "--z-dim", "8"]
+        command += ["--mapping-layers", "2", "--workers", "0", "--sheet-every", "8", "--device", "cpu"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    run(16)
+    assert "resuming at 16 images" in run(24)
+    generator = load_generator(tmp_path / "run" / "generator.safetensors")
+    assert isinstance(generator, StyleGAN2) and generator.resolution == (16, 16)
+    assert Image.open(tmp_path / "run" / "samples_00000024.png").size == (128, 128)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows and {"images", "loss_d", "loss_g"} <= rows[0].keys()
