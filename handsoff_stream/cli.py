@@ -71,7 +71,7 @@ def convert(
     average_latent: Annotated[Path | None, typer.Option(help=".npy file, where the generator stores none.")] = None,
     half: Annotated[bool, typer.Option(help="Store weights as float16.")] = False,
 ) -> None:
-    """Rewrite a published generator as a checkpoint, which nothing but numbers fits into."""
+    """Rewrite a published generator file as a checkpoint, which holds nothing but numbers."""
     from handsoff_stream.checkpoint import import_generator, save_checkpoint
 
     save_checkpoint(out, import_generator(generator, average_latent=average_latent), half=half)
