@@ -1,8 +1,8 @@
 """The whole story on the embedded faces: one network trained on the stream, its twin on the 16 labelled images.
 
 Both see the same number of batches of the same size, augmented in the same way, from the same random initial weights,
-and are scored on the same held-out renders, which neither the generator, nor the label generator, nor the networks have seen. Composes what the
-other rooms offer; nothing else is computed here.
+and are scored on the same held-out renders, which neither the generator, nor the label generator, nor the networks have
+seen. Composes what the other rooms offer; nothing else is computed here.
 """
 
 import json
