@@ -14,7 +14,6 @@ real images, next to the true share of the real ones. Last line of stdout: the r
 """
 
 import argparse
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,9 +80,9 @@ def rendered(split: str, size: int, count: int, device: torch.device) -> Iterato
 
 
 @torch.inference_mode()
-def measure(batches: Iterator[Tensor], judge: Any, reference: KernelInceptionDistance) -> dict[str, float]:
-    """Distance to the reference, and attribute shares, of one set of images."""
-    distance = copy.deepcopy(reference)
+def measure(batches: Iterator[Tensor], judge: Any, distance: KernelInceptionDistance) -> dict[str, float]:
+    """Distance to the real images that `distance` holds, and attribute shares, of one set of images."""
+    distance.reset()  # forgets the generated images only, see reset_real_features
     found = dict.fromkeys(LONG_TAIL, 0)
     count = 0
     for images in batches:
@@ -114,7 +113,9 @@ def main() -> None:
     scores = evaluate(judge, RenderedFaces("test", num_images=100, size=size), CLASS_NAMES, device=device)
 
     subset = args.images // 2
-    reference = KernelInceptionDistance(feature=BackboneFeatures(judge), subset_size=subset, normalize=True).to(device)
+    reference = KernelInceptionDistance(
+        feature=BackboneFeatures(judge), subset_size=subset, normalize=True, reset_real_features=False
+    ).to(device)
     for images in rendered("generator", size, args.images, device):
         reference.update(images, real=True)
 
