@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -273,3 +274,11 @@ def test_augmentation_never_invents_a_class_and_marks_what_lies_outside(views: R
         assert set(mask.unique().tolist()) <= set(base[i % 3][1].unique().tolist()) | {255}
         outside |= bool((mask == 255).any())
     assert outside
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v3_large"])
+def test_a_copy_of_a_network_computes_what_the_network_computes(backbone):
+    model = build_deeplab(3, backbone=backbone).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model)(images), model(images))

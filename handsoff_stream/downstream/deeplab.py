@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import segmentation
-from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -44,7 +44,8 @@ def _small_resnet18(*, num_classes: int, weights: None, weights_backbone: None) 
     for module in resnet.layer3.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
             module.dilation = module.padding = (2, 2)
-    backbone = create_feature_extractor(resnet, {"layer3": "out"})
+    # Not create_feature_extractor: a deepcopy of its graph module forgets that it was in eval mode.
+    backbone = IntermediateLayerGetter(resnet, {"layer3": "out"})
     network: nn.Module = DeepLabV3(backbone, DeepLabHead(256, num_classes, atrous_rates=(2, 4, 6)))
     return network
 
