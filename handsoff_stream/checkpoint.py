@@ -219,9 +219,9 @@ def import_generator(path: str | Path, *, average_latent: str | Path | None = No
         CheckpointError: a file that cannot be read, or one that is a handsoff_stream checkpoint already.
     """
     path = Path(path)
-    read = read_generator(path, average_latent=average_latent)
-    if native.is_safetensors(path):
+    if path.is_file() and native.is_safetensors(path):
         raise CheckpointError(f"{path}: is a handsoff_stream checkpoint already; there is nothing to convert")
+    read = read_generator(path, average_latent=average_latent)
     files = [path] if average_latent is None else [path, Path(average_latent)]
     provenance = {
         "sources": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},

@@ -52,7 +52,7 @@ class Budget:
 
 
 def default_budget(device: torch.device) -> Budget:
-    """Two CPU cores end the demo within six minutes; a GPU affords the paper's network."""
+    """Two CPU cores end the demo within six minutes. The GPU's budget is the published network's, and not yet timed."""
     if device.type == "cuda":
         return Budget(steps=4000, backbone="resnet101", warmup=100)
     return Budget(steps=200, backbone="resnet18", lr=3e-3, warmup=20)

@@ -38,7 +38,7 @@ class HandsOffStream(IterableDataset[Any]):
     """An endless dataset of labelled images, synthesised while you train.
 
     With `batch_size=None` it yields samples `(image, label)` for `DataLoader(stream, batch_size=8)`; with
-    `batch_size=n` it yields `LabelledBatch`es for `DataLoader(stream, batch_size=None)`, the fast path on a GPU.
+    `batch_size=n` it yields `LabelledBatch`es for `DataLoader(stream, batch_size=None)`, which collates nothing.
     image: float32 [3, H, W] in [0, 1] on 8-bit levels. label: int64 [H, W] (segmentation), float32 [K, H, W]
     (keypoint heatmaps) or float32 [1, H, W] (depth); a checkpoint with several heads gives a dict of labels by head.
 

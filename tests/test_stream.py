@@ -391,8 +391,8 @@ def test_cuda_inside_a_worker_process_is_refused_with_the_remedy(checkpoint_path
         next(iter(loader))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no CUDA device")
-def test_cuda_without_a_device_is_refused_with_the_remedy(checkpoint):
+def test_cuda_without_a_device_is_refused_with_the_remedy(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(StreamError, match="pass device='cpu'"):
         next(iter(HandsOffStream(checkpoint, device="cuda")))
 
