@@ -1,4 +1,5 @@
-"""The StyleGAN2 discriminator, needed only to train a generator (Karras et al., CVPR 2020, figure 7c: residual).
+"""The StyleGAN2 discriminator, needed only to train a generator (Karras et al., CVPR 2020, figure 7c: residual),
+and an encoder of the same blocks.
 
 Shape letters: B batch, I input channels, O output channels, H W map size.
 """
@@ -81,17 +82,49 @@ class Discriminator(nn.Module):
         self.hidden = EqualizedLinear(channels[0] * constant_size[0] * constant_size[1], channels[0])
         self.out = EqualizedLinear(channels[0], 1)
 
-    def forward(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        x = self.from_rgb(images_BCHW.to(dtype).contiguous(memory_format=torch.channels_last))
+    def features(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """The maps [B, C_l, H_l, W_l] before and after every block, finest first."""
+        maps = [self.from_rgb(images_BCHW.to(dtype).contiguous(memory_format=torch.channels_last))]
         for block in reversed(self.blocks):
-            x = block(x)
-        x = self.conv(minibatch_standard_deviation(x)).float()
+            maps.append(block(maps[-1]))
+        return maps
+
+    def judge(self, x_BCHW: Tensor) -> Tensor:
+        """Logits float32 [B] from the last of `features`."""
+        x = self.conv(minibatch_standard_deviation(x_BCHW)).float()
         x = F.leaky_relu(self.hidden(x.flatten(1)), 0.2) * math.sqrt(2.0)
         return self.out(x).squeeze(1)
 
+    def forward(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.judge(self.features(images_BCHW, dtype)[-1])
+
+
+class Encoder(nn.Module):
+    """Images float32 [B, 3, H, W] in [-1, 1] => mean and log variance float32 [B, z_dim] of q(z | image).
+
+    The discriminator's blocks without its minibatch statistics; for the autoencoding term of the trainer.
+    """
+
+    def __init__(self, *, channels: Sequence[int], z_dim: int):
+        super().__init__()
+        self.from_rgb = EqualizedConv(3, channels[-1], 1)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(fine, coarse) for coarse, fine in zip(channels, channels[1:], strict=False)
+        )
+        self.hidden = EqualizedLinear(channels[0] * 4 * 4, 2 * z_dim)
+        self.out = EqualizedLinear(2 * z_dim, 2 * z_dim)
+
+    def forward(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        x = self.from_rgb(images_BCHW.to(dtype).contiguous(memory_format=torch.channels_last))
+        for block in reversed(self.blocks):
+            x = block(x)
+        x = F.leaky_relu(self.hidden(x.float().flatten(1)), 0.2) * math.sqrt(2.0)
+        mean, log_variance = self.out(x).chunk(2, dim=1)
+        return mean, log_variance.clamp(-10, 5)
+
 
 @torch.no_grad()
-def grow(old: Discriminator, new: Discriminator) -> None:
+def grow(old: Discriminator | Encoder, new: Discriminator | Encoder) -> None:
     """Make `new`, of twice the resolution, compute what `old` computes on the image blurred and halved.
 
     All of `old` is kept but its first layer, which moves into the new block's down-sampling convolution. What stands

@@ -14,9 +14,9 @@ from PIL import Image
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from discriminator import Discriminator, grow, minibatch_standard_deviation  # noqa: E402
+from discriminator import Discriminator, Encoder, grow, minibatch_standard_deviation  # noqa: E402
+from gan_trainer import Settings, Trainer, feature_distance, pyramid_distance  # noqa: E402
 from generator_images import ImageArray, ImageFolder, RandomOrder  # noqa: E402
-from train_generator import Settings, Trainer  # noqa: E402
 
 from handsoff_stream.generators import load_generator  # noqa: E402
 from handsoff_stream.generators.layers import filter_fir, fir_kernel  # noqa: E402
@@ -54,15 +54,16 @@ def weights(t: Trainer) -> list[torch.Tensor]:
     return [v.clone() for network in t.networks.values() for v in network.state_dict().values()]
 
 
+@pytest.mark.parametrize("autoencode", [0.0, 10.0])
 @pytest.mark.parametrize("stop", [1, 3, 4])
-def test_a_resumed_run_continues_bit_by_bit(stop):
-    whole = trainer()
+def test_a_resumed_run_continues_bit_by_bit(stop, autoencode):
+    whole = trainer(autoencode=autoencode)
     for step in range(6):
         whole.step(reals(step))
-    first = trainer()
+    first = trainer(autoencode=autoencode)
     for step in range(stop):
         first.step(reals(step))
-    second = trainer()
+    second = trainer(autoencode=autoencode)
     second.load_state_dict(first.state_dict())
     for step in range(stop, 6):
         second.step(reals(step))
@@ -115,6 +116,53 @@ def test_training_learns_something():
     assert all(np.isfinite(v) for v in metrics.values())
 
 
+def test_autoencoding_brings_real_images_out_of_their_own_codes():
+    """Two flat images, one dark and one bright: their reconstructions have to move apart, and towards them."""
+    t = trainer(stages=((8, 10_000),), mixing=0.0, lr=0.01, autoencode=10.0, kl=0.0)
+    images = torch.tensor([30, 220, 30, 220], dtype=torch.uint8)[:, None, None, None].expand(4, 3, 8, 8)
+    first = t.step(images)
+    for _ in range(80):
+        last = t.step(images)
+    assert last["pixels"] < 0.6 * first["pixels"]
+    with torch.no_grad():
+        mean, _ = t.networks["encoder"](images[:2].float() / 127.5 - 1)
+        dark, bright = t._generate(2, torch.Generator().manual_seed(0), mean).mean(dim=(1, 2, 3))
+    assert bright > dark + 0.5
+
+
+def test_a_run_that_began_without_an_encoder_can_go_on_with_one_and_grow():
+    before = trainer()
+    before.step(reals(0))
+    after = trainer(autoencode=10.0)
+    after.load_state_dict(before.state_dict())
+    assert torch.equal(after.networks["ema"].constant, before.networks["ema"].constant)
+    after.step(reals(1))
+    mean_small, _ = after.networks["encoder"](filter_fir(torch.ones(1, 3, 16, 16), fir_kernel(), pad=(1, 1), stride=2))
+    after.enter_stage(16)
+    mean_large, _ = after.networks["encoder"](torch.ones(1, 3, 16, 16))
+    assert torch.allclose(mean_small, mean_large, atol=1e-4)
+    assert {"pixels", "features", "kl"} <= after.step(reals(2, resolution=16)).keys()
+
+
+def test_the_kl_divergence_of_the_encoder_is_the_textbooks():
+    t = trainer(autoencode=10.0)
+    images = torch.randn(4, 3, 8, 8)
+    mean, log_variance = t.networks["encoder"](images[:2])
+    posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    textbook = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(dim=1).mean()
+    _, kl = t._encode(images, torch.Generator().manual_seed(0))
+    assert torch.allclose(kl, textbook, rtol=1e-4)
+
+
+def test_distances_of_reconstructions_have_known_values():
+    black, white = torch.full((1, 3, 8, 8), -1.0), torch.ones(1, 3, 8, 8)
+    assert pyramid_distance(black, black) == 0 and pyramid_distance(black, white) == 2
+    checkers = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
+    # Fine detail counts at full resolution only: |1| there, 0 after halving.
+    assert pyramid_distance(checkers.expand(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)) == 1 / 3
+    assert feature_distance([torch.zeros(1, 2), torch.ones(2)], [torch.ones(1, 2), torch.full((2,), 2.0)]) == 0.75
+
+
 def test_only_the_discriminator_learns_first_when_asked(tmp_path):
     t = trainer(discriminator_first=8)
     before = [p.clone() for p in t.networks["generator"].parameters()]
@@ -132,6 +180,11 @@ def test_the_ema_generator_follows_with_its_half_life():
     t.step(reals(0))
     now = t.networks["generator"].constant
     assert torch.allclose(t.networks["ema"].constant, (start + now) / 2, atol=1e-6)
+
+
+def test_the_encoder_gives_mean_and_log_variance_of_each_code():
+    mean, log_variance = Encoder(channels=(8, 6), z_dim=5)(torch.randn(3, 3, 8, 8))
+    assert mean.shape == log_variance.shape == (3, 5)
 
 
 @pytest.mark.parametrize(("channels", "size"), [((8,), 4), ((8, 6), 8), ((8, 6, 4), 16)])

@@ -1,0 +1,258 @@
+"""One step of StyleGAN2's training, and everything it has to remember: networks, optimizers, position.
+
+Non-saturating logistic loss, lazy R1, style mixing, EMA (StyleGAN2, Karras et al., CVPR 2020), and on request an
+autoencoding term (VAE/GAN, Larsen et al., ICML 2016). A step's random numbers are a function of (seed, step), so that a
+resumed run continues bit by bit. Knows networks and losses; does not know files, progress or where images come from.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from discriminator import Discriminator, Encoder
+from discriminator import grow as grow_discriminator
+from torch import Tensor
+
+from handsoff_stream.generators import Generator, StyleGAN2, load_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run is; recorded in its state. A resumed run goes on with the settings it is resumed with."""
+
+    data: str | None
+    stages: tuple[tuple[int, int], ...]
+    """(resolution, train until this many images) in growing order."""
+    batch: int
+    channels: tuple[int, ...]
+    """Channels at 4x4, 8x8, ... of the last stage; the discriminator has the same."""
+    z_dim: int
+    mapping_layers: int
+    lr: float
+    r1: float
+    """R1 weight gamma at the last stage; scaled with the number of pixels at earlier ones."""
+    r1_every: int
+    mixing: float
+    ema_images: float
+    seed: int
+    autoencode: float = 0.0
+    """Weight of the reconstruction of real images through an encoder; 0: the paper's training."""
+    kl: float = 5e-4
+    """Weight of a nat of KL(q(z|image) || N(0, 1)) beside it."""
+    start_from: str | None = None
+    """A generator file to fine-tune; its discriminator is not in it, so ..."""
+    discriminator_first: int = 0
+    """... for so many images only the new discriminator learns."""
+
+
+def build(settings: Settings, resolution: int) -> dict[str, Any]:
+    """Fresh networks and optimizers of one stage."""
+    num_blocks = resolution.bit_length() - 2
+    channels = settings.channels[:num_blocks]
+    size = {"channels": channels, "z_dim": settings.z_dim, "w_dim": settings.z_dim}
+    networks = {
+        "generator": StyleGAN2(**size, mapping_layers=settings.mapping_layers),  # type: ignore[arg-type]
+        "ema": StyleGAN2(**size, mapping_layers=settings.mapping_layers),  # type: ignore[arg-type]
+        "discriminator": Discriminator(channels=channels),
+    }
+    if settings.autoencode:
+        networks["encoder"] = Encoder(channels=channels, z_dim=settings.z_dim)
+    networks["ema"].load_state_dict(networks["generator"].state_dict())
+    return networks
+
+
+def optimizers(networks: dict[str, Any], settings: Settings) -> dict[str, torch.optim.Adam]:
+    """Adam for each; the discriminator's is rescaled for lazy regularisation (SG2, appendix B)."""
+    lazy = settings.r1_every / (settings.r1_every + 1)
+    adams = {
+        "generator": torch.optim.Adam(networks["generator"].parameters(), lr=settings.lr, betas=(0.0, 0.99)),
+        "discriminator": torch.optim.Adam(
+            networks["discriminator"].parameters(), lr=settings.lr * lazy, betas=(0.0, 0.99**lazy)
+        ),
+    }
+    if "encoder" in networks:
+        adams["encoder"] = torch.optim.Adam(networks["encoder"].parameters(), lr=settings.lr, betas=(0.0, 0.99))
+    return adams
+
+
+@torch.no_grad()
+def grow(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Networks of twice the resolution that compute what the old ones do: image and verdict do not jump."""
+    for name in ("generator", "ema"):
+        new[name].load_state_dict(old[name].state_dict(), strict=False)
+        for block in new[name].blocks[len(old[name].blocks) :]:
+            block.to_rgb.conv.weight.zero_()
+    for name in new.keys() & {"discriminator", "encoder"}:
+        grow_discriminator(old[name], new[name])
+
+
+def pyramid_distance(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
+    """Mean absolute difference, averaged over the images and three halvings of them (fewer for tiny ones)."""
+    difference = (a_BCHW - b_BCHW).float()
+    distances = [difference.abs().mean()]
+    while len(distances) < 4 and min(difference.shape[2:]) >= 4:
+        difference = F.avg_pool2d(difference, 2)
+        distances.append(difference.abs().mean())
+    return torch.stack(distances).mean()
+
+
+def feature_distance(maps_a: list[Tensor], maps_b: list[Tensor]) -> Tensor:
+    """Mean absolute difference of feature maps relative to the size of `maps_b`, averaged over levels."""
+    levels = [((a - b).abs().float().mean() / b.abs().float().mean()) for a, b in zip(maps_a, maps_b, strict=True)]
+    return torch.stack(levels).mean()
+
+
+class Trainer:
+    """Networks, optimizers and position; `step` trains on one batch."""
+
+    def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype):
+        self.settings, self.device, self.dtype = settings, device, dtype
+        self.num_images = 0
+        self.num_steps = 0
+        self.seconds = 0.0
+        self.resolution = 0
+        self.networks: dict[str, Any] = {}
+        self.enter_stage(settings.stages[0][0])
+        if settings.start_from is not None:
+            self.fine_tune(load_generator(settings.start_from))
+
+    def fine_tune(self, pretrained: Generator) -> None:
+        """Begin from the weights of a trained generator of this geometry."""
+        for name in ("generator", "ema"):
+            self.networks[name].load_state_dict(pretrained.state_dict())
+
+    def enter_stage(self, resolution: int) -> None:
+        """Networks for this resolution; what an earlier stage learned is kept."""
+        torch.manual_seed(self.settings.seed + resolution)  # initial weights only
+        networks = build(self.settings, resolution)
+        if self.resolution:
+            grow(self.networks, networks)
+        self.resolution = resolution
+        self.networks = {name: network.to(self.device) for name, network in networks.items()}
+        for name in self.networks.keys() - {"ema"}:
+            self.networks[name].to(memory_format=torch.channels_last)
+        self.networks["ema"].eval().requires_grad_(False)
+        self.optimizers = optimizers(self.networks, self.settings)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "settings": json.dumps(asdict(self.settings)),
+            "position": [self.num_images, self.num_steps, self.resolution],
+            "seconds": self.seconds,
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.resolution = 0
+        self.enter_stage(state["position"][2])
+        self.num_images, self.num_steps, _ = state["position"]
+        self.seconds = state["seconds"]
+        for name in self.networks.keys() & state["networks"].keys():
+            self.networks[name].load_state_dict(state["networks"][name])
+        for name in self.optimizers.keys() & state["optimizers"].keys():
+            optimizer = self.optimizers[name]
+            lr = optimizer.param_groups[0]["lr"]
+            optimizer.load_state_dict(state["optimizers"][name])
+            optimizer.param_groups[0]["lr"] = lr
+
+    def step(self, reals_BCHW: Tensor) -> dict[str, float]:
+        """One discriminator and one generator update on uint8 images [B, 3, H, W]."""
+        started = time.monotonic()
+        rng = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.num_steps)
+        reals = reals_BCHW.to(self.device).float() / 127.5 - 1
+        flip = torch.rand(len(reals), generator=rng).lt(0.5).to(self.device)
+        reals = torch.where(flip[:, None, None, None], reals.flip(3), reals)
+        metrics = self._discriminator_step(reals, rng)
+        if self.num_images >= self.settings.discriminator_first:
+            metrics |= self._generator_step(reals, rng)
+            self._update_ema(len(reals))
+        self.num_images += len(reals)
+        self.num_steps += 1
+        self.seconds += time.monotonic() - started
+        return metrics
+
+    def _generate(self, batch: int, rng: torch.Generator, z_encoded: Tensor | None = None) -> Tensor:
+        """Images of `z_encoded` [E, z_dim] if given, then of random latents, `batch` in all."""
+        generator = self.networks["generator"]
+        z, z_other = torch.randn(2, batch, self.settings.z_dim, generator=rng).to(self.device)
+        num_encoded = 0 if z_encoded is None else len(z_encoded)
+        if z_encoded is not None:
+            z = torch.cat([z_encoded, z[num_encoded:]])
+        w, other = generator.mapping(torch.cat([z, z_other])).chunk(2)
+        generator.w_avg.lerp_(w.detach()[num_encoded:].mean(dim=0), 0.005)
+        # Style mixing (SG1, section 3.1): a second latent takes over from a random layer on.
+        first = torch.randint(1, generator.num_ws, (batch, 1), generator=rng)
+        first[torch.rand(batch, generator=rng) >= self.settings.mixing] = generator.num_ws
+        first[:num_encoded] = generator.num_ws
+        takes_over = (torch.arange(generator.num_ws) >= first).to(self.device)[:, :, None]
+        w_plus = torch.where(takes_over, other[:, None], w[:, None])
+        noise = [torch.randn(batch, 1, *size, generator=rng).to(self.device) for size in generator.noise_shapes]
+        return generator.synthesis(w_plus, noise, dtype=self.dtype).images
+
+    def _encode(self, reals: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Latents [B // 2, z_dim] drawn from q(z | image) for half a batch and its KL in nats; None without encoder."""
+        if "encoder" not in self.networks:
+            return None, None
+        mean, log_variance = self.networks["encoder"](reals[: len(reals) // 2], self.dtype)
+        z = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=rng).to(self.device)
+        return z, (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1).mean() / 2
+
+    def _discriminator_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, float]:
+        discriminator, optimizer = self.networks["discriminator"], self.optimizers["discriminator"]
+        with torch.no_grad():
+            fakes = self._generate(len(reals), rng, self._encode(reals, rng)[0])
+        optimizer.zero_grad(set_to_none=True)
+        logits_real = discriminator(reals, self.dtype)
+        logits_fake = discriminator(fakes, self.dtype)
+        loss = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
+        loss.backward()
+        metrics = {"loss_d": loss.item(), "sign_real": logits_real.detach().sign().mean().item()}
+        if self.num_steps % self.settings.r1_every == 0:
+            reals = reals.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(discriminator(reals).sum(), reals, create_graph=True)
+            penalty = grad.square().sum(dim=(1, 2, 3)).mean()
+            gamma = self.settings.r1 * (self.resolution / self.settings.stages[-1][0]) ** 2
+            (penalty * (gamma / 2 * self.settings.r1_every)).backward()
+            metrics["r1"] = penalty.item()
+        optimizer.step()
+        return metrics
+
+    def _generator_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, float]:
+        discriminator = self.networks["discriminator"]
+        trained = [self.optimizers[name] for name in ("generator", "encoder") if name in self.optimizers]
+        for optimizer in trained:
+            optimizer.zero_grad(set_to_none=True)
+        discriminator.requires_grad_(False)
+        z_encoded, kl = self._encode(reals, rng)
+        fakes = self._generate(len(reals), rng, z_encoded)
+        maps = discriminator.features(fakes, self.dtype)
+        loss = F.softplus(-discriminator.judge(maps[-1])).mean()
+        metrics = {"loss_g": loss.item()}
+        if z_encoded is not None and kl is not None:
+            # VAE/GAN (Larsen et al., ICML 2016): real images must come out of their own codes, judged by pixels and by
+            # the discriminator's features, so that no mode of the data is left out.
+            encoded = reals[: len(z_encoded)]
+            with torch.no_grad():
+                maps_real = discriminator.features(encoded, self.dtype)
+            pixels = pyramid_distance(fakes[: len(encoded)], encoded)
+            features = feature_distance([m[: len(encoded)] for m in maps], maps_real)
+            loss = loss + self.settings.autoencode * (pixels + 0.1 * features) + self.settings.kl * kl
+            metrics |= {"pixels": pixels.item(), "features": features.item(), "kl": kl.item()}
+        loss.backward()
+        discriminator.requires_grad_(True)
+        for optimizer in trained:
+            optimizer.step()
+        return metrics
+
+    @torch.no_grad()
+    def _update_ema(self, batch: int) -> None:
+        half_life = min(self.settings.ema_images, max(self.num_images * 0.05, 1.0))
+        beta = 0.5 ** (batch / half_life)
+        ema, generator = self.networks["ema"], self.networks["generator"]
+        torch._foreach_lerp_(list(ema.parameters()), list(generator.parameters()), 1 - beta)
+        for mine, theirs in zip(ema.buffers(), generator.buffers(), strict=True):
+            mine.copy_(theirs)
