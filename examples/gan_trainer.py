@@ -42,6 +42,8 @@ class Settings:
     """Weight of the reconstruction of real images through an encoder; 0: the paper's training."""
     kl: float = 5e-4
     """Weight of a nat of KL(q(z|image) || N(0, 1)) beside it."""
+    autoencode_first: int = 0
+    """Until so many images, generator and encoder learn alone, as a variational autoencoder: several times as fast."""
     start_from: str | None = None
     """A generator file to fine-tune; its discriminator is not in it, so ..."""
     discriminator_first: int = 0
@@ -166,10 +168,14 @@ class Trainer:
         reals = reals_BCHW.to(self.device).float() / 127.5 - 1
         flip = torch.rand(len(reals), generator=rng).lt(0.5).to(self.device)
         reals = torch.where(flip[:, None, None, None], reals.flip(3), reals)
-        metrics = self._discriminator_step(reals, rng)
-        if self.num_images >= self.settings.discriminator_first:
-            metrics |= self._generator_step(reals, rng)
+        if self.num_images < self.settings.autoencode_first:
+            metrics = self._autoencoder_step(reals, rng)
             self._update_ema(len(reals))
+        else:
+            metrics = self._discriminator_step(reals, rng)
+            if self.num_images >= self.settings.discriminator_first:
+                metrics |= self._generator_step(reals, rng)
+                self._update_ema(len(reals))
         self.num_images += len(reals)
         self.num_steps += 1
         self.seconds += time.monotonic() - started
@@ -193,18 +199,32 @@ class Trainer:
         noise = [torch.randn(batch, 1, *size, generator=rng).to(self.device) for size in generator.noise_shapes]
         return generator.synthesis(w_plus, noise, dtype=self.dtype).images
 
-    def _encode(self, reals: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Latents [B // 2, z_dim] drawn from q(z | image) for half a batch and its KL in nats; None without encoder."""
-        if "encoder" not in self.networks:
-            return None, None
-        mean, log_variance = self.networks["encoder"](reals[: len(reals) // 2], self.dtype)
+    def _autoencoder_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, float]:
+        trained = [self.optimizers[name] for name in ("generator", "encoder")]
+        z, kl = self._encode(reals, rng)
+        pixels = pyramid_distance(self._generate(len(reals), rng, z), reals)
+        for optimizer in trained:
+            optimizer.zero_grad(set_to_none=True)
+        (self.settings.autoencode * pixels + self.settings.kl * kl).backward()
+        for optimizer in trained:
+            optimizer.step()
+        return {"pixels": pixels.item(), "kl": kl.item()}
+
+    def _encode(self, reals: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Latents [B, z_dim] drawn from q(z | image), and KL(q(z | image) || N(0, 1)) in nats, averaged over images."""
+        mean, log_variance = self.networks["encoder"](reals, self.dtype)
         z = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=rng).to(self.device)
         return z, (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1).mean() / 2
 
+    def _encoded_share(self, reals: Tensor) -> Tensor:
+        """The images of a batch whose codes stand in for random latents: half of them, or none without encoder."""
+        return reals[: len(reals) // 2 if "encoder" in self.networks else 0]
+
     def _discriminator_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, float]:
         discriminator, optimizer = self.networks["discriminator"], self.optimizers["discriminator"]
+        encoded = self._encoded_share(reals)
         with torch.no_grad():
-            fakes = self._generate(len(reals), rng, self._encode(reals, rng)[0])
+            fakes = self._generate(len(reals), rng, self._encode(encoded, rng)[0] if len(encoded) else None)
         optimizer.zero_grad(set_to_none=True)
         logits_real = discriminator(reals, self.dtype)
         logits_fake = discriminator(fakes, self.dtype)
@@ -227,15 +247,15 @@ class Trainer:
         for optimizer in trained:
             optimizer.zero_grad(set_to_none=True)
         discriminator.requires_grad_(False)
-        z_encoded, kl = self._encode(reals, rng)
+        encoded = self._encoded_share(reals)
+        z_encoded, kl = self._encode(encoded, rng) if len(encoded) else (None, None)
         fakes = self._generate(len(reals), rng, z_encoded)
         maps = discriminator.features(fakes, self.dtype)
         loss = F.softplus(-discriminator.judge(maps[-1])).mean()
         metrics = {"loss_g": loss.item()}
-        if z_encoded is not None and kl is not None:
+        if kl is not None:
             # VAE/GAN (Larsen et al., ICML 2016): real images must come out of their own codes, judged by pixels and by
             # the discriminator's features, so that no mode of the data is left out.
-            encoded = reals[: len(z_encoded)]
             with torch.no_grad():
                 maps_real = discriminator.features(encoded, self.dtype)
             pixels = pyramid_distance(fakes[: len(encoded)], encoded)

@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--ema-images", type=float, default=10_000.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autoencode", type=float, default=0.0, metavar="WEIGHT", help="VAE/GAN term; try 10")
+    parser.add_argument("--autoencode-first", type=int, default=0, metavar="IMAGES", help="no discriminator until then")
     parser.add_argument("--kl", type=float, default=5e-4, help="with --autoencode: weight of a nat")
     parser.add_argument("--start-from", metavar="FILE", help="fine-tune the generator of this file or checkpoint")
     parser.add_argument("--discriminator-first", type=int, default=0, metavar="IMAGES", help="with --start-from")
@@ -160,7 +161,7 @@ def main() -> None:
         parser.error(f"--channels names {len(args.channels)} resolutions; {stages[-1][0]} needs one for each from 4 on")
     names = [
         *("data", "batch", "z_dim", "mapping_layers", "lr", "r1", "r1_every", "mixing", "ema_images", "seed"),
-        *("autoencode", "kl", "start_from", "discriminator_first"),
+        *("autoencode", "autoencode_first", "kl", "start_from", "discriminator_first"),
     ]
     settings = Settings(stages=stages, channels=tuple(args.channels), **{name: getattr(args, name) for name in names})
     # What schedulers send before they kill, and what a shell's background jobs otherwise ignore.

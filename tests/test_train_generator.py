@@ -130,6 +130,15 @@ def test_autoencoding_brings_real_images_out_of_their_own_codes():
     assert bright > dark + 0.5
 
 
+def test_the_discriminator_rests_while_the_autoencoder_learns_alone():
+    t = trainer(autoencode=10.0, autoencode_first=8)
+    before = [p.clone() for p in t.networks["discriminator"].parameters()]
+    assert t.step(reals(0)).keys() == {"pixels", "kl"}
+    t.step(reals(1))
+    assert all(torch.equal(a, b) for a, b in zip(before, t.networks["discriminator"].parameters(), strict=True))
+    assert {"pixels", "kl", "loss_d", "loss_g"} <= t.step(reals(2)).keys()
+
+
 def test_a_run_that_began_without_an_encoder_can_go_on_with_one_and_grow():
     before = trainer()
     before.step(reals(0))
@@ -147,7 +156,7 @@ def test_a_run_that_began_without_an_encoder_can_go_on_with_one_and_grow():
 def test_the_kl_divergence_of_the_encoder_is_the_textbooks():
     t = trainer(autoencode=10.0)
     images = torch.randn(4, 3, 8, 8)
-    mean, log_variance = t.networks["encoder"](images[:2])
+    mean, log_variance = t.networks["encoder"](images)
     posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())
     textbook = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(dim=1).mean()
     _, kl = t._encode(images, torch.Generator().manual_seed(0))
