@@ -189,7 +189,7 @@ class Trainer:
         if z_encoded is not None:
             z = torch.cat([z_encoded, z[num_encoded:]])
         w, other = generator.mapping(torch.cat([z, z_other])).chunk(2)
-        generator.w_avg.lerp_(w.detach()[num_encoded:].mean(dim=0), 0.005)
+        generator.w_avg.lerp_(other.detach().mean(dim=0), 0.005)
         # Style mixing (SG1, section 3.1): a second latent takes over from a random layer on.
         first = torch.randint(1, generator.num_ws, (batch, 1), generator=rng)
         first[torch.rand(batch, generator=rng) >= self.settings.mixing] = generator.num_ws

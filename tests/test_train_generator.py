@@ -135,6 +135,7 @@ def test_the_discriminator_rests_while_the_autoencoder_learns_alone():
     before = [p.clone() for p in t.networks["discriminator"].parameters()]
     assert t.step(reals(0)).keys() == {"pixels", "kl"}
     t.step(reals(1))
+    assert all(torch.isfinite(w).all() for w in weights(t))
     assert all(torch.equal(a, b) for a, b in zip(before, t.networks["discriminator"].parameters(), strict=True))
     assert {"pixels", "kl", "loss_d", "loss_g"} <= t.step(reals(2)).keys()
 
