@@ -201,6 +201,8 @@ class Trainer:
 
     def _autoencoder_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, float]:
         trained = [self.optimizers[name] for name in ("generator", "encoder")]
+        for optimizer in trained:
+            optimizer.param_groups[0]["betas"] = (0.9, 0.99)  # no opponent: momentum helps
         z, kl = self._encode(reals, rng)
         pixels = pyramid_distance(self._generate(len(reals), rng, z), reals)
         for optimizer in trained:
@@ -245,6 +247,7 @@ class Trainer:
         discriminator = self.networks["discriminator"]
         trained = [self.optimizers[name] for name in ("generator", "encoder") if name in self.optimizers]
         for optimizer in trained:
+            optimizer.param_groups[0]["betas"] = (0.0, 0.99)
             optimizer.zero_grad(set_to_none=True)
         discriminator.requires_grad_(False)
         encoded = self._encoded_share(reals)
