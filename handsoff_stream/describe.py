@@ -50,7 +50,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
     facts: dict[str, str] = {}
     for name, head in checkpoint.heads.items():
         ensemble = head.label_generator
-        classes = getattr(head.task, "class_names", None)
+        classes = getattr(head.task, "class_names", None) or getattr(head.task, "point_names", None)
         facts[f"head {name!r}"] = (
             f"{head.task.name}, {ensemble.num_outputs} outputs, {ensemble.members} members, hidden {ensemble.hidden}"
             + (f"; {', '.join(classes)}" if classes else "")

@@ -26,6 +26,7 @@ WITHIN_LAYER = {
     ("stream", "prefetch"),
     ("cli", "demo"),
     ("device", "errors"),
+    ("fitting", "config"),
 }
 OPTIONAL = {"lpips", "ray", "torchmetrics", "torchvision", "webdataset", "yaml"}
 

@@ -1,157 +1,212 @@
-"""A folder of images, and a folder of masks, paired by the names of their files.
+"""Sets of real images, with masks or without: read, mapped to classes, brought to the generator's size.
 
 Everything is read and checked once, when the set is opened, and all problems are reported together: an hour
-of inversion does not end at image 37. Knows files and ids. Does not know what ids mean.
+of inversion does not end at image 37. Knows how the parts fit together: `listing`, `pictures`, `class_maps`,
+`geometry`, `cleanup`. Does not know what is learned from the images.
 
-Shape letters: H W image size.
+Shape letters: H W image size, h w label size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-MASK_SUFFIXES = (".bmp", ".npy", ".png", ".tif", ".tiff")  # lossless ones
-MASK_MODES = ("1", "I", "I;16", "L", "P")
-IGNORE_INDEX = 255
-Size = tuple[int, int]
+from handsoff_stream.datasets.class_maps import IGNORE_INDEX, ClassMap, SourceValue, source_text
+from handsoff_stream.datasets.cleanup import erase_small_regions
+from handsoff_stream.datasets.geometry import Geometry, Size, same_shape, size_text
+from handsoff_stream.datasets.listing import Listing, files_by_name, list_labelled, pair_folders
+from handsoff_stream.datasets.pictures import IMAGE_SUFFIXES, RawMask, read_image, read_mask
+
+__all__ = ["ImageFolder", "LabelledFolder", "LabelledImages", "LabelledImagesError", "list_labelled"]
+
+NUM_NAMED = 8  # unmapped values that a message lists
+Read = TypeVar("Read", NDArray[np.uint8], RawMask)
 
 
 class LabelledImagesError(ValueError):
-    """What is wrong with a set of labelled images, all of it; `problems` has one line each."""
+    """What is wrong with a set of images, all of it."""
 
-    def __init__(self, problems: list[str]) -> None:
+    def __init__(self, problems: list[str], unmapped: Mapping[SourceValue, list[int]] | None = None) -> None:
         self.problems = problems
-        super().__init__(f"{len(problems)} problem(s) with the labelled images:\n  " + "\n  ".join(problems))
+        """One line each."""
+        self.unmapped = dict(unmapped or {})
+        """Of the ids and colours that the class map does not know: the number of pixels in each mask that has any."""
+        lines = [*problems, _unmapped_summary(self.unmapped)] if self.unmapped else problems
+        super().__init__(f"{len(problems)} problem(s) with the labelled images:\n  " + "\n  ".join(lines))
 
 
 class ImageFolder(Dataset[tuple[str, Tensor]]):
-    """Images without labels as (name, image), sorted by name; see `LabelledFolder`.
+    """Images without labels as (name, image), sorted by name; see `LabelledImages`.
 
     Raises:
-        LabelledImagesError: no image at all; two files of one name; a file that is not an image; an image that is not
-            of `size`.
+        LabelledImagesError: no image at all; two files of one name; a file that is not an image; an image of a size
+            that the geometry cannot use.
     """
 
-    def __init__(self, images_dir: str | Path, *, size: Size | None = None) -> None:
+    def __init__(self, images_dir: str | Path, geometry: Geometry | None = None, *, size: Size | None = None) -> None:
+        self.geometry = geometry or Geometry(size)
         problems: list[str] = []
-        images = _by_name(Path(images_dir), IMAGE_SUFFIXES, "an image", problems)
+        images = files_by_name(Path(images_dir), IMAGE_SUFFIXES, "an image", problems)
         self.names = sorted(images)
         self.files = [images[name] for name in self.names]
         for file in self.files:
-            _check_image(file, size, problems)
-        _require(bool(images), f"{images_dir}: no image; at least one is needed", problems)
+            image = _try(read_image, file, problems)
+            problem = None if image is None else self.geometry.problem((image.shape[0], image.shape[1]))
+            if problem is not None:
+                problems.append(f"{file}: {problem}")
+        if not images and not problems:
+            problems.append(f"{images_dir}: no image; at least one is needed")
+        if problems:
+            raise LabelledImagesError(problems)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[str, Tensor]:
-        return self.names[index], _image_tensor(self.files[index])
+        return self.names[index], _tensor(self.geometry.image(read_image(self.files[index])))
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return (self[i] for i in range(len(self)))
 
 
-class LabelledFolder(Dataset[tuple[str, Tensor, Tensor]]):
+class LabelledImages(Dataset[tuple[str, Tensor, Tensor]]):
     """Labelled images as (name, image, mask), sorted by name.
 
-    name: file name without suffix. image: float32 [3, H, W] in [0, 1] on 8-bit levels. mask: int64 [H, W],
-    ids.
+    name: unique. image: float32 [3, H, W] in [0, 1] on 8-bit levels. mask: int64 [h, w], class ids, 255
+    where unlabelled.
 
     Args:
-        images_dir: one image a file.
-        labels_dir: one mask a file, of the same name up to the suffix: a grey or indexed picture, or an
-            `.npy` array of integers [H, W]; the values are the ids, 255 means unlabelled.
-        num_classes: ids are below it.
-        size: (H, W) that images must have, the generator's resolution; None accepts any.
+        listing: which image goes with which mask; `list_labelled`.
+        class_map: what the ids or colours of the masks mean.
+        geometry: how images and masks get their size; by default all keep their own.
+        smallest_region: connected regions of fewer pixels, at label size, become unlabelled. HandsOff: 30; see
+            `erase_small_regions`.
+
+    Attributes:
+        entries: names and files, in order; `entries[i].latent` may name a file with the image's latent.
+        pixels_per_class: labelled pixels of each class in the whole set. What has none cannot be learned.
 
     Raises:
-        LabelledImagesError: no pair at all; an image without mask or a mask without image; two files of one
-            name; a file that is not what it should be; a mask of another size than its image; ids that are no
-            classes; an image that is not of `size`.
+        LabelledImagesError: all problems of the listing; a file that is not what it should be; a mask of another
+            shape than its image; ids or colours without a class; a mask without a labelled pixel; a size that the
+            geometry cannot use; a set in which only one class occurs.
+    """
+
+    def __init__(
+        self, listing: Listing, class_map: ClassMap, geometry: Geometry | None = None, *, smallest_region: int = 0
+    ) -> None:
+        self.entries, self.class_map, self.geometry = listing.entries, class_map, geometry or Geometry()
+        self.smallest_region = smallest_region
+        found = _Findings(list(listing.problems), np.zeros(class_map.num_classes, dtype=np.int64))
+        for image, label in [*self.files, *listing.unpaired]:
+            self._check(image, label, found)
+        if not found.problems and (found.pixels > 0).sum() == 1:
+            name = class_map.class_names[int(found.pixels.argmax())]
+            found.problems.append(f"all labelled pixels are {name}; one class teaches nothing, check the class map")
+        if found.problems:
+            raise LabelledImagesError(found.problems, found.unmapped)
+        self.pixels_per_class: tuple[int, ...] = tuple(found.pixels.tolist())
+
+    @property
+    def names(self) -> list[str]:
+        return [entry.name for entry in self.entries]
+
+    @property
+    def files(self) -> list[tuple[Path, Path]]:
+        """(image, mask) of each."""
+        return [(entry.image, entry.label) for entry in self.entries]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor, Tensor]:
+        entry = self.entries[index]
+        image = read_image(entry.image)
+        classes, _ = self.class_map.apply(read_mask(entry.label))
+        mask = self._finish(classes, (image.shape[0], image.shape[1]))
+        return entry.name, _tensor(self.geometry.image(image)), torch.from_numpy(mask.astype(np.int64))
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        return (self[i] for i in range(len(self)))
+
+    def _finish(self, classes_HW: NDArray[np.uint8], image: Size) -> NDArray[np.uint8]:
+        """Class ids at label size, specks erased."""
+        ids_hw = self.geometry.mask(classes_HW, image)
+        return erase_small_regions(ids_hw, self.smallest_region, IGNORE_INDEX) if self.smallest_region > 1 else ids_hw
+
+    def _check(self, image_file: Path | None, label_file: Path | None, found: "_Findings") -> None:
+        """Read a pair, or what there is of it, as `__getitem__` will."""
+        image = _try(read_image, image_file, found.problems)
+        size = None if image is None else (image.shape[0], image.shape[1])
+        problem = None if size is None else self.geometry.problem(size)
+        if problem is not None:
+            found.problems.append(f"{image_file}: {problem}")
+        mask = _try(read_mask, label_file, found.problems)
+        if mask is None:
+            return
+        if size is not None and not same_shape(size, mask.size):
+            problem = f"{size_text(mask.size)} pixels, its image is {size_text(size)}; give them one shape"
+            found.problems.append(f"{label_file}: {problem}")
+        classes = self._map(mask, label_file, found)
+        if classes is None or size is None or problem is not None:
+            return
+        labelled = self._finish(classes, size)
+        labelled = labelled[labelled != IGNORE_INDEX]
+        if len(labelled) == 0:
+            found.problems.append(f"{label_file}: no labelled pixel; check class map, crop and small regions")
+        found.pixels += np.bincount(labelled, minlength=self.class_map.num_classes)
+
+    def _map(self, mask: RawMask, file: Path | None, found: "_Findings") -> NDArray[np.uint8] | None:
+        """Class ids, if the class map knows all there is."""
+        try:
+            classes, unknown = self.class_map.apply(mask)
+        except ValueError as error:
+            found.problems.append(f"{file}: {error}")
+            return None
+        if not unknown:
+            return classes
+        found.problems.append(f"{file}: not in the class map: {_most_frequent(unknown)}")
+        for value, pixels in unknown.items():
+            found.unmapped.setdefault(value, []).append(pixels)
+        return None
+
+
+@dataclass
+class _Findings:
+    """What checking a set has brought up so far; see `LabelledImagesError` and `LabelledImages`."""
+
+    problems: list[str]
+    pixels: NDArray[np.int64]
+    unmapped: dict[SourceValue, list[int]] = field(default_factory=dict)
+
+
+class LabelledFolder(LabelledImages):
+    """Labelled images whose masks hold class ids already, in two folders, paired by file name; see `LabelledImages`.
+
+    Args:
+        images_dir, labels_dir: one image, one mask a file, of the same name up to the suffix.
+        num_classes: ids are below it, or 255 for unlabelled.
+        size: (H, W) that images must have; None accepts any.
     """
 
     def __init__(
         self, images_dir: str | Path, labels_dir: str | Path, *, num_classes: int, size: Size | None = None
     ) -> None:
-        problems: list[str] = []
-        images = _by_name(Path(images_dir), IMAGE_SUFFIXES, "an image", problems)
-        masks = _by_name(Path(labels_dir), MASK_SUFFIXES, "a mask", problems)
-        problems += [f"{images[n]}: no mask of this name in {labels_dir}" for n in sorted(images.keys() - masks)]
-        problems += [f"{masks[n]}: no image of this name in {images_dir}" for n in sorted(masks.keys() - images)]
-        self.names = sorted(images.keys() & masks)
-        self.files = [(images[name], masks[name]) for name in self.names]
-        for image_file, mask_file in self.files:
-            image = _check_image(image_file, size, problems)
-            _check_mask(mask_file, image, num_classes, problems)
-        _require(bool(self.names), f"{images_dir}, {labels_dir}: no labelled image; one is needed", problems)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[str, Tensor, Tensor]:
-        image_file, mask_file = self.files[index]
-        mask = torch.from_numpy(_read_mask(mask_file).astype(np.int64))
-        return self.names[index], _image_tensor(image_file), mask
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        return (self[i] for i in range(len(self)))
+        class_map = ClassMap.of_ids(f"class {i}" for i in range(num_classes))
+        super().__init__(pair_folders(Path(images_dir), Path(labels_dir)), class_map, Geometry(size))
 
 
-def _require(any_at_all: bool, otherwise: str, problems: list[str]) -> None:
-    """Raise LabelledImagesError if there are problems, or if there is nothing."""
-    if problems or not any_at_all:
-        raise LabelledImagesError(problems or [otherwise])
-
-
-def _by_name(folder: Path, suffixes: tuple[str, ...], kind: str, problems: list[str]) -> dict[str, Path]:
-    """Name => file of one folder; hidden files are passed over."""
-    if not folder.is_dir():
-        problems.append(f"{folder}: no such folder")
-        return {}
-    named: dict[str, Path] = {}
-    for file in sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")):
-        if file.suffix.lower() not in suffixes:
-            problems.append(f"{file}: not {kind} ({', '.join(suffixes)}); move it elsewhere")
-        elif file.stem in named:
-            problems.append(f"{file}: same name as {named[file.stem].name}; keep one of them")
-        else:
-            named[file.stem] = file
-    return named
-
-
-def _check_image(file: Path, size: Size | None, problems: list[str]) -> NDArray[np.generic] | None:
-    """The image, if it can be read."""
-    image = _try(_read_image, file, problems)
-    if image is not None and size is not None and image.shape[:2] != tuple(size):
-        problems.append(
-            f"{file}: {_text(image.shape)} pixels, the generator makes {_text(size)}; crop and resize it, and its "
-            "mask, if there is one, by nearest neighbour"
-        )
-    return image
-
-
-def _check_mask(file: Path, image: NDArray[np.generic] | None, num_classes: int, problems: list[str]) -> None:
-    mask = _try(_read_mask, file, problems)
-    if mask is None:
-        return
-    if image is not None and image.shape[:2] != mask.shape:
-        problems.append(f"{file}: {_text(mask.shape)} pixels, its image is {_text(image.shape)}; give them one size")
-    ids = np.unique(mask)
-    unknown = [int(i) for i in ids if not 0 <= i < num_classes and i != IGNORE_INDEX]
-    if unknown:
-        problems.append(
-            f"{file}: ids {unknown[:8]} are no classes of 0 to {num_classes - 1}, nor {IGNORE_INDEX} for unlabelled"
-        )
-
-
-def _try(read: Callable[[Path], NDArray[np.generic]], file: Path, problems: list[str]) -> NDArray[np.generic] | None:
+def _try(read: Callable[[Path], Read], file: Path | None, problems: list[str]) -> Read | None:
+    """What the file holds; None if there is none, or after adding a problem."""
+    if file is None:
+        return None
     try:
         return read(file)
     # PIL raises nearly anything on a damaged file, SyntaxError among others.
@@ -160,30 +215,21 @@ def _try(read: Callable[[Path], NDArray[np.generic]], file: Path, problems: list
         return None
 
 
-def _image_tensor(file: Path) -> Tensor:
+def _tensor(image_HW3: NDArray[np.uint8]) -> Tensor:
     """float32 [3, H, W] in [0, 1]."""
-    return torch.from_numpy(_read_image(file)).permute(2, 0, 1).contiguous().float() / 255
+    return torch.from_numpy(image_HW3).permute(2, 0, 1).contiguous().float() / 255
 
 
-def _read_image(file: Path) -> NDArray[np.uint8]:
-    """[H, W, 3]."""
-    with Image.open(file) as picture:
-        return np.asarray(picture.convert("RGB")).copy()
+def _most_frequent(pixels: Mapping[SourceValue, int]) -> str:
+    """The first few of some ids or colours, and how many more there are."""
+    named = [f"{source_text(value)} ({count} pixels)" for value, count in list(pixels.items())[:NUM_NAMED]]
+    more = len(pixels) - len(named)
+    return ", ".join(named) + (f" and {more} more, as smoothed or lossy pictures have" if more else "")
 
 
-def _read_mask(file: Path) -> NDArray[np.generic]:
-    """[H, W]."""
-    if file.suffix.lower() == ".npy":
-        # Memory-mapped: a header that promises more than the file holds is an error, not an allocation.
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-        if array.ndim != 2 or array.dtype.kind not in "iu":
-            raise ValueError(f"array of {array.dtype} {list(array.shape)}, ids are integers [H, W]")
-        return np.array(array)
-    with Image.open(file) as picture:
-        if picture.mode not in MASK_MODES:
-            raise ValueError(f"a picture of mode {picture.mode}, ids are grey or indexed; save ids, not colours")
-        return np.asarray(picture).astype(np.int64)
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return f"{shape[0]} x {shape[1]}"
+def _unmapped_summary(unmapped: Mapping[SourceValue, list[int]]) -> str:
+    """Values without a class in the whole set, most frequent first, and the way out."""
+    order = sorted(unmapped, key=lambda value: -sum(unmapped[value]))
+    named = [f"{source_text(v)} ({sum(unmapped[v])} pixels, masks: {len(unmapped[v])})" for v in order[:NUM_NAMED]]
+    more = f" and {len(order) - len(named)} more" if len(order) > len(named) else ""
+    return f"not in the class map, in all: {', '.join(named)}{more}; add them to a class, to ignore, or set others"
