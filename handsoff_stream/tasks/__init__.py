@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from handsoff_stream.tasks.base import Task
+from handsoff_stream.tasks.depth import Depth
+from handsoff_stream.tasks.keypoints import Keypoints, decode_heatmaps
 from handsoff_stream.tasks.segmentation import Segmentation
 
-__all__ = ["TASKS", "Segmentation", "Task", "task_from_config"]
+__all__ = ["TASKS", "Depth", "Keypoints", "Segmentation", "Task", "decode_heatmaps", "task_from_config"]
 
-TASKS: dict[str, type[Task]] = {"segmentation": Segmentation}
+TASKS: dict[str, type[Task]] = {"depth": Depth, "keypoints": Keypoints, "segmentation": Segmentation}
 
 
 def task_from_config(config: Mapping[str, Any]) -> Task:
