@@ -1,7 +1,8 @@
 """The offline half: labelled images and a generator => a checkpoint to stream from.
 
-Inversion finds each image's latent, fitting learns labels from the feature maps of these latents, calibration
-scores a sample of what the checkpoint generates. Nothing here is needed once the checkpoint is written.
+Inversion finds the latent of each image that comes without one, fitting learns labels from the feature maps of these
+latents, calibration scores a sample of what the checkpoint generates. Where there are no labelled images, samples of
+the generator can be annotated. Nothing here is needed once the checkpoint is written.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,9 @@ from handsoff_stream.fitting.feature_table import FeatureTable
 from handsoff_stream.fitting.fit import FitReport, FitSettings, fit_label_generator
 from handsoff_stream.fitting.inversion import Inversion, InversionSettings, invert
 from handsoff_stream.fitting.inversion_store import invert_images
+from handsoff_stream.fitting.latents import find_latents, read_latent
 from handsoff_stream.fitting.perceptual import Perceptual, load_perceptual
+from handsoff_stream.fitting.sample_for_annotation import write_samples
 from handsoff_stream.generators import Generator
 from handsoff_stream.synthesizer import Head
 from handsoff_stream.tasks import Task
@@ -36,6 +39,8 @@ __all__ = [
     "invert",
     "invert_images",
     "load_perceptual",
+    "read_latent",
+    "write_samples",
 ]
 
 
@@ -50,12 +55,13 @@ def fit_checkpoint(
     fit: FitSettings | None = None,
     perceptual: Perceptual | None = None,
     encodings: Mapping[str, Tensor] | None = None,
+    latents: Mapping[str, Tensor] | None = None,
     truncation: float = DEFAULT_TRUNCATION,
     calibration_samples: int = 2000,
     sources: Mapping[str, str] | None = None,
     progress: bool = False,
 ) -> Checkpoint:
-    """Invert, fit, calibrate.
+    """Invert what has no latent yet, fit, calibrate.
 
     Args:
         generator: what images are inverted into, and will be streamed from; its device does the work.
@@ -64,23 +70,31 @@ def fit_checkpoint(
         task: becomes the head named `task.name`.
         out_dir: where inversions are kept; see `invert_images`.
         inversion, fit: settings; the defaults if None.
-        perceptual: image distance of the inversion; `load_perceptual()` if None.
+        perceptual: image distance of the inversion; `load_perceptual()` if None and there is something to invert.
         encodings: name => w_e of an encoder, to start from and stay near.
+        latents: name => w+ [L, D] of the images that need no inversion, because this generator made them.
         truncation: psi that the checkpoint's streams use by default, and that it is calibrated with.
         calibration_samples: 0 leaves the calibration to the caller, as one must who stores float16 weights.
         sources: file => sha256, for provenance.
         progress: show bars.
     """
     inversion, fit = inversion or InversionSettings(), fit or FitSettings()
-    perceptual = perceptual or load_perceptual()
-    found = invert_images(generator, images, out_dir, perceptual, inversion, encodings=encodings, progress=progress)
+    found = find_latents(
+        generator,
+        images,
+        latents or {},
+        out_dir,
+        inversion=inversion,
+        perceptual=perceptual,
+        encodings=encodings,
+        progress=progress,
+    )
     table = FeatureTable.collect(generator, found.w_plus, (targets.shape[1], targets.shape[2]))
     label_generator, report = fit_label_generator(table, targets, task, fit, progress=progress)
     provenance: dict[str, Any] = {
         "sources": dict(sources or {}),
         "images": [name for name, _ in images],
-        "perceptual": perceptual.description,
-        "inversion": {**inversion.config(), "psnr": found.psnr.tolist(), "lpips": found.perceptual.tolist()},
+        **found.provenance,
         "fit": {**fit.config(), "accuracy": report.accuracy, "held_out_loss": report.held_out_loss},
         "versions": {"handsoff_stream": version("handsoff_stream"), "torch": torch.__version__},
     }

@@ -1,0 +1,165 @@
+"""The latent of every labelled image: given with the image, or found by inversion.
+
+An image that the generator made comes with its latent (`sample_for_annotation`), an image inverted elsewhere may. What
+is given is used as it is; how well it regenerates its image is measured, because a latent of another generator would
+otherwise pass unnoticed.
+
+Knows latents and images. Does not know labels.
+
+Shape letters: N images, L number of style inputs, D latent size, H W image size.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from handsoff_stream.fitting.inversion import InversionSettings
+from handsoff_stream.fitting.inversion_store import invert_images
+from handsoff_stream.fitting.perceptual import Perceptual, load_perceptual
+from handsoff_stream.generators import Generator
+from handsoff_stream.generators.checkpoints import native
+from handsoff_stream.generators.checkpoints.containers import read_content
+
+
+@dataclass(frozen=True)
+class FoundLatents:
+    """Latents of N images, and where they come from."""
+
+    w_plus: Tensor
+    """float32 [N, L, D] on the CPU."""
+    provenance: dict[str, Any]
+    """JSON-able: the perceptual distance and settings of the inversions, the PSNR of every image."""
+
+
+def read_latent(path: str | Path) -> Tensor:
+    """The latent w+ of one image, float32 [L, D], on the CPU.
+
+    Args:
+        path: `.safetensors` of `write_samples` or `invert_images`, or the array or tensor of a `.npy` or `.pt` file;
+            [L, D] or [1, L, D]. Nothing in a file is executed.
+
+    Raises:
+        ValueError: no such file, or one that holds anything else.
+    """
+    path = Path(path)
+    try:
+        w_plus = _stored_w_plus(path) if native.is_safetensors(path) else read_content(path).value
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: no readable latent ({error}); write w_plus to a safetensors file") from error
+    if isinstance(w_plus, np.ndarray) and w_plus.dtype.kind == "f":
+        w_plus = torch.from_numpy(np.array(w_plus, dtype=np.float32))
+    if not isinstance(w_plus, Tensor) or w_plus.ndim not in (2, 3) or w_plus.shape[:-2].numel() != 1:
+        found = f"{w_plus.dtype} {list(w_plus.shape)}" if hasattr(w_plus, "shape") else type(w_plus).__name__
+        raise ValueError(f"{path}: holds {found}, not the float latent [L, D] of one image; keep one latent a file")
+    return w_plus.float().reshape(w_plus.shape[-2:])
+
+
+def _stored_w_plus(path: Path) -> Tensor:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        w_plus: Tensor = file.get_tensor("w_plus")
+        return w_plus
+
+
+def find_latents(
+    generator: Generator,
+    images: Sequence[tuple[str, Tensor]],
+    given: Mapping[str, Tensor],
+    out_dir: str | Path,
+    *,
+    inversion: InversionSettings,
+    perceptual: Perceptual | None = None,
+    encodings: Mapping[str, Tensor] | None = None,
+    progress: bool = False,
+) -> FoundLatents:
+    """Latents of all images, in their order; those that are not given are inverted.
+
+    Args:
+        generator: its device does the work.
+        images: (name, float32 [3, H, W] in [0, 1]) of the generator's resolution.
+        given: name => w+ [L, D] of some of them, or of all: then neither `perceptual` nor `out_dir` is used.
+        out_dir, inversion, encodings, progress: see `invert_images`.
+        perceptual: image distance of the inversion; `load_perceptual()` if None.
+
+    Raises:
+        ValueError: a latent of no image, of another shape or not finite, and whatever `invert_images` refuses.
+    """
+    _check(generator, images, given)
+    psnr = _fidelity(generator, images, given)
+    latents = {name: w_plus_LD.float().cpu() for name, w_plus_LD in given.items()}
+    provenance: dict[str, Any] = {"given_latents": {"psnr": psnr}} if given else {}
+    pending = [(name, image) for name, image in images if name not in given]
+    if pending or not images:
+        perceptual = perceptual or load_perceptual()
+        found = invert_images(
+            generator, pending, out_dir, perceptual, inversion, encodings=encodings, progress=progress
+        )
+        latents |= {name: found.w_plus[i] for i, (name, _) in enumerate(pending)}
+        provenance["perceptual"] = perceptual.description
+        provenance["inversion"] = {
+            **inversion.config(),
+            "images": [name for name, _ in pending],
+            "psnr": found.psnr.tolist(),
+            "lpips": found.perceptual.tolist(),
+        }
+    return FoundLatents(torch.stack([latents[name] for name, _ in images]), provenance)
+
+
+def _check(generator: Generator, images: Sequence[tuple[str, Tensor]], given: Mapping[str, Tensor]) -> None:
+    names = [name for name, _ in images]
+    stray, twice = sorted(set(given) - set(names)), sorted({name for name in names if names.count(name) > 1})
+    if not names or stray or twice:
+        raise ValueError(
+            f"{len(names)} images; more than once: {twice}; latents without an image: {stray}. Give at least one "
+            "image, each a unique name, and latents the names of their images"
+        )
+    latent_shape, image_shape = (generator.num_ws, generator.w_dim), (3, *generator.resolution)
+    for name, image in images:
+        if name not in given:
+            continue
+        if tuple(given[name].shape) != latent_shape or not given[name].isfinite().all():
+            raise ValueError(
+                f"latent {name!r} is {list(given[name].shape)}, this generator takes finite numbers "
+                f"{list(latent_shape)}; pass the generator that the latent belongs to"
+            )
+        if tuple(image.shape) != image_shape:
+            raise ValueError(
+                f"image {name!r} is {list(image.shape)}, its latent makes {list(image_shape)}; pass it as it was made"
+            )
+
+
+def _fidelity(
+    generator: Generator, images: Sequence[tuple[str, Tensor]], given: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Name => PSNR in dB of the image that the given latent makes; warns of latents that do not make their images."""
+    average_LD = generator.w_avg.expand(generator.num_ws, -1)
+    psnr: dict[str, float] = {}
+    strangers: list[str] = []
+    for name, image in images:
+        if name in given:
+            psnr[name], average = _psnr(generator, given[name], image), _psnr(generator, average_LD, image)
+            # No threshold in dB tells inversions from strangers everywhere; the average image is the better stranger.
+            if psnr[name] < average:
+                strangers.append(f"{name} ({psnr[name]:.1f} dB, the average latent {average:.1f} dB)")
+    if strangers:
+        warnings.warn(
+            f"latents that make their images worse than the average latent does: {', '.join(strangers)}. Labels would "
+            "be learnt at the wrong places; check that the latents belong to these images and to this generator",
+            stacklevel=4,
+        )
+    return psnr
+
+
+@torch.no_grad()
+def _psnr(generator: Generator, w_plus_LD: Tensor, image_3HW: Tensor) -> float:
+    """In dB, of the image that the latent makes; at most 100."""
+    w_plus_1LD = w_plus_LD[None].to(generator.w_avg)
+    made_3HW = generator.synthesis(w_plus_1LD, "const").images[0].add(1).div(2).clamp(0, 1)
+    mse = (made_3HW.cpu() - image_3HW.cpu()).square().mean().clamp(min=1e-10)
+    return float(-10 * mse.log10())
