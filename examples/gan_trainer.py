@@ -67,16 +67,20 @@ def build(settings: Settings, resolution: int) -> dict[str, Any]:
 
 
 def optimizers(networks: dict[str, Any], settings: Settings) -> dict[str, torch.optim.Adam]:
-    """Adam for each; the discriminator's is rescaled for lazy regularisation (SG2, appendix B)."""
+    """Adam for each; the discriminator's is rescaled for lazy regularisation (SG2, appendix B).
+
+    Momentum is bad for opponents, and needed to learn codes: without it the reconstruction hardly improved.
+    """
     lazy = settings.r1_every / (settings.r1_every + 1)
+    momentum = 0.5 if settings.autoencode else 0.0
     adams = {
-        "generator": torch.optim.Adam(networks["generator"].parameters(), lr=settings.lr, betas=(0.0, 0.99)),
+        "generator": torch.optim.Adam(networks["generator"].parameters(), lr=settings.lr, betas=(momentum, 0.99)),
         "discriminator": torch.optim.Adam(
             networks["discriminator"].parameters(), lr=settings.lr * lazy, betas=(0.0, 0.99**lazy)
         ),
     }
     if "encoder" in networks:
-        adams["encoder"] = torch.optim.Adam(networks["encoder"].parameters(), lr=settings.lr, betas=(0.0, 0.99))
+        adams["encoder"] = torch.optim.Adam(networks["encoder"].parameters(), lr=settings.lr, betas=(0.9, 0.99))
     return adams
 
 
@@ -157,9 +161,9 @@ class Trainer:
             self.networks[name].load_state_dict(state["networks"][name])
         for name in self.optimizers.keys() & state["optimizers"].keys():
             optimizer = self.optimizers[name]
-            lr = optimizer.param_groups[0]["lr"]
+            chosen = {key: optimizer.param_groups[0][key] for key in ("lr", "betas")}
             optimizer.load_state_dict(state["optimizers"][name])
-            optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[0].update(chosen)
 
     def step(self, reals_BCHW: Tensor) -> dict[str, float]:
         """One discriminator and one generator update on uint8 images [B, 3, H, W]."""
@@ -201,8 +205,6 @@ class Trainer:
 
     def _autoencoder_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, float]:
         trained = [self.optimizers[name] for name in ("generator", "encoder")]
-        for optimizer in trained:
-            optimizer.param_groups[0]["betas"] = (0.9, 0.99)  # no opponent: momentum helps
         z, kl = self._encode(reals, rng)
         pixels = pyramid_distance(self._generate(len(reals), rng, z), reals)
         for optimizer in trained:
@@ -247,7 +249,6 @@ class Trainer:
         discriminator = self.networks["discriminator"]
         trained = [self.optimizers[name] for name in ("generator", "encoder") if name in self.optimizers]
         for optimizer in trained:
-            optimizer.param_groups[0]["betas"] = (0.0, 0.99)
             optimizer.zero_grad(set_to_none=True)
         discriminator.requires_grad_(False)
         encoded = self._encoded_share(reals)

@@ -99,8 +99,9 @@ def preview(
 @plain_errors
 def invert(
     generator: Annotated[str, typer.Argument(help="Generator or checkpoint file, or a name that ships.")],
-    images: Annotated[Path, typer.Argument(help="Folder of images of the generator's size.")],
+    images: Annotated[Path, typer.Argument(help="Folder of images.")],
     out: Annotated[Path, typer.Argument(help="Folder for one .safetensors file an image; finished ones are kept.")],
+    fit: Annotated[str, typer.Option(help="Images of another size: exact (refuse), crop or pad.")] = "exact",
     steps: Annotated[int, typer.Option(help="Gradient steps an image.")] = 500,
     net: Annotated[str | None, typer.Option(help="LPIPS backbone: vgg, alex or squeeze.")] = None,
     device: DeviceOption = None,
@@ -108,7 +109,7 @@ def invert(
     """Find the latents of real images; run again to continue an interrupted run."""
     from handsoff_stream.fitting.commands import invert_folder
 
-    found = invert_folder(generator, images, out, steps=steps, net=net, device=device)
+    found = invert_folder(generator, images, out, steps=steps, net=net, device=device, fit=fit)  # type: ignore[arg-type]
     table = Table("image", "LPIPS", "PSNR (dB)")
     for name, lpips, psnr in found:
         table.add_row(name, f"{lpips:.3f}", f"{psnr:.1f}")
@@ -117,15 +118,20 @@ def invert(
 
 @app.command(
     epilog="Example: `handsoff-stream fit ffhq.pt --images photos/ --labels masks/ "
-    "--classes background,skin,hair --out mine.safetensors`"
+    "--class-map celebamask_hq_8 --label-size 512 --out mine.safetensors`"
 )
 @plain_errors
 def fit(
     generator: Annotated[str, typer.Argument(help="Generator or checkpoint file, or a name that ships.")],
-    images: Annotated[Path, typer.Option(help="Folder of labelled images, at most about 50.")],
-    labels: Annotated[Path, typer.Option(help="Folder of masks: PNG or .npy of class ids, matched by name.")],
-    classes: Annotated[str, typer.Option(help="Class names in order of their ids, separated by commas.")],
+    images: Annotated[Path, typer.Option(help="Folder of at most about 50 labelled images, or a .csv/.json manifest.")],
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")],
+    labels: Annotated[Path | None, typer.Option(help="Folder of masks (PNG or .npy), matched by name.")] = None,
+    class_map: Annotated[str | None, typer.Option(help="What ids or colours mean: a map that ships, or YAML.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Or, for plain ids: names in their order, with commas.")] = None,
+    fit: Annotated[str, typer.Option(help="Images of another size: exact (refuse), crop or pad.")] = "exact",
+    crop_box: Annotated[str | None, typer.Option(help="TOP,LEFT,BOTTOM,RIGHT in pixels, cut out first.")] = None,
+    label_size: Annotated[int | None, typer.Option(help="Height of the labels; default: the generator's.")] = None,
+    smallest_region: Annotated[int, typer.Option(help="Smaller specks in masks become unlabelled; HandsOff: 30.")] = 0,
     latents: Annotated[Path | None, typer.Option(help="Folder of inversions; default: OUT.latents/.")] = None,
     steps: Annotated[int, typer.Option(help="Gradient steps an image; inversions that exist are used.")] = 500,
     net: Annotated[str | None, typer.Option(help="LPIPS backbone: vgg, alex or squeeze.")] = None,
@@ -134,23 +140,64 @@ def fit(
     device: DeviceOption = None,
 ) -> None:
     """Learn to label what a generator makes, from a few labelled images; writes a checkpoint to stream from."""
-    from handsoff_stream.fitting.commands import fit_folder
+    from handsoff_stream.fitting import FitSettings
+    from handsoff_stream.fitting.commands import LabelledFiles, fit_folder, open_class_map
 
-    accuracy = fit_folder(
+    accuracy, unseen = fit_folder(
         generator,
-        images,
-        labels,
-        class_names=tuple(name.strip() for name in classes.split(",")),
-        out=out,
+        LabelledFiles(
+            images=images,
+            labels=labels,
+            class_map=open_class_map(class_map, classes),
+            fit=fit,  # type: ignore[arg-type]
+            label_height=label_size,
+            crop_box=crop_box,
+            smallest_region=smallest_region,
+        ),
+        out,
         latents=latents,
         steps=steps,
         net=net,
-        epochs=epochs,
+        settings=FitSettings() if epochs is None else FitSettings(epochs=epochs),
         half=half,
         device=device,
     )
     note = "" if accuracy is None else f"; accuracy on held-out pixels of the labelled images {accuracy:.1%}"
     console.print(f"wrote {out}{note}")
+    if unseen:
+        console.print(f"no labelled image shows {', '.join(unseen)}, so the stream never will")
+
+
+@app.command(epilog="Example: `handsoff-stream sample ffhq.pt to_annotate/ --num 16`")
+@plain_errors
+def sample(
+    generator: Annotated[str, typer.Argument(help="Generator or checkpoint file, or a name that ships.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; an unfinished one continues.")],
+    num: Annotated[int, typer.Option(help="Images to annotate.")] = 12,
+    candidates: Annotated[
+        int | None, typer.Option(help="Select actively among so many (DatasetGAN); needs a checkpoint with a head.")
+    ] = None,
+    seed: SeedOption = 0,
+    truncation: Annotated[float | None, typer.Option(help="psi; default: the checkpoint's.")] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Write generated images with their latents, to draw labels on instead of on real ones."""
+    from handsoff_stream.fitting import write_samples
+
+    manifest = write_samples(
+        generator,
+        out,
+        num=num,
+        candidates=candidates,
+        seed=seed,
+        truncation=truncation,
+        device=device,
+        progress=True,
+    )
+    console.print(
+        f"draw masks into {out}/masks/ by the names of the images, then: handsoff-stream fit {generator} "
+        f"--images {manifest} ..."
+    )
 
 
 @app.command(epilog="Example: `handsoff-stream train faces deeplab.pt --steps 2000 --backbone resnet101`")

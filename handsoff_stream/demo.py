@@ -19,8 +19,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from handsoff_stream.checkpoint import load_checkpoint
+from handsoff_stream.datasets.class_maps import ClassMap
 from handsoff_stream.datasets.labelled_faces import labelled_faces
-from handsoff_stream.datasets.labelled_folder import LabelledFolder
+from handsoff_stream.datasets.labelled_images import LabelledImages, list_labelled
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
 from handsoff_stream.device import resolve_device
 from handsoff_stream.downstream import (
@@ -184,7 +185,7 @@ def train_on_stream(
         raise CheckpointError(f"{checkpoint}: no segmentation head, so there are no masks to train DeepLabV3 on")
     test: Any = None
     if test_folders is not None:
-        folder = LabelledFolder(*test_folders, num_classes=len(names))
+        folder = LabelledImages(list_labelled(*test_folders), ClassMap.of_ids(names))
         test = DataLoader([(image, mask) for _, image, mask in folder], batch_size=1)  # type: ignore[arg-type]
     elif checkpoint == "faces":
         test = RenderedFaces("test", num_images=200, size=loaded.size[0])

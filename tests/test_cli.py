@@ -14,7 +14,7 @@ from handsoff_stream.checkpoint import load_checkpoint, save_checkpoint
 from handsoff_stream.cli import app
 from handsoff_stream.datasets.rendered_faces import RenderedFaces
 
-VERBS = ("convert", "demo", "export", "fit", "inspect", "invert", "preview", "train")
+VERBS = ("convert", "demo", "export", "fit", "inspect", "invert", "preview", "sample", "train")
 
 
 def run(*arguments) -> tuple[int, str]:
@@ -112,6 +112,50 @@ def test_fit_goes_from_folders_to_a_checkpoint_that_streams(labelled, tmp_path):
     assert len(fitted.calibration.scores["top10_mean"]) == 2000
     assert len(list((tmp_path / "mine.latents").iterdir())) == 4
     assert set(fitted.provenance["sources"]) >= {"images/0.png", "masks/0.png", "masks/3.png"}
+
+
+@pytest.mark.filterwarnings("ignore:LPIPS has no trained backbone")
+def test_colour_masks_of_another_size_and_a_class_map_of_ones_own(labelled, tmp_path):
+    """Images of 24 x 20 and masks in colours, cropped to the generator's 16 x 16; one class never occurs."""
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    images.mkdir()
+    masks.mkdir()
+    for i in range(2):
+        Image.open(labelled / "images" / f"{i}.png").resize((20, 24)).save(images / f"{i}.png")
+        ids = Image.open(labelled / "masks" / f"{i}.png").resize((20, 24), Image.Resampling.NEAREST)
+        Image.fromarray(np.array([[0, 0, 0], [250, 0, 0], [0, 0, 250]], np.uint8)[np.asarray(ids)]).save(
+            masks / f"{i}.png"
+        )
+    (tmp_path / "map.yaml").write_text(
+        "classes:\n  0: {name: nothing, from_colors: [[0, 0, 0]]}\n"
+        "  1: {name: person, from_colors: [[250, 0, 0], [0, 0, 250]]}\n  2: {name: dog, from_colors: [[9, 9, 9]]}\n"
+    )
+    arguments = [
+        "fit", labelled / "generator.safetensors", "--images", images, "--labels", masks, "--class-map",
+        tmp_path / "map.yaml", "--fit", "crop", "--label-size", 8, "--out", tmp_path / "mine.safetensors",
+        "--steps", 1, "--epochs", 1, "--device", "cpu",
+    ]  # fmt: skip
+    code, text = run(*arguments)
+    assert code == 0 and "no labelled image shows dog" in text
+    fitted = load_checkpoint(tmp_path / "mine.safetensors")
+    assert fitted.heads["segmentation"].task.class_names == ("nothing", "person", "dog") and fitted.size == (8, 8)
+    assert fitted.provenance["class_map"]["from_colors"][2] == [[0, 0, 250], 1]
+    assert run(*arguments, "--classes", "a,b")[1].count("said once") == 1
+
+
+def test_samples_are_written_annotated_and_fitted_without_inversion(labelled, tmp_path):
+    code, text = run("sample", labelled / "generator.safetensors", tmp_path / "todo", "--num", 3, "--device", "cpu")
+    assert code == 0 and "draw masks into" in text
+    for image in (tmp_path / "todo" / "images").iterdir():
+        grey = np.asarray(Image.open(image).convert("L"))
+        Image.fromarray((grey > np.median(grey)).astype(np.uint8)).save(tmp_path / "todo" / "masks" / image.name)
+    code, text = run(
+        "fit", labelled / "generator.safetensors", "--images", tmp_path / "todo" / "manifest.csv",
+        "--classes", "dark,bright", "--out", tmp_path / "mine.safetensors", "--epochs", 1, "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, text
+    assert not (tmp_path / "mine.latents").exists()
+    assert len(load_checkpoint(tmp_path / "mine.safetensors").provenance["given_latents"]["psnr"]) == 3
 
 
 @pytest.mark.filterwarnings("ignore:LPIPS has no trained backbone")

@@ -9,9 +9,8 @@ from PIL import Image
 
 from handsoff_stream.datasets.class_maps import ClassMap, MappedClass
 from handsoff_stream.datasets.geometry import Geometry
-from handsoff_stream.datasets.labelled_folder import (
+from handsoff_stream.datasets.labelled_images import (
     ImageFolder,
-    LabelledFolder,
     LabelledImages,
     LabelledImagesError,
     list_labelled,
@@ -37,9 +36,13 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return images, labels
 
 
+def ids(num_classes: int) -> ClassMap:
+    return ClassMap.of_ids(f"class {i}" for i in range(num_classes))
+
+
 def problems(folders: tuple[Path, Path], num_classes: int = 3, size: tuple[int, int] | None = None) -> list[str]:
     with pytest.raises(LabelledImagesError) as caught:
-        LabelledFolder(*folders, num_classes=num_classes, size=size)
+        labelled(folders, ids(num_classes), geometry=Geometry(size))
     assert all(problem in str(caught.value) for problem in caught.value.problems)
     return caught.value.problems
 
@@ -49,7 +52,7 @@ def labelled(folders: tuple[Path, Path], class_map: ClassMap | None = None, **op
 
 
 def test_pairs_come_sorted_by_name_with_images_and_ids(folders):
-    first, second = LabelledFolder(*folders, num_classes=3, size=(12, 8))
+    first, second = labelled(folders, geometry=Geometry((12, 8)))
     assert (first[0], second[0]) == ("a", "b")
     assert second[1].dtype == torch.float32 and second[1].shape == (3, 12, 8)
     assert torch.equal(second[1] * 255, torch.from_numpy(PIXELS).permute(2, 0, 1).float())
@@ -62,7 +65,7 @@ def test_grey_sixteen_bit_and_black_and_white_masks_are_ids(folders):
     Image.fromarray(IDS.astype(np.uint16)).save(folders[1] / "a.png")
     (folders[1] / "b.npy").unlink()
     Image.fromarray(IDS > 0).save(folders[1] / "b.png")
-    first, second = LabelledFolder(*folders, num_classes=3)
+    first, second = labelled(folders)
     assert torch.equal(first[2], torch.from_numpy(IDS).long())
     assert torch.equal(second[2], torch.from_numpy(IDS > 0).long())
 
@@ -72,7 +75,7 @@ def test_unlabelled_pixels_and_hidden_files_pass(folders):
     ids[0] = 255
     Image.fromarray(ids).save(folders[1] / "a.png")
     (folders[0] / ".DS_Store").write_bytes(b"")
-    assert (LabelledFolder(*folders, num_classes=3)[0][2][0] == 255).all()
+    assert (labelled(folders)[0][2][0] == 255).all()
 
 
 def test_empty_and_missing_folders_are_refused(tmp_path):
@@ -169,12 +172,12 @@ def test_a_problem_with_the_list_does_not_hide_those_of_the_files(folders):
 def test_unmapped_values_are_summed_over_the_set(folders):
     np.save(folders[1] / "b.npy", np.where(IDS == 2, 77, IDS))
     with pytest.raises(LabelledImagesError) as caught:
-        LabelledFolder(*folders, num_classes=2)
+        labelled(folders, ids(2))
     twos = int((IDS == 2).sum())
     assert caught.value.unmapped == {2: [twos], 77: [twos]}
     np.save(folders[1] / "b.npy", IDS)
     with pytest.raises(LabelledImagesError) as caught:
-        LabelledFolder(*folders, num_classes=2)
+        labelled(folders, ids(2))
     assert caught.value.unmapped == {2: [twos, twos]}
     assert f"not in the class map, in all: id 2 ({2 * twos} pixels, masks: 2); add them" in str(caught.value)
 

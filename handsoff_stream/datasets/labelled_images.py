@@ -21,10 +21,10 @@ from torch.utils.data import Dataset
 from handsoff_stream.datasets.class_maps import IGNORE_INDEX, ClassMap, SourceValue, source_text
 from handsoff_stream.datasets.cleanup import erase_small_regions
 from handsoff_stream.datasets.geometry import Geometry, Size, same_shape, size_text
-from handsoff_stream.datasets.listing import Listing, files_by_name, list_labelled, pair_folders
+from handsoff_stream.datasets.listing import Listing, files_by_name, list_labelled
 from handsoff_stream.datasets.pictures import IMAGE_SUFFIXES, RawMask, read_image, read_mask
 
-__all__ = ["ImageFolder", "LabelledFolder", "LabelledImages", "LabelledImagesError", "list_labelled"]
+__all__ = ["ImageFolder", "LabelledImages", "LabelledImagesError", "list_labelled"]
 
 NUM_NAMED = 8  # unmapped values that a message lists
 Read = TypeVar("Read", NDArray[np.uint8], RawMask)
@@ -185,22 +185,6 @@ class _Findings:
     problems: list[str]
     pixels: NDArray[np.int64]
     unmapped: dict[SourceValue, list[int]] = field(default_factory=dict)
-
-
-class LabelledFolder(LabelledImages):
-    """Labelled images whose masks hold class ids already, in two folders, paired by file name; see `LabelledImages`.
-
-    Args:
-        images_dir, labels_dir: one image, one mask a file, of the same name up to the suffix.
-        num_classes: ids are below it, or 255 for unlabelled.
-        size: (H, W) that images must have; None accepts any.
-    """
-
-    def __init__(
-        self, images_dir: str | Path, labels_dir: str | Path, *, num_classes: int, size: Size | None = None
-    ) -> None:
-        class_map = ClassMap.of_ids(f"class {i}" for i in range(num_classes))
-        super().__init__(pair_folders(Path(images_dir), Path(labels_dir)), class_map, Geometry(size))
 
 
 def _try(read: Callable[[Path], Read], file: Path | None, problems: list[str]) -> Read | None:
