@@ -7,7 +7,7 @@ Non-saturating logistic loss, lazy R1, style mixing, EMA, minibatch standard dev
 2020); bfloat16 convolutions. Ctrl-C or SIGTERM stops and saves; the same command resumes from OUT/state.pt. OUT also
 gets metrics.jsonl, a sample sheet per `--sheet-every` images, and generator.safetensors, which handsoff_stream reads.
 `--stages 32:60000 64:200000 128:400000` trains at low resolutions first; growing changes neither image nor verdict.
-`--autoencode 10` adds an encoder and asks that real images come out of their own codes (VAE/GAN, Larsen et al., ICML
+`--autoencode 30` adds an encoder and asks that real images come out of their own codes (VAE/GAN, Larsen et al., ICML
 2016): where compute is short, that keeps the rare modes in. Left out: path length regularisation and adaptive
 augmentation (a folder of fewer than some 10,000 images will overfit).
 """
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--mixing", type=float, default=0.5)
     parser.add_argument("--ema-images", type=float, default=10_000.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--autoencode", type=float, default=0.0, metavar="WEIGHT", help="VAE/GAN term; try 10")
+    parser.add_argument("--autoencode", type=float, default=0.0, metavar="WEIGHT", help="VAE/GAN term; try 30")
     parser.add_argument("--autoencode-first", type=int, default=0, metavar="IMAGES", help="no discriminator until then")
     parser.add_argument("--kl", type=float, default=5e-4, help="with --autoencode: weight of a nat")
     parser.add_argument("--start-from", metavar="FILE", help="fine-tune the generator of this file or checkpoint")

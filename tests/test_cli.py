@@ -14,7 +14,10 @@ from handsoff_stream.checkpoint import load_checkpoint, save_checkpoint
 from handsoff_stream.cli import app
 from handsoff_stream.datasets.rendered_faces import RenderedFaces
 
-VERBS = ("convert", "demo", "export", "fit", "inspect", "invert", "preview", "sample", "train")
+VERBS = (
+    "convert", "demo", "export", "fit", "import-labels", "inspect", "invert", "preview", "sample", "train",
+    "train-encoder",
+)  # fmt: skip
 
 
 def run(*arguments) -> tuple[int, str]:
@@ -176,14 +179,14 @@ def test_every_problem_of_a_labelled_set_is_reported_before_any_work(labelled, t
     images.mkdir()
     masks.mkdir()
     Image.new("RGB", (16, 16)).save(images / "a.png")
-    Image.new("L", (8, 8)).save(masks / "a.png")
+    Image.new("L", (8, 12)).save(masks / "a.png")
     Image.new("RGB", (16, 16)).save(images / "b.png")
     Image.new("L", (16, 16), 7).save(masks / "b.png")
     (images / "c.png").write_text("not an image")
     Image.new("L", (16, 16)).save(masks / "c.png")
     code, text = run(*fit_arguments(labelled, tmp_path / "out.safetensors", images=images, labels=masks))
     assert code == 2
-    for part in ("a.png", "8 x 8", "ids [7]", "c.png: cannot be read"):
+    for part in ("a.png", "12 x 8", "id 7 (256 pixels)", "c.png: cannot be read"):
         assert part in text
     assert not (tmp_path / "out.safetensors").exists() and not (tmp_path / "out.latents").exists()
 

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handsoff_stream.fitting import inversion_store
-from handsoff_stream.fitting.inversion import InversionSettings, invert, learning_rate_at, project_to_ball
+from handsoff_stream.fitting.inversion import (
+    PUBLISHED_STEPS,
+    InversionSettings,
+    invert,
+    learning_rate_at,
+    project_to_ball,
+)
 from handsoff_stream.fitting.inversion_store import invert_images
 from handsoff_stream.fitting.perceptual import Perceptual
 from handsoff_stream.generators import StyleGAN2
@@ -184,6 +190,14 @@ def test_what_does_not_fit_is_refused(generator, wrong):
 def test_settings_without_sense_are_refused(wrong):
     with pytest.raises(ValueError, match="pass"):
         InversionSettings(**wrong)
+
+
+def test_domains_differ_in_their_steps_only():
+    assert PUBLISHED_STEPS == {"cars": 300, "faces": 500, "full-bodies": 2000, "streets": 500}
+    for domain, steps in PUBLISHED_STEPS.items():
+        assert InversionSettings.for_domain(domain) == InversionSettings(steps=steps, radius=0.5, pixel_weight=0.1)
+    with pytest.raises(ValueError, match="cars.*or steps"):
+        InversionSettings.for_domain("bedrooms")
 
 
 # Results on disk

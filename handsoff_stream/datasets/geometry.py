@@ -7,7 +7,7 @@ Shape letters: H W image size. Rows before columns everywhere.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from handsoff_stream.datasets.class_maps import IGNORE_INDEX
 
 Size = tuple[int, int]
 """(H, W)."""
-Fit = Literal["exact", "crop", "pad"]
+FITS = ("exact", "crop", "pad")
 
 
 class Box(NamedTuple):
@@ -64,13 +64,14 @@ class Geometry:
     """Of images, the generator's resolution; None: each keeps its own."""
     label_size: Size | None = None
     """Of masks, of the same shape as `size`; None: that of the image. HandsOff: 512 x 512 for 1024 x 1024 images."""
-    fit: Fit = "exact"
+    fit: str = "exact"
+    """One of `FITS`."""
     crop_box: tuple[int, int, int, int] | None = None
     """(top, left, bottom, right) in pixels of every image, taken before anything else."""
 
     def __post_init__(self) -> None:
-        if self.fit not in get_args(Fit):
-            raise ValueError(f"fit={self.fit!r}; choose one of {', '.join(get_args(Fit))}")
+        if self.fit not in FITS:
+            raise ValueError(f"fit={self.fit!r}; choose one of {', '.join(FITS)}")
         if self.size is None and (self.fit != "exact" or self.label_size is not None):
             raise ValueError("fit and label_size need the size of the images; pass size=(H, W)")
         for size in (self.size, self.label_size):

@@ -21,12 +21,16 @@ from handsoff_stream.fitting.inversion import Inversion, InversionSettings, inve
 from handsoff_stream.fitting.inversion_store import invert_images
 from handsoff_stream.fitting.latents import find_latents, read_latent
 from handsoff_stream.fitting.perceptual import Perceptual, load_perceptual
+from handsoff_stream.fitting.restyle import encode_images
+from handsoff_stream.fitting.restyle_files import load_restyle
 from handsoff_stream.fitting.sample_for_annotation import write_samples
+from handsoff_stream.fitting.train_encoder import EncoderSettings, train_encoder
 from handsoff_stream.generators import Generator
 from handsoff_stream.synthesizer import Head
 from handsoff_stream.tasks import Task
 
 __all__ = [
+    "EncoderSettings",
     "FeatureTable",
     "FitReport",
     "FitSettings",
@@ -34,12 +38,15 @@ __all__ = [
     "InversionSettings",
     "Perceptual",
     "calibrate",
+    "encode_images",
     "fit_checkpoint",
     "fit_label_generator",
     "invert",
     "invert_images",
     "load_perceptual",
+    "load_restyle",
     "read_latent",
+    "train_encoder",
     "write_samples",
 ]
 
@@ -58,6 +65,8 @@ def fit_checkpoint(
     latents: Mapping[str, Tensor] | None = None,
     truncation: float = DEFAULT_TRUNCATION,
     calibration_samples: int = 2000,
+    memory_gb: float | None = None,
+    cache_dir: str | Path | None = None,
     sources: Mapping[str, str] | None = None,
     progress: bool = False,
 ) -> Checkpoint:
@@ -75,6 +84,7 @@ def fit_checkpoint(
         latents: name => w+ [L, D] of the images that need no inversion, because this generator made them.
         truncation: psi that the checkpoint's streams use by default, and that it is calibrated with.
         calibration_samples: 0 leaves the calibration to the caller, as one must who stores float16 weights.
+        memory_gb, cache_dir: for the features of the images; see `FeatureTable.collect`.
         sources: file => sha256, for provenance.
         progress: show bars.
     """
@@ -89,19 +99,23 @@ def fit_checkpoint(
         encodings=encodings,
         progress=progress,
     )
-    table = FeatureTable.collect(generator, found.w_plus, (targets.shape[1], targets.shape[2]))
+    size = (targets.shape[1], targets.shape[2])
+    table = FeatureTable.collect(generator, found.w_plus, size, memory_gb=memory_gb, cache_dir=cache_dir)
     label_generator, report = fit_label_generator(table, targets, task, fit, progress=progress)
     provenance: dict[str, Any] = {
         "sources": dict(sources or {}),
         "images": [name for name, _ in images],
         **found.provenance,
-        "fit": {**fit.config(), "accuracy": report.accuracy, "held_out_loss": report.held_out_loss},
+        "fit": {
+            **fit.config(),
+            "epoch": report.epoch,
+            "accuracy": report.accuracy,
+            "held_out_loss": report.held_out_loss,
+        },
         "versions": {"handsoff_stream": version("handsoff_stream"), "torch": torch.__version__},
     }
     heads = {task.name: Head(task, label_generator)}
-    checkpoint = Checkpoint(
-        generator, heads, (targets.shape[1], targets.shape[2]), truncation=truncation, provenance=provenance
-    )
+    checkpoint = Checkpoint(generator, heads, size, truncation=truncation, provenance=provenance)
     if calibration_samples == 0:
         return checkpoint
     return calibrate(checkpoint, num_samples=calibration_samples, progress=progress)

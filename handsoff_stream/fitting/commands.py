@@ -10,18 +10,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from handsoff_stream.checkpoint import ASSETS, load_checkpoint, save_checkpoint
+from handsoff_stream.checkpoint import ASSETS, Checkpoint, import_generator, load_checkpoint, save_checkpoint
 from handsoff_stream.config import load_class_map
-from handsoff_stream.datasets.class_maps import ClassMap
-from handsoff_stream.datasets.geometry import Fit, Geometry, Size
+from handsoff_stream.datasets.class_maps import ClassMap, distinct_colors
+from handsoff_stream.datasets.geometry import Geometry, Size
 from handsoff_stream.datasets.labelled_images import ImageFolder, LabelledImages, list_labelled
 from handsoff_stream.device import resolve_device
-from handsoff_stream.fitting import FitSettings, InversionSettings, calibrate, fit_checkpoint, invert_images
-from handsoff_stream.fitting.latents import read_latent
+from handsoff_stream.fitting import (
+    EncoderSettings,
+    FitSettings,
+    InversionSettings,
+    calibrate,
+    encode_images,
+    fit_checkpoint,
+    invert_images,
+    load_restyle,
+    read_latent,
+    train_encoder,
+)
 from handsoff_stream.fitting.perceptual import Perceptual, load_perceptual
+from handsoff_stream.fitting.presets import hidden_widths
+from handsoff_stream.fitting.published import read_label_generator, read_latents
 from handsoff_stream.generators import Generator, load_generator
 from handsoff_stream.tasks import Segmentation
+
+Encodings = dict[str, Tensor] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +48,22 @@ class LabelledFiles:
     labels: Path | None = None
     """Folder of masks; None with a manifest."""
     class_map: ClassMap
-    fit: Fit = "exact"
+    fit: str = "exact"
     label_height: int | None = None
     """Of the labels, whose shape is the generator's; None: the generator's."""
     crop_box: str | None = None
     """"TOP,LEFT,BOTTOM,RIGHT" in pixels."""
     smallest_region: int = 0
     """Connected regions of fewer pixels become unlabelled; see `LabelledImages`."""
+
+    given_latents: Path | None = None
+    """Published `.npy` of latents; see `read_latents`. None: those of the manifest, if it has any."""
+
+    def latents(self, labelled: LabelledImages) -> dict[str, Tensor]:
+        """Name => w+ [L, D] of the images that need no inversion."""
+        if self.given_latents is not None:
+            return read_latents(self.given_latents, labelled.names)
+        return {entry.name: read_latent(entry.latent) for entry in labelled.entries if entry.latent is not None}
 
     def open(self, resolution: Size) -> LabelledImages:
         """The set, read and checked.
@@ -85,15 +109,56 @@ def open_perceptual(net: str | None, device: torch.device) -> Perceptual:
     return load_perceptual(net).to(device)
 
 
-def invert_folder(
+def inversion_settings(domain: str | None, steps: int | None, radius: float) -> InversionSettings:
+    """The paper's for a domain, the defaults without one; `steps` overrides."""
+    # Full bodies were segmented with 8 and with 10 classes; images do not know.
+    steps_of = None if domain is None else domain.removesuffix("-8").removesuffix("-10")
+    settings = InversionSettings() if steps_of is None else InversionSettings.for_domain(steps_of)
+    return replace(settings, steps=settings.steps if steps is None else steps, radius=radius)
+
+
+def fit_settings(*, hidden: tuple[int, int] | None, epochs: int | None, patience: int | None) -> FitSettings:
+    """The defaults, but for what is given."""
+    settings = FitSettings()
+    return replace(settings, hidden=hidden or settings.hidden, epochs=epochs or settings.epochs, patience=patience)
+
+
+def encodings(encoder: Path | None, generator: Generator, images: Sequence[tuple[str, Tensor]]) -> Encodings:
+    """Name => w_e of an encoder's file; None without one."""
+    if encoder is None:
+        return None
+    return encode_images(load_restyle(encoder), generator, images, progress=True)
+
+
+def train_encoder_on_folder(
     generator: str,
     images: Path,
     out: Path,
     *,
     steps: int,
+    architecture: str,
+    fit: str,
     net: str | None,
     device: str | None,
-    fit: Fit = "exact",
+) -> None:
+    """Train a ReStyle encoder on a folder of images, or continue."""
+    chosen = resolve_device(device)
+    network = open_generator(generator)
+    folder = ImageFolder(images, Geometry(network.resolution, fit=fit))
+    settings = EncoderSettings(steps=steps, architecture=architecture)
+    train_encoder(network.to(chosen), folder, open_perceptual(net, chosen), out, settings, progress=True)
+
+
+def invert_folder(
+    generator: str,
+    images: Path,
+    out: Path,
+    settings: InversionSettings,
+    *,
+    encoder: Path | None,
+    fit: str,
+    net: str | None,
+    device: str | None,
 ) -> list[tuple[str, float, float]]:
     """Invert every image of a folder; returns (name, LPIPS, PSNR in dB) of each."""
     chosen = resolve_device(device)
@@ -101,26 +166,43 @@ def invert_folder(
     folder = ImageFolder(images, Geometry(network.resolution, fit=fit))
     named = [folder[i] for i in range(len(folder))]
     network.to(chosen)
-    found = invert_images(
-        network, named, out, open_perceptual(net, chosen), InversionSettings(steps=steps), progress=True
-    )
+    start = encodings(encoder, network, named)
+    perceptual = open_perceptual(net, chosen)
+    found = invert_images(network, named, out, perceptual, settings, encodings=start, progress=True)
     return list(zip(folder.names, found.perceptual.tolist(), found.psnr.tolist(), strict=True))
 
 
-def fit_folder(
+def fit_files(
     generator: str,
     files: LabelledFiles,
     out: Path,
     *,
-    latents: Path | None,
-    steps: int,
-    net: str | None,
+    latents: Path | None = None,
+    inversion: InversionSettings,
+    encoder: Path | None = None,
     settings: FitSettings,
-    half: bool,
-    device: str | None,
+    widths_of: str | None = None,
+    net: str | None = None,
+    memory_gb: float | None = None,
+    half: bool = False,
+    device: str | None = None,
     calibration_samples: int = 2000,
 ) -> tuple[float | None, Sequence[str]]:
     """Invert, fit, calibrate and save.
+
+    Args:
+        generator: file or name.
+        files: the labelled images.
+        out: checkpoint to write.
+        latents: folder of the inversions; None means beside `out`.
+        inversion, settings: how to invert and fit.
+        encoder: a ReStyle encoder's file, to start from and stay near.
+        widths_of: domain whose published hidden widths replace those of `settings`.
+        net: LPIPS backbone.
+        memory_gb: for features; the rest goes to temporary files beside `out`.
+        half: store float16.
+        device: where to work.
+        calibration_samples: as for `calibrate`.
 
     Returns:
         The accuracy on held-out labelled pixels, None if none were held out; and the classes that no image shows, which
@@ -128,39 +210,73 @@ def fit_folder(
 
     Raises:
         LabelledImagesError: anything wrong with the images or masks, all of it at once.
-        CheckpointError: a generator file that cannot be read.
+        CheckpointError: a generator, encoder or latent file that cannot be read.
     """
     chosen = resolve_device(device)
     network = open_generator(generator)
     labelled = files.open(network.resolution)
+    given = files.latents(labelled)
+    if widths_of is not None:
+        settings = replace(settings, hidden=hidden_widths(widths_of, num_images=len(labelled)))
     task = Segmentation(files.class_map.class_names, files.class_map.palette)
-    given = {entry.name: read_latent(entry.latent) for entry in labelled.entries if entry.latent is not None}
+    images = [(name, image) for name, image, _ in labelled]
     network.to(chosen)
     checkpoint = fit_checkpoint(
         network,
-        [(name, image) for name, image, _ in labelled],
+        images,
         torch.stack([mask for _, _, mask in labelled]),
         task,
         latents or out.with_suffix(".latents"),
-        inversion=InversionSettings(steps=steps),
+        inversion=inversion,
         fit=settings,
         perceptual=None if len(given) == len(labelled) else open_perceptual(net, chosen),
+        encodings=encodings(encoder, network, images),
         latents=given,
         calibration_samples=0,
+        memory_gb=memory_gb,
+        cache_dir=out.parent,
         sources={f"{file.parent.name}/{file.name}": sha256(file) for pair in labelled.files for file in pair},
         progress=True,
     )
     provenance = {**checkpoint.provenance, "class_map": files.class_map.config()}
-    save_checkpoint(out, replace(checkpoint, provenance=provenance), half=half)
-    # What is calibrated is what was written: rounding to float16 moves scores a little.
-    written = load_checkpoint(out)
-    calibrated = calibrate(
-        replace(written, generator=written.generator.to(chosen)), num_samples=calibration_samples, progress=True
-    )
-    save_checkpoint(out, calibrated, half=half)
+    save_calibrated(replace(checkpoint, provenance=provenance), out, chosen, calibration_samples, half=half)
     accuracy: float | None = checkpoint.provenance["fit"]["accuracy"]
     unseen = [n for n, count in zip(task.class_names, labelled.pixels_per_class, strict=True) if count == 0]
     return accuracy, unseen
+
+
+def import_label_generator(
+    generator: Path,
+    experiment: Path,
+    out: Path,
+    *,
+    members: Path | None = None,
+    class_names: Sequence[str] | None = None,
+    average_latent: Path | None = None,
+    half: bool = False,
+    device: str | None = None,
+    calibration_samples: int = 2000,
+) -> None:
+    """Published generator, experiment JSON and `model_<i>.pth` files => a calibrated checkpoint.
+
+    Raises:
+        CheckpointError: a file that cannot be read, or does not fit the generator.
+        ValueError: another number of class names than the label generator has outputs.
+    """
+    chosen = resolve_device(device)
+    base = import_generator(generator, average_latent=average_latent)
+    read = read_label_generator(experiment, base.generator.feature_channels, folder=members)
+    names = tuple(class_names or (f"class {i}" for i in range(read.label_generator.num_outputs)))
+    checkpoint = read.attach_to(base, Segmentation(names, distinct_colors(len(names))))
+    save_calibrated(checkpoint, out, chosen, calibration_samples, half=half)
+
+
+def save_calibrated(checkpoint: Checkpoint, out: Path, device: torch.device, num_samples: int, *, half: bool) -> None:
+    """Save, calibrate what was written, since rounding to float16 moves scores a little, and save that."""
+    save_checkpoint(out, checkpoint, half=half)
+    written = load_checkpoint(out)
+    on_device = replace(written, generator=written.generator.to(device))
+    save_checkpoint(out, calibrate(on_device, num_samples=num_samples, progress=True), half=half)
 
 
 def sha256(path: Path) -> str:

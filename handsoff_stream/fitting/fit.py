@@ -5,13 +5,13 @@ Hypercolumns exist for the pixels of one step only.
 
 Knows a table of features, targets and `Task.loss`. Does not know classes, images, or how latents were found.
 
-Shape letters: N images, M members, P pixels of a minibatch, E pixels of an epoch, Q any number of pixels, C
-feature channels, K outputs, H W label size.
+Shape letters: N images, M members, P pixels of a minibatch, Q all pixels of the table, C feature channels, K
+outputs, H W label size.
 """
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from handsoff_stream.fitting.feature_table import FeatureTable
+from handsoff_stream.fitting.pixel_sampler import PixelSampler
 from handsoff_stream.label_generator import LabelGenerator
 from handsoff_stream.progress import progress_bar
 from handsoff_stream.tasks import Task
@@ -34,7 +35,7 @@ class FitSettings:
     """
 
     hidden: tuple[int, int] = (128, 32)
-    """Widths of the hidden layers. HandsOff, appendix A.3: (256, 32) to (2048, 128); they matter little (Table 4)."""
+    """Widths of the hidden layers, see `presets.hidden_widths`; they matter little (HandsOff, Table 4)."""
     members: int = 10
     epochs: int = 16
     pixels_per_image: int = 4096
@@ -45,7 +46,10 @@ class FitSettings:
     cosine: bool = True
     """Let the rate fall to zero along a half cosine."""
     held_out: float = 0.01
-    """Share of the labelled pixels that are never trained on and measure the accuracy."""
+    """Share of the labelled pixels, but at most 16,384, that are never trained on and measure the accuracy."""
+    patience: int | None = None
+    """Stop after so many epochs without a lower held-out loss, and keep the weights of the epoch that had the lowest.
+    None: train all epochs and keep the last. Either way the rate falls as if all epochs were trained."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -56,6 +60,11 @@ class FitSettings:
             raise ValueError(
                 f"batch_size={self.batch_size}, held_out={self.held_out}, learning_rate={self.learning_rate}: "
                 "a batch is 2 pixels or more (BatchNorm), the held-out share in [0, 0.5], the rate positive"
+            )
+        if self.patience is not None and (self.patience < 1 or self.held_out == 0):
+            raise ValueError(
+                f"patience={self.patience} with held_out={self.held_out} cannot tell when to stop; pass a patience of "
+                "at least 1 epoch, and hold some pixels out"
             )
 
     def config(self) -> dict[str, Any]:
@@ -68,68 +77,17 @@ class FitReport:
     """How a fit went."""
 
     losses: list[float]
-    """Mean loss of an epoch, averaged over members."""
+    """Mean loss of each epoch trained, averaged over members."""
+    held_out_losses: list[float]
+    """Held-out loss after each epoch; empty without `patience`."""
+    epoch: int
+    """The one whose weights were kept, counted from 1."""
     held_out_loss: float
     """Mean over members; NaN without held-out pixels."""
     accuracy: float | None
     """Share of held-out pixels on which the ensemble is right; None for labels that are not ids, or without any.
     Their neighbours were trained on: this says how well labels were learnt, not how well they carry over."""
     seconds: float
-
-
-class PixelSampler:
-    """Which pixels each member sees: flat indices into [N, H, W] labels. The same seed gives the same pixels.
-
-    Where targets are ids, an id outside [0, num_outputs) means unlabelled, and every pair of an image and an
-    id in it is a region.
-    """
-
-    def __init__(self, targets: Tensor, num_outputs: int, settings: FitSettings) -> None:
-        self.settings = settings
-        self.random = torch.Generator().manual_seed(settings.seed)
-        self.epoch_steps = math.ceil(len(targets) * settings.pixels_per_image / settings.batch_size)
-        labelled, region = _regions(targets, num_outputs)
-        if len(labelled) == 0:
-            raise ValueError(f"no pixel has a label: all ids lie outside [0, {num_outputs}); check the masks")
-        # The first pixel of a region is always trained on, however few there are.
-        spare = 1 + torch.nonzero(region[1:] == region[:-1]).flatten()
-        chosen = torch.randperm(len(spare), generator=self.random)[: int(settings.held_out * len(labelled))]
-        kept = torch.ones(len(labelled), dtype=torch.bool)
-        kept[spare[chosen]] = False
-        self.held_out, self.pool = labelled[~kept], labelled[kept]
-        self.region_sizes = torch.unique_consecutive(region[kept], return_counts=True)[1]
-        self.region_starts = self.region_sizes.cumsum(0) - self.region_sizes
-        drawn = self.epoch_steps * settings.batch_size
-        if drawn < len(self.region_sizes):
-            raise ValueError(
-                f"{len(self.region_sizes)} labelled regions do not fit into the {drawn} pixels of an epoch; "
-                "raise pixels_per_image"
-            )
-
-    def epoch(self) -> Iterator[Tensor]:
-        """int64 [M, P] a step: independent for each member, every region at least once."""
-        pixels_ME = torch.stack([self._member_epoch() for _ in range(self.settings.members)])
-        yield from pixels_ME.split(self.settings.batch_size, dim=1)
-
-    def _member_epoch(self) -> Tensor:
-        random, regions = self.random, len(self.region_sizes)
-        offset = (torch.rand(regions, generator=random, dtype=torch.float64) * self.region_sizes).long()
-        rest = self.epoch_steps * self.settings.batch_size - regions
-        anywhere = torch.randint(len(self.pool), (rest,), generator=random)
-        chosen = self.pool[torch.cat([self.region_starts + offset, anywhere])]
-        return chosen[torch.randperm(len(chosen), generator=random)]
-
-
-def _regions(targets: Tensor, num_outputs: int) -> tuple[Tensor, Tensor]:
-    """(flat pixel, region) of all labelled pixels, int64, regions together and ascending."""
-    pixels = targets.shape[1] * targets.shape[2]
-    if targets.dtype != torch.int64:
-        every = torch.arange(len(targets) * pixels)
-        return every, every // pixels
-    ids = targets.flatten().cpu()
-    labelled = torch.nonzero((ids >= 0) & (ids < num_outputs)).flatten()
-    region, order = torch.sort(labelled // pixels * num_outputs + ids[labelled], stable=True)
-    return labelled[order], region
 
 
 def fit_label_generator(
@@ -154,14 +112,28 @@ def fit_label_generator(
         The label generator in eval mode without gradients, and the report.
 
     Raises:
-        ValueError: targets that do not fit the table, or without any label.
+        ValueError: targets that do not fit the table, or without any label; `patience`, but too few labelled pixels to
+            hold one out.
     """
     settings = settings or FitSettings()
     expected = (table.num_images, *table.size)
     if tuple(targets.shape[:3]) != expected:
         raise ValueError(f"targets are {list(targets.shape)}, the table's features need {list(expected)} and K or not")
     started = time.perf_counter()
-    sampler = PixelSampler(targets, task.num_outputs, settings)
+    sampler = PixelSampler(
+        targets,
+        task.num_outputs,
+        members=settings.members,
+        pixels_per_image=settings.pixels_per_image,
+        batch_size=settings.batch_size,
+        held_out=settings.held_out,
+        seed=settings.seed,
+    )
+    if settings.patience is not None and len(sampler.held_out) == 0:
+        raise ValueError(
+            f"held_out={settings.held_out} of {len(sampler.pool)} labelled pixels is none, so there is nothing to be "
+            "patient for; raise held_out, or leave patience out"
+        )
     label_generator = LabelGenerator(
         table.feature_channels,
         settings.hidden,
@@ -169,60 +141,84 @@ def fit_label_generator(
         settings.members,
         generator=torch.Generator().manual_seed(settings.seed),
     ).to(table.device)
-    targets_Q = targets.flatten(0, 2).to(table.device)
-    losses = _train(label_generator.train(), table, targets_Q, sampler, task, settings, progress)
-    label_generator.eval().requires_grad_(False)
-    held_out_loss, accuracy = evaluate(label_generator, table, targets_Q, sampler.held_out, task)
-    return label_generator, FitReport(losses, held_out_loss, accuracy, time.perf_counter() - started)
+    training = _Training(label_generator, table, targets.flatten(0, 2).to(table.device), sampler, task, settings)
+    epoch = training.run(progress)
+    label_generator.requires_grad_(False)
+    held_out_loss, accuracy = training.held_out()
+    seconds = time.perf_counter() - started
+    return label_generator, FitReport(
+        training.losses, training.held_out_losses, epoch, held_out_loss, accuracy, seconds
+    )
 
 
-def _train(
-    label_generator: LabelGenerator,
-    table: FeatureTable,
-    targets_Q: Tensor,
-    sampler: PixelSampler,
-    task: Task,
-    settings: FitSettings,
-    progress: bool,
-) -> list[float]:
-    """Mean loss of each epoch."""
-    optimizer = torch.optim.Adam(label_generator.parameters(), lr=settings.learning_rate)
-    steps = settings.epochs * sampler.epoch_steps
-    losses: list[float] = []
-    done = 0
-    with progress_bar("Fitting", steps, show=progress) as update:
-        for _ in range(settings.epochs):
-            total = torch.zeros((), device=table.device)
-            for pixels_MP in sampler.epoch():
-                if settings.cosine:
-                    rate = settings.learning_rate * (0.5 + 0.5 * math.cos(math.pi * done / steps))
-                    optimizer.param_groups[0]["lr"] = rate
-                total += _step(label_generator, optimizer, table, targets_Q, pixels_MP, task)
-                done += 1
-                update(done, "")
-            losses.append(total.item() / sampler.epoch_steps)
-            update(done, f"loss {losses[-1]:.4f}")
-    return losses
+class _Training:
+    """One fit: epochs, steps, and the losses seen so far."""
 
+    def __init__(
+        self,
+        label_generator: LabelGenerator,
+        table: FeatureTable,
+        targets_Q: Tensor,
+        sampler: PixelSampler,
+        task: Task,
+        settings: FitSettings,
+    ) -> None:
+        self.label_generator, self.table, self.targets_Q = label_generator, table, targets_Q
+        self.sampler, self.task, self.settings = sampler, task, settings
+        # Fused: one pass over the weights a step, and no temporaries of their size.
+        self.optimizer = torch.optim.Adam(label_generator.parameters(), lr=settings.learning_rate, fused=True)
+        self.losses: list[float] = []
+        self.held_out_losses: list[float] = []
 
-def _step(
-    label_generator: LabelGenerator,
-    optimizer: torch.optim.Optimizer,
-    table: FeatureTable,
-    targets_Q: Tensor,
-    pixels_MP: Tensor,
-    task: Task,
-) -> Tensor:
-    """One update of every member; the mean of their losses."""
-    rows_MPC = table.rows(pixels_MP.flatten()).unflatten(0, pixels_MP.shape)
-    targets_MP = targets_Q[pixels_MP.to(table.device)]
-    outputs_MPK = label_generator(rows_MPC)
-    losses = [task.loss(outputs, target) for outputs, target in zip(outputs_MPK, targets_MP, strict=True)]
-    loss = torch.stack(losses).sum()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.detach() / len(losses)
+    def run(self, progress: bool) -> int:
+        """Train; returns the epoch whose weights are left, counted from 1."""
+        patience, steps = self.settings.patience, self.sampler.epoch_steps
+        best, best_loss, best_state = 0, math.inf, {}
+        with progress_bar("Fitting", self.settings.epochs * steps, show=progress) as update:
+            for epoch in range(1, self.settings.epochs + 1):
+                self.losses.append(self._epoch((epoch - 1) * steps, lambda done: update(done, "")))
+                update(epoch * steps, f"loss {self.losses[-1]:.4f}")
+                if patience is None:
+                    continue
+                self.held_out_losses.append(self.held_out()[0])
+                if self.held_out_losses[-1] < best_loss:
+                    best, best_loss = epoch, self.held_out_losses[-1]
+                    best_state = {name: value.clone() for name, value in self.label_generator.state_dict().items()}
+                elif epoch - best >= patience:
+                    break
+        if not best_state:
+            return len(self.losses)
+        self.label_generator.load_state_dict(best_state)
+        return best
+
+    def _epoch(self, done: int, update: Callable[[int], None]) -> float:
+        """Mean loss of the epoch that starts after `done` steps."""
+        total = torch.zeros((), device=self.table.device)
+        self.label_generator.train()
+        for step, pixels_MP in enumerate(self.sampler.epoch(), start=done):
+            if self.settings.cosine:
+                progress = step / (self.settings.epochs * self.sampler.epoch_steps)
+                rate = self.settings.learning_rate * (0.5 + 0.5 * math.cos(math.pi * progress))
+                self.optimizer.param_groups[0]["lr"] = rate
+            total += self._step(pixels_MP)
+            update(step + 1)
+        return total.item() / self.sampler.epoch_steps
+
+    def _step(self, pixels_MP: Tensor) -> Tensor:
+        """One update of every member; the mean of their losses."""
+        rows_MPC = self.table.rows(pixels_MP.flatten()).unflatten(0, pixels_MP.shape)
+        targets_MP = self.targets_Q[pixels_MP.to(self.table.device)]
+        outputs_MPK = self.label_generator(rows_MPC)
+        losses = [self.task.loss(outputs, target) for outputs, target in zip(outputs_MPK, targets_MP, strict=True)]
+        loss = torch.stack(losses).sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach() / len(losses)
+
+    def held_out(self) -> tuple[float, float | None]:
+        """`evaluate` on the pixels held out; leaves the label generator in eval mode."""
+        return evaluate(self.label_generator.eval(), self.table, self.targets_Q, self.sampler.held_out, self.task)
 
 
 @torch.no_grad()
@@ -237,8 +233,8 @@ def evaluate(
         return math.nan, None
     are_ids = targets_Q.dtype == torch.int64
     loss, right = 0.0, 0
-    for pixels_P in pixels.to(table.device).split(4096):
-        target_P = targets_Q[pixels_P]
+    for pixels_P in pixels.split(2048):
+        target_P = targets_Q[pixels_P.to(table.device)]
         outputs_MPK = label_generator(table.rows(pixels_P))
         members = torch.stack([task.loss(outputs, target_P) for outputs in outputs_MPK])
         loss += members.mean().item() * len(pixels_P)

@@ -1,0 +1,5 @@
+"""python -m handsoff_stream.cli"""
+
+from handsoff_stream.cli import main
+
+main()

@@ -1,0 +1,108 @@
+"""Verbs that run a checkpoint: inspect, preview, train, export, demo."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from handsoff_stream.cli.app import CheckpointArgument, DeviceOption, SeedOption, app, console, plain_errors
+
+
+@app.command(epilog="Example: `handsoff-stream inspect faces`")
+@plain_errors
+def inspect(checkpoint: CheckpointArgument) -> None:
+    """Say what a checkpoint or generator file is."""
+    from handsoff_stream.describe import describe
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in describe(checkpoint).items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+@app.command(epilog="Example: `handsoff-stream preview faces sheet.png --num 24 --seed 7`")
+@plain_errors
+def preview(
+    checkpoint: CheckpointArgument,
+    out: Annotated[Path, typer.Argument(help="PNG file to write.")],
+    num: Annotated[int, typer.Option(help="Samples on the sheet.")] = 16,
+    seed: SeedOption = 0,
+    truncation: Annotated[float | None, typer.Option(help="psi; default: the checkpoint's.")] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Draw a sheet: images, label overlays, uncertainty maps; rejected samples are marked."""
+    from handsoff_stream.preview import preview_sheet
+
+    preview_sheet(checkpoint, out, num=num, seed=seed, truncation=truncation, device=device)
+    console.print(f"wrote {out}")
+
+
+@app.command(epilog="Example: `handsoff-stream train faces deeplab.pt --steps 2000 --backbone resnet101`")
+@plain_errors
+def train(
+    checkpoint: CheckpointArgument,
+    out: Annotated[Path, typer.Argument(help="State dict of the trained network.")],
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 2000,
+    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 8,
+    backbone: Annotated[str, typer.Option(help="resnet101, resnet50, mobilenet_v3_large or resnet18.")] = "resnet18",
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
+    test_images: Annotated[Path | None, typer.Option(help="Folder of real test images.")] = None,
+    test_labels: Annotated[Path | None, typer.Option(help="Folder of their masks.")] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+) -> None:
+    """Train DeepLabV3 on the stream, and score it on real images (the held-out renders for `faces`)."""
+    from handsoff_stream.demo import train_on_stream
+
+    train_on_stream(
+        checkpoint,
+        out,
+        steps=steps,
+        batch_size=batch_size,
+        backbone=backbone,
+        lr=lr,
+        test_folders=None if test_images is None or test_labels is None else (test_images, test_labels),
+        seed=seed,
+        device=device,
+        console=console,
+    )
+
+
+@app.command(epilog="Example: `handsoff-stream export faces shards/ --num 10000`")
+@plain_errors
+def export(
+    checkpoint: CheckpointArgument,
+    out: Annotated[Path, typer.Argument(help="Folder for shard-000000.tar, ...; an unfinished export continues.")],
+    num: Annotated[int, typer.Option(help="Accepted samples in all.")] = 10_000,
+    shard_size: Annotated[int, typer.Option(help="Samples a shard.")] = 1000,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+) -> None:
+    """Write samples as WebDataset shards, lossless and resumable."""
+    from handsoff_stream.outlets.webdataset import write_shards
+    from handsoff_stream.progress import progress_bar
+    from handsoff_stream.stream import HandsOffStream
+
+    stream = HandsOffStream(checkpoint, batch_size=1, seed=seed, device=device)
+    with progress_bar("exporting", num, console=console) as update:
+        paths = write_shards(stream, out, num_samples=num, shard_size=shard_size, progress=lambda n: update(n, ""))
+    console.print(f"wrote {len(paths)} shards to {out}")
+
+
+@app.command(epilog="Example: `handsoff-stream demo --out demo --steps 2000 --backbone resnet101`")
+@plain_errors
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for preview.png and result.json.")] = Path("demo"),
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of each training.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="resnet101, resnet50, mobilenet_v3_large or resnet18.")] = None,
+    test_images: Annotated[int, typer.Option(help="Held-out renders to score on.")] = 200,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+) -> None:
+    """Train one network on the stream and one on the 16 labelled images, with equal budgets; compare them."""
+    from handsoff_stream.demo import run_demo
+
+    run_demo(out, steps=steps, backbone=backbone, test_images=test_images, seed=seed, device=device, console=console)
