@@ -1,0 +1,117 @@
+"""Peak memory and speed of fitting at the published size, a few steps of it.
+
+    python benchmarks/fitting_memory.py --images 50
+
+A config-f generator of 1024 x 1024 with random weights (6080 channels), random labels of 512 x 512, ten members: memory
+does not depend on what weights and labels know. On a CPU the feature maps take some seconds an image. Peaks are those
+of the process, the interpreter with PyTorch included, and on CUDA also of the allocator; Linux only. With fewer images
+than 50, what 50 would take on the host is extrapolated, and named so. Last line of stdout: the result as JSON.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import write_result
+from geometries import config_f_channels
+from memory import forget_peak, peak_mb
+from rich.console import Console
+from rich.table import Table
+
+from handsoff_stream.fitting import FeatureTable, FitSettings, fit_label_generator
+from handsoff_stream.fitting.feature_table import MEMORY_GB_ACCELERATOR, MEMORY_GB_CPU, keep_in_memory
+from handsoff_stream.generators import StyleGAN2
+from handsoff_stream.tasks import Segmentation
+
+RESOLUTION, SIZE, CLASSES, IMAGES = 1024, (512, 512), 19, 50
+BYTES_A_PIXEL = 58  # measured: labels, and the peak of sorting their pixels into regions
+
+
+def features_in_memory_mb(images: int, memory_gb: float) -> float:
+    """Of `images` images with the budget `memory_gb`, on the device of the features."""
+    needed: dict[int, int] = {}
+    for level, channels in enumerate(config_f_channels(RESOLUTION)):
+        side = min(4 << level, SIZE[0])  # finer maps are reduced to the labels' size
+        needed[side] = needed.get(side, 0) + 2 * 2 * images * channels * side**2
+    levels = list(needed.values())
+    return sum(size for size, kept in zip(levels, keep_in_memory(levels, memory_gb), strict=True) if kept) / 1e6
+
+
+def measure(args: argparse.Namespace, memory_gb: float) -> dict[str, Any]:
+    torch.manual_seed(0)
+    generator = StyleGAN2(channels=config_f_channels(RESOLUTION)).eval().requires_grad_(False).to(args.device)
+    random = torch.Generator().manual_seed(0)
+    w_plus_NLD = torch.randn(args.images, generator.num_ws, generator.w_dim, generator=random)
+    targets_NHW = torch.randint(CLASSES, (args.images, *SIZE), generator=random)
+    started = time.perf_counter()
+    table = FeatureTable.collect(generator, w_plus_NLD, SIZE, memory_gb=memory_gb, cache_dir=args.cache_dir)
+    features_s, features_peak_mb = time.perf_counter() - started, peak_mb()
+    forget_peak()
+    settings = FitSettings(
+        hidden=(args.hidden[0], args.hidden[1]),
+        members=args.members,
+        epochs=2,
+        pixels_per_image=-(-args.steps * args.batch_size // (2 * args.images)),
+        batch_size=args.batch_size,
+        held_out=1e-4,
+        patience=2,
+    )
+    names, palette = [str(i) for i in range(CLASSES)], [(i, i, i) for i in range(CLASSES)]
+    _, report = fit_label_generator(table, targets_NHW, Segmentation(names, palette), settings)
+    return {
+        "images": args.images,
+        "channels": sum(generator.feature_channels),
+        "features_in_memory_mb": table.bytes_in_memory / 1e6,
+        "features_in_files_mb": table.bytes_in_files / 1e6,
+        "features_s_an_image": features_s / args.images,
+        "features_peak_mb": features_peak_mb,
+        "fit_peak_mb": peak_mb(),
+        "device_peak_mb": torch.cuda.max_memory_allocated() / 1e6 if table.device.type == "cuda" else None,
+        "fit_s_a_step": report.seconds / args.steps,
+    }
+
+
+def extrapolate(measured: dict[str, Any], args: argparse.Namespace, memory_gb: float) -> dict[str, float]:
+    """Peaks on the host with `IMAGES` images: what is kept of features in memory, and the bytes of a labelled pixel."""
+    on_host = torch.device(args.device).type == "cpu"
+    more_mb = features_in_memory_mb(IMAGES, memory_gb) - measured["features_in_memory_mb"] if on_host else 0.0
+    sorted_mb = (IMAGES - args.images) * SIZE[0] * SIZE[1] * BYTES_A_PIXEL / 1e6
+    return {
+        "images": IMAGES,
+        "features_peak_mb": measured["features_peak_mb"] + more_mb,
+        "fit_peak_mb": measured["fit_peak_mb"] + more_mb + sorted_mb,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=16, help="of the fit; each updates all members")
+    parser.add_argument("--batch-size", type=int, default=256, help="pixels of a member's minibatch")
+    parser.add_argument("--members", type=int, default=10)
+    parser.add_argument("--hidden", type=int, nargs=2, default=(256, 32))
+    parser.add_argument("--memory-gb", type=float, help="of features in memory; default: that of FeatureTable.collect")
+    parser.add_argument("--cache-dir", type=Path, help="folder of the features that are not")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    default = MEMORY_GB_CPU if torch.device(args.device).type == "cpu" else MEMORY_GB_ACCELERATOR
+    memory_gb = default if args.memory_gb is None else args.memory_gb
+    measured = measure(args, memory_gb)
+    table = Table("", "measured", title=f"{args.images} images")
+    for name, value in measured.items():
+        if value is not None:
+            table.add_row(name, f"{value:,.2f}")
+    console = Console()
+    console.print(table)
+    record: dict[str, Any] = {"measured": measured}
+    if args.images < IMAGES:
+        record["extrapolated"] = extrapolate(measured, args, memory_gb)
+        console.print(f"extrapolated to {IMAGES} images: {record['extrapolated']}")
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    write_result("fitting_memory", {"settings": settings, **record})
+
+
+if __name__ == "__main__":
+    main()

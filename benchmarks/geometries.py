@@ -1,0 +1,83 @@
+"""Checkpoints to measure with: one that exists, or a config-f StyleGAN2 of any resolution with random weights.
+
+Speed and memory depend on the geometry, not on what the weights know, so random ones will do. Labels are made at the
+sizes of HandsOff's published configurations. Knows StyleGAN2's channel table. Does not know what is measured.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from handsoff_stream.checkpoint import Checkpoint, save_checkpoint
+from handsoff_stream.generators import StyleGAN2
+from handsoff_stream.label_generator import LabelGenerator
+from handsoff_stream.synthesizer import Head
+from handsoff_stream.tasks import Segmentation
+
+PREFIX = "config-f-"
+MAX_CHANNELS = 512
+MAX_LABEL_SIZE = 512  # HandsOff labels a 1024 x 1024 generator at 512 x 512
+HEAD: dict[str, Any] = {"hidden": (256, 32), "members": 10, "classes": 19}  # HandsOff's, on CelebAMask-HQ
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--checkpoint`, and the head of one with random weights."""
+    parser.add_argument("--checkpoint", default="faces", help='name, path, or "config-f-R": random weights, R x R')
+    parser.add_argument("--hidden", type=int, nargs=2, help="widths of a head with random weights (default: 256 32)")
+    parser.add_argument("--members", type=int, help="of a head with random weights (default: 10)")
+    parser.add_argument("--classes", type=int, help="of a head with random weights (default: 19)")
+
+
+def checkpoint_path(args: argparse.Namespace, folder: Path) -> str:
+    """What to give to `HandsOffStream`: the name or path itself, or the file of random weights written to `folder`.
+
+    Raises:
+        ValueError: "config-f-" followed by no power of two from 8 to 1024, or a head described for a checkpoint that
+            has its own.
+    """
+    name = str(args.checkpoint)
+    given = {key: getattr(args, key) for key in HEAD if getattr(args, key) is not None}
+    if name.startswith(PREFIX):
+        path = folder / f"{name}.safetensors"
+        save_checkpoint(path, random_checkpoint(_resolution(name), **{**HEAD, **given}))
+        return str(path)
+    if given:
+        raise ValueError(f"{given} describes a head, but {name!r} has its own; pass --checkpoint {PREFIX}256")
+    return name
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The geometry that decides the cost, JSON-able."""
+    heads = {name: head.label_generator.config() for name, head in checkpoint.heads.items()}
+    for config in heads.values():
+        config["feature_channels"] = sum(config["feature_channels"])
+    return {"image": list(checkpoint.generator.resolution), "label": list(checkpoint.size), "heads": heads}
+
+
+def _resolution(name: str) -> int:
+    digits = name.removeprefix(PREFIX)
+    if not digits.isdecimal() or int(digits) not in (8, 16, 32, 64, 128, 256, 512, 1024):
+        raise ValueError(f"{name!r} names no geometry; pass {PREFIX}R with R a power of two from 8 to 1024")
+    return int(digits)
+
+
+def config_f_channels(resolution: int) -> tuple[int, ...]:
+    """Channels per resolution from 4 upwards (StyleGAN2, config F: 512 up to 64 x 64, then halved each time)."""
+    sizes = [2**level for level in range(2, resolution.bit_length())]
+    return tuple(min(MAX_CHANNELS, 32768 // size) for size in sizes)
+
+
+def random_checkpoint(resolution: int, *, hidden: Sequence[int], members: int, classes: int) -> Checkpoint:
+    """A segmentation checkpoint of config F with random weights, seeded; labels at `min(resolution, 512)`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator = StyleGAN2(channels=config_f_channels(resolution)).eval().requires_grad_(False)
+    label_generator = LabelGenerator(generator.feature_channels, (hidden[0], hidden[1]), classes, members)
+    names = tuple(f"class {k}" for k in range(classes))
+    task = Segmentation(names, tuple((k, k, k) for k in range(classes)))
+    size = min(resolution, MAX_LABEL_SIZE)
+    head = Head(task, label_generator.eval().requires_grad_(False))
+    return Checkpoint(generator, {"segmentation": head}, output_size=(size, size))

@@ -1,0 +1,129 @@
+"""What the stream costs a training step: DeepLabV3 on data already there, on the stream, and the stream alone.
+
+    python benchmarks/overlap.py --steps 10                                # CPU, ResNet-18
+    python benchmarks/overlap.py --steps 100 --backbone resnet101          # on a GPU
+
+In one run, in turns, `--rounds` times, the median of each:
+
+- training: steps on one batch that lies in device memory;
+- generation: the stream's batches, as fast as they come, for a consumer that does nothing;
+- both: steps on the stream's batches, on the same device.
+
+`bubbles = both - generation - training`: what the two cost together beyond what each costs alone. On one device they
+share its arithmetic, so zero is what is to be had by doing one after the other without a gap; less means that one fills
+the gaps of the other. On a CPU the stream works in turn with the training, so bubbles should be noise, and say how
+large it is. Generation and both walk the same indices from the same start. Last line of stdout: the result as JSON.
+"""
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import geometries
+import torch
+from common import parser, result_name, settings, stream_options, synchronize, write_result
+from rich.console import Console
+from rich.table import Table
+
+from handsoff_stream import HandsOffStream
+from handsoff_stream.batch import LabelledBatch
+from handsoff_stream.checkpoint import load_checkpoint
+from handsoff_stream.downstream import build_deeplab, train_segmentation
+from handsoff_stream.downstream.deeplab import BACKBONES
+
+
+def warm_stream(path: str, args: argparse.Namespace) -> Iterator[LabelledBatch]:
+    """The batches after the first of a new stream: loading and first calls are behind it."""
+    stream = HandsOffStream(path, batch_size=args.batch_size, device=args.device, **stream_options(args))
+    batches: Iterator[Any] = iter(stream)
+    next(batches)
+    return batches
+
+
+def generate(path: str, args: argparse.Namespace) -> float:
+    """Seconds a step of taking batches and doing nothing with them."""
+    batches, device = warm_stream(path, args), torch.device(args.device)
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in itertools.islice(batches, args.steps):
+        pass
+    synchronize(device)
+    return (time.perf_counter() - start) / args.steps
+
+
+def train(model: Any, batches: Any, args: argparse.Namespace) -> float:
+    """Seconds a step."""
+    synchronize(torch.device(args.device))
+    return train_segmentation(model, batches, steps=args.steps, device=args.device).seconds / args.steps
+
+
+def measure(path: str, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds a step of each part, one number a round."""
+    head = next(iter(load_checkpoint(path).heads.values()))
+    model = build_deeplab(head.task.num_outputs, backbone=args.backbone)
+    batch = next(warm_stream(path, args))
+    parts: dict[str, Callable[[], float]] = {
+        "training": lambda: train(model, itertools.repeat(batch), args),
+        "generation": lambda: generate(path, args),
+        "both": lambda: train(model, warm_stream(path, args), args),
+    }
+    train_segmentation(model, itertools.repeat(batch), steps=1, device=args.device)
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(args.rounds):
+        for name, part in parts.items():
+            seconds[name].append(part())
+    return seconds
+
+
+def bubbles(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Median milliseconds a step of each part, bubbles, and their share of a step; spread over the rounds."""
+    median = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+    rounds = zip(*seconds.values(), strict=True)
+    gaps = [1e3 * (both - generation - training) for training, generation, both in rounds]
+    gap = statistics.median(gaps)
+    return {
+        **{f"{name}_ms": value for name, value in median.items()},
+        "bubbles_ms": gap,
+        "bubbles_share": gap / median["both"],
+        "bubbles_spread_ms": max(gaps) - min(gaps),
+        "slowdown": median["both"] / median["training"],
+    }
+
+
+def arguments() -> argparse.Namespace:
+    options = parser(__doc__, name="overlap")
+    geometries.add_arguments(options)
+    options.add_argument("--backbone", choices=BACKBONES, help="default: resnet18, on CUDA resnet101")
+    options.add_argument("--batch-size", type=int, default=8)
+    options.add_argument("--steps", type=int, default=5, help="of each part in each round")
+    options.add_argument("--rounds", type=int, default=3)
+    args = options.parse_args()
+    args.backbone = args.backbone or ("resnet101" if torch.device(args.device).type == "cuda" else "resnet18")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        path = geometries.checkpoint_path(args, Path(folder))
+        seconds = measure(path, args)
+        geometry = geometries.describe(load_checkpoint(path))
+    result = bubbles(seconds)
+    title = f"DeepLabV3 {args.backbone}, batch {args.batch_size}, {args.checkpoint}, {args.device}: a step"
+    table = Table("", "ms", title=title)
+    table.add_row("training alone", f"{result['training_ms']:,.1f}")
+    table.add_row("generation alone", f"{result['generation_ms']:,.1f}")
+    table.add_row("both", f"{result['both_ms']:,.1f}")
+    spread = f"{result['bubbles_share']:+.1%} of a step; spread {result['bubbles_spread_ms']:,.1f} ms"
+    table.add_row("bubbles", f"{result['bubbles_ms']:+,.1f} ({spread})")
+    Console().print(table)
+    write_result(result_name(args), {"settings": settings(args), "geometry": geometry, **result})
+
+
+if __name__ == "__main__":
+    main()
