@@ -75,8 +75,9 @@ def invert_images(
         for name, image in images
     }
     finished = {name: _read(_path(folder, name), manifests[name]) for name in names}
-    pending = [(name, image) for name, image in images if finished[name] is None]
-    batches = [pending[i : i + batch_size] for i in range(0, len(pending), batch_size)]
+    # The same neighbours as in an uninterrupted run: the last bits of an inversion depend on its batch.
+    groups = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    batches = [group for group in groups if any(finished[name] is None for name, _ in group)]
     with progress_bar("Inverting", len(batches) * settings.steps, show=progress) as update:
         for number, batch in enumerate(batches):
             found = invert(
@@ -88,8 +89,9 @@ def invert_images(
                 progress=lambda done, _, number=number: update(number * settings.steps + done, ""),  # type: ignore[misc]
             )
             for i, (name, _) in enumerate(batch):
-                finished[name] = one = _select(found, i)
-                _write(_path(folder, name), one, manifests[name])
+                if finished[name] is None:
+                    finished[name] = one = _select(found, i)
+                    _write(_path(folder, name), one, manifests[name])
     return _concatenate([result for name in names if (result := finished[name]) is not None])
 
 
