@@ -5,8 +5,9 @@ Knows: latents, style vectors, images, feature maps. Does not know: labels, clas
 Shape letters: B batch, D latent size, L number of style inputs, H W image size.
 """
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -101,8 +102,20 @@ class Generator(nn.Module, ABC):
             w_plus_BLD: float32 [B, num_ws, w_dim].
             noise: "const" for the maps stored in the checkpoint, "none", or one float32 tensor
                 [1 or B, 1, h, w] per entry of `noise_shapes`.
-            dtype: dtype of the convolutions; None means that of the weights.
+            dtype: dtype of the convolutions, and of the feature maps they give; None means that of the weights. In
+                half precision a family may keep some of them in float32.
+
+        Raises:
+            ValueError: a shape that does not fit.
         """
+
+    def fold(self, dtype: torch.dtype | None = None) -> Callable[..., Synthesis]:
+        """`synthesis` of the present weights in one dtype, prepared for many calls `(w_plus_BLD, noise="const")`.
+
+        The same bits, sooner: what depends on the weights alone is not computed at every call. After a change of the
+        weights, or of their device, fold again.
+        """
+        return functools.partial(self.synthesis, dtype=dtype)
 
     def truncate(self, w_BD: Tensor, psi: float = 1.0, cutoff: int | None = None) -> Tensor:
         """w => w+ by the truncation trick (StyleGAN, Karras et al. 2019, section B): w_avg + psi * (w - w_avg).

@@ -15,23 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handsoff_stream.features import FeaturePyramid
 from handsoff_stream.generators.base import Generator, Noise, Synthesis
-from handsoff_stream.generators.layers import (
-    LEAKY_GAIN,
-    LEAKY_SLOPE,
-    EqualizedLinear,
-    ResidualProjection,
-    StyleLayer,
-    ToRGB,
-    choose_noise,
-    fir_kernel,
-    normal,
-    normalize,
-    upsample,
-)
+from handsoff_stream.generators.folded_stylegan2 import FoldedBlock, FoldedSynthesis
+from handsoff_stream.generators.layers import LEAKY_GAIN, LEAKY_SLOPE, EqualizedLinear, normal, normalize
+from handsoff_stream.generators.style_layers import ResidualProjection, StyleLayer, ToRGB
 
 ARCHITECTURES = ("skip", "resnet", "orig")
+FLOAT32_SIZE = 16  # up to this map size bfloat16 saves little, and every finer map inherits its coarse rounding
 
 
 class SynthesisBlock(nn.Module):
@@ -70,6 +60,16 @@ class SynthesisBlock(nn.Module):
         if self.up is not None:
             yield self.up
         yield self.conv
+
+    def fold(self, dtype: torch.dtype) -> FoldedBlock:
+        """The same block with convolutions in `dtype`; the coarsest in float32 instead of bfloat16."""
+        if dtype == torch.bfloat16 and max(self.conv.size) <= FLOAT32_SIZE:
+            dtype = torch.float32
+        return FoldedBlock(
+            tuple(layer.fold(dtype) for layer in self.style_layers()),
+            None if self.skip is None else self.skip.fold(dtype),
+            None if self.to_rgb is None else self.to_rgb.fold(),
+        )
 
 
 class StyleGAN2(Generator):
@@ -155,7 +155,6 @@ class StyleGAN2(Generator):
             for i in range(len(channels))
         )
         self.register_buffer("w_avg", torch.zeros(w_dim))
-        self.register_buffer("kernel", fir_kernel(gain=4.0), persistent=False)
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -223,35 +222,23 @@ class StyleGAN2(Generator):
             x = F.leaky_relu(layer(x), LEAKY_SLOPE) * LEAKY_GAIN
         return x
 
+    def fold(self, dtype: torch.dtype | None = None) -> FoldedSynthesis:
+        dtype = dtype or self.constant.dtype
+        return FoldedSynthesis(
+            constant=self.constant[None].contiguous(memory_format=torch.channels_last),
+            blocks=tuple(block.fold(dtype) for block in self._blocks()),
+            noise_const=tuple(layer.get_buffer("noise_const") for layer in self._style_layers()),
+            w_dim=self.w_dim,
+        )
+
     def synthesis(self, w_plus_BLD: Tensor, noise: Noise = "const", *, dtype: torch.dtype | None = None) -> Synthesis:
-        if w_plus_BLD.ndim != 3 or w_plus_BLD.shape[1:] != (self.num_ws, self.w_dim):
-            raise ValueError(
-                f"w_plus has shape {list(w_plus_BLD.shape)}, this generator takes [B, {self.num_ws}, {self.w_dim}]; "
-                "use truncate(w) to broadcast a single w"
-            )
-        ws = w_plus_BLD.unbind(1)
-        maps = choose_noise(noise, [layer.get_buffer("noise_const") for layer in self._style_layers()])
-        x = self.constant.to(dtype or self.constant.dtype).expand(len(w_plus_BLD), -1, -1, -1)
-        features = [x]
-        image: Tensor | None = None
-        # Style inputs: the first layer takes 0; a ToRGB shares the index of the next resolution's first layer.
-        index = 0
+        return self.fold(dtype)(w_plus_BLD, noise)
+
+    def _blocks(self) -> Iterator[SynthesisBlock]:
         for block in self.blocks:
             assert isinstance(block, SynthesisBlock)
-            block_input = x
-            for layer in block.style_layers():
-                x = layer(x, ws[index], maps[index])
-                features.append(x)
-                index += 1
-            if block.skip is not None:
-                x = block.skip(block_input) + x
-            if block.to_rgb is not None:
-                rgb = block.to_rgb(x, ws[index])
-                image = rgb if image is None else upsample(image, self.get_buffer("kernel")) + rgb
-        assert image is not None
-        return Synthesis(image, FeaturePyramid(tuple(features)))
+            yield block
 
     def _style_layers(self) -> Iterator[StyleLayer]:
-        for block in self.blocks:
-            assert isinstance(block, SynthesisBlock)
+        for block in self._blocks():
             yield from block.style_layers()

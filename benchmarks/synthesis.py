@@ -1,0 +1,171 @@
+"""StyleGAN2's synthesis: images a second and precision, the folded network against the paper's steps one by one.
+
+    python benchmarks/synthesis.py
+    python benchmarks/synthesis.py --geometries 1024 --samples 0
+
+Three ways to the same images, on the same weights and latents, taking turns in one process, the shortest time of each:
+
+- plain: per-sample weights and grouped convolutions, float32, `plain_stylegan2.py`;
+- exact: the folded network in float32 (convolutions on CUDA without TF32);
+- fast: the folded network in half precision, float16 on CUDA, bfloat16 on a CPU.
+
+A geometry is the name or path of a checkpoint, or the size of a config-F generator with random weights. Precision is
+measured on a checkpoint, `fast` against `exact`: PSNR of the 8-bit images, errors of the feature maps, and the share of
+label pixels that change although both are labelled in float32. Last line of stdout: the result as JSON.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from common import synchronize, write_result
+from geometries import config_f_channels
+from plain_stylegan2 import plain_synthesis
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from handsoff_stream import load_checkpoint
+from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.generators import Generator, StyleGAN2, Synthesis
+from handsoff_stream.seeding import latents
+from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer, quantize
+
+SEED = 1
+TRUNCATION = 0.7
+PRECISION_BATCH = 2
+
+
+def build(geometry: str) -> StyleGAN2:
+    """The generator of a checkpoint, or config F of so many pixels with random weights.
+
+    Raises:
+        ValueError: the checkpoint's generator is of another family.
+    """
+    if geometry.isdecimal():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            return StyleGAN2(channels=config_f_channels(int(geometry))).eval().requires_grad_(False)
+    generator = load_checkpoint(geometry).generator
+    if not isinstance(generator, StyleGAN2):
+        raise ValueError(f"{geometry} holds a {generator.family} generator, which has no plain twin; pass a StyleGAN2")
+    return generator
+
+
+def styles(generator: Generator, indices: range, device: torch.device) -> Tensor:
+    """w+ of some samples, truncated as the stream's."""
+    z = latents(SEED, indices, generator.z_dim).to(device)
+    return generator.truncate(generator.mapping(z), TRUNCATION)
+
+
+def take_turns(ways: Mapping[str, Callable[[], object]], *, device: torch.device, repeats: int) -> dict[str, float]:
+    """Shortest seconds of each way; in turns, so that whatever else the machine does meets all of them."""
+    shortest = dict.fromkeys(ways, math.inf)
+    for repeat in range(repeats + 1):
+        for name, run in ways.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            if repeat > 0:  # the first turn warms up
+                shortest[name] = min(shortest[name], time.perf_counter() - start)
+    return shortest
+
+
+@torch.inference_mode()
+def speed(geometry: str, args: argparse.Namespace, device: torch.device, half: torch.dtype) -> dict[str, Any]:
+    """Images a second of each way, how often it is faster than the plain one, and what `exact` differs by from that."""
+    generator = build(geometry).to(device)
+    w_plus = styles(generator, range(args.batch), device)
+    exact, fast = generator.fold(), generator.fold(half)
+    ways = {
+        "plain": lambda: plain_synthesis(generator, w_plus, exact.noise_const),
+        "exact": lambda: exact(w_plus),
+        "fast": lambda: fast(w_plus),
+    }
+    difference = max_difference(ways["exact"](), ways["plain"]())
+    seconds = take_turns(ways, device=device, repeats=args.repeats)
+    return {
+        "geometry": geometry,
+        "images_per_s": {name: args.batch / s for name, s in seconds.items()},
+        "times_plain": {name: seconds["plain"] / s for name, s in seconds.items()},
+        "exact_max_difference": difference,
+    }
+
+
+def max_difference(a: Synthesis, b: Synthesis) -> float:
+    """Largest difference of any value of image or feature maps."""
+    pairs = [(a.images, b.images), *zip(a.features.maps, b.features.maps, strict=True)]
+    return max((mine - theirs).abs().max().item() for mine, theirs in pairs)
+
+
+@torch.inference_mode()
+def precision(name: str, samples: int, device: torch.device, half: torch.dtype) -> dict[str, Any]:
+    """What half precision changes in a checkpoint's images, feature maps and labels of its first head."""
+    synthesizer = Synthesizer(load_checkpoint(name), SynthesisOptions(seed=SEED), device)
+    generator = synthesizer.generator
+    exact, fast = generator.fold(), generator.fold(half)
+    batches = []
+    for start in range(0, samples, PRECISION_BATCH):
+        w_plus = styles(generator, range(start, start + PRECISION_BATCH), device)
+        batches.append(compare(synthesizer, exact(w_plus), fast(w_plus)))
+    mean = {key: sum(batch[key] for batch in batches) / len(batches) for key in batches[0]}
+    return {
+        "checkpoint": name,
+        "samples": len(batches) * PRECISION_BATCH,
+        "psnr_db": -10 * math.log10(max(mean["squared_error"], 1e-12)),
+        "changed_labels": mean["changed_labels"],
+        "feature_relative_error": mean["feature_relative_error"],
+        "feature_max_error": max(batch["feature_max_error"] for batch in batches),
+    }
+
+
+def compare(synthesizer: Synthesizer, exact: Synthesis, fast: Synthesis) -> dict[str, float]:
+    """One batch: squared error of images in [0, 1], share of changed labels, errors of the worst feature map.
+
+    The relative error is in the norm of the map, the largest one in units of the map's largest value.
+    """
+    head = next(iter(synthesizer.tasks))
+    maps = tuple(m.float() for m in fast.features.maps)
+    images = [quantize(s.images, synthesizer.size) for s in (exact, fast)]
+    labels = [synthesizer.label(head, features)[0] for features in (exact.features, FeaturePyramid(maps))]
+    pairs = list(zip(maps, exact.features.maps, strict=True))
+    return {
+        "squared_error": (images[0] - images[1]).square().mean().item(),
+        "changed_labels": (labels[0] != labels[1]).float().mean().item(),
+        "feature_relative_error": max(((got - want).norm() / want.norm()).item() for got, want in pairs),
+        "feature_max_error": max(((got - want).abs().max() / want.abs().max()).item() for got, want in pairs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometries", nargs="+", default=["faces", "256", "512"], help="checkpoints, or sizes")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--checkpoint", default="faces", help="for the precision")
+    parser.add_argument("--samples", type=int, default=50, help="for the precision; 0 leaves it out")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    device = torch.device(args.device)
+    torch.backends.cudnn.allow_tf32 = False
+    half = torch.float16 if device.type == "cuda" else torch.bfloat16
+    table = Table("geometry", "plain", "exact", "fast", title="images/s (times plain)")
+    speeds = []
+    for geometry in args.geometries:
+        speeds.append(speed(geometry, args, device, half))
+        rate, ratio = speeds[-1]["images_per_s"], speeds[-1]["times_plain"]
+        table.add_row(geometry, *(f"{rate[way]:.2f} ({ratio[way]:.2f})" for way in ("plain", "exact", "fast")))
+    Console().print(table)
+    record = {"arguments": vars(args), "fast": str(half).removeprefix("torch."), "speed": speeds, "precision": None}
+    if args.samples:
+        record["precision"] = precision(args.checkpoint, args.samples, device, half)
+    write_result("synthesis-cuda" if device.type == "cuda" else "synthesis", record)
+
+
+if __name__ == "__main__":
+    main()
