@@ -16,6 +16,7 @@ from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
 from handsoff_stream.generators import load_generator
 from handsoff_stream.shard import Shard
 from handsoff_stream.stream import HandsOffStream
+from handsoff_stream.walk import merge_states
 
 __version__ = "0.1.0"
 
@@ -30,5 +31,6 @@ __all__ = [
     "Threshold",
     "load_checkpoint",
     "load_generator",
+    "merge_states",
     "save_checkpoint",
 ]

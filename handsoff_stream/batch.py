@@ -6,13 +6,15 @@ Shape letters: B batch, H W image size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Labels = Tensor | dict[str, Tensor]
+ONLY_HEAD = ""
 
 
 @dataclass(frozen=True)
@@ -36,53 +38,67 @@ class LabelledBatch:
     def __len__(self) -> int:
         return len(self.images)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "LabelledBatch":
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Images, uncertainty and the labels of each head: what lies on the device."""
+        return (self.images, self.uncertainty, *_heads(self).values())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "LabelledBatch":
+        """The batch with each of `tensors()` replaced; indices stay on the CPU."""
         labels = self.labels
         mapped = {k: function(v) for k, v in labels.items()} if isinstance(labels, dict) else function(labels)
         return replace(self, images=function(self.images), labels=mapped, uncertainty=function(self.uncertainty))
 
     def to(self, *args: Any, **kwargs: Any) -> "LabelledBatch":
         """Images, labels and uncertainty moved as by `Tensor.to` with a device; indices stay on the CPU."""
-        return self._map(lambda t: t.to(*args, **kwargs))
+        return self.map(lambda t: t.to(*args, **kwargs))
 
     def pin_memory(self) -> "LabelledBatch":
         """Page-locked copy for asynchronous transfers; tensors already on a device are left alone."""
-        return self._map(lambda t: t if t.is_cuda else t.pin_memory())
+        return self.map(lambda t: t if t.is_cuda else t.pin_memory())
 
     def record_stream(self, stream: "torch.cuda.Stream") -> None:
         """Tell the caching allocator that `stream` uses these tensors."""
-        labels = self.labels.values() if isinstance(self.labels, dict) else [self.labels]
-        for tensor in (self.images, self.uncertainty, *labels):
+        for tensor in self.tensors():
             tensor.record_stream(stream)
 
     def select(self, rows: Sequence[int]) -> "LabelledBatch":
-        """The samples of these rows; one row or a contiguous range shares memory with this batch."""
-        if len(rows) == 1:
-            keep: Any = slice(rows[0], rows[0] + 1)
-        else:
-            keep = torch.as_tensor(rows, device=self.images.device)
-        chosen = self._map(lambda t: t[keep])
-        return replace(chosen, indices=self.indices[keep if isinstance(keep, slice) else keep.cpu()])
+        """The samples of these rows. Consecutive rows share memory with this batch; no device is asked or waited for.
+
+        Raises:
+            ValueError: no rows.
+        """
+        if not rows:
+            raise ValueError("no rows were selected, and a batch of nothing trains nothing; pass at least one row")
+        parts = [self._slice(slice(run.start, run.stop)) for run in consecutive(rows)]
+        return parts[0] if len(parts) == 1 else LabelledBatch.concatenate(parts, next_index=self.next_index)
+
+    def _slice(self, rows: slice) -> "LabelledBatch":
+        return replace(self.map(itemgetter(rows)), indices=self.indices[rows])
 
     @staticmethod
     def concatenate(batches: Sequence["LabelledBatch"], *, next_index: int) -> "LabelledBatch":
-        """One batch out of several; images must agree in size."""
-        first = batches[0].labels
-        labels: Labels
-        if isinstance(first, dict):
-            labels = {name: torch.cat([_head(b, name) for b in batches]) for name in first}
+        """One batch out of one or several, in memory of its own; images must agree in size."""
+        heads = {name: torch.cat([_heads(batch)[name] for batch in batches]) for name in _heads(batches[0])}
+        return LabelledBatch(
+            images=torch.cat([batch.images for batch in batches]),
+            labels=heads if isinstance(batches[0].labels, dict) else heads[ONLY_HEAD],
+            uncertainty=torch.cat([batch.uncertainty for batch in batches]),
+            indices=torch.cat([batch.indices for batch in batches]),
+            next_index=next_index,
+        )
+
+
+def _heads(batch: LabelledBatch) -> dict[str, Tensor]:
+    """Labels by head, also if there is only one."""
+    return batch.labels if isinstance(batch.labels, dict) else {ONLY_HEAD: batch.labels}
+
+
+def consecutive(rows: Sequence[int]) -> list[range]:
+    """Rows => runs of consecutive ones, in their order."""
+    runs: list[range] = []
+    for row in rows:
+        if runs and runs[-1].stop == row:
+            runs[-1] = range(runs[-1].start, row + 1)
         else:
-            labels = torch.cat([_tensor(b) for b in batches])
-        names = [f.name for f in fields(LabelledBatch) if f.name not in ("labels", "next_index")]
-        tensors = {name: torch.cat([getattr(b, name) for b in batches]) for name in names}
-        return LabelledBatch(labels=labels, next_index=next_index, **tensors)
-
-
-def _head(batch: LabelledBatch, name: str) -> Tensor:
-    assert isinstance(batch.labels, dict)
-    return batch.labels[name]
-
-
-def _tensor(batch: LabelledBatch) -> Tensor:
-    assert isinstance(batch.labels, Tensor)
-    return batch.labels
+            runs.append(range(row, row + 1))
+    return runs

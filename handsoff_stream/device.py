@@ -30,8 +30,8 @@ def check_device(device: torch.device, *, in_worker: bool) -> None:
         return
     if in_worker:
         raise StreamError(
-            "this stream synthesises on CUDA, which a DataLoader worker process cannot use (each would need a CUDA "
-            "context and a copy of the networks); use DataLoader(..., num_workers=0), the stream runs ahead on its "
+            "this stream works on CUDA, which a DataLoader worker process cannot use (each would need a CUDA context "
+            "and a copy of the networks); use DataLoader(..., num_workers=0), the stream runs ahead on its "
             'own CUDA stream, or HandsOffStream(..., device="cpu")'
         )
     if not torch.cuda.is_available():

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handsoff_stream.features import FeaturePyramid, Size
-from handsoff_stream.folded_label_generator import WORKING_SET, FoldedLabelGenerator
+from handsoff_stream.folded_label_generator import FoldedLabelGenerator
 
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1
@@ -75,6 +75,15 @@ class StackedBatchNorm(nn.Module):
         shift = self.bias - self.running_mean * scale
         weight_MIO = linear.weight.transpose(1, 2)
         return scale[:, :, None] * weight_MIO, torch.baddbmm(linear.bias[:, None], shift[:, None], weight_MIO)
+
+    def range_scale(self) -> Tensor:
+        """Powers of two [M, width] that bring inputs with the layer's statistics to at most 1 (root mean square).
+
+        Scaling a unit by a power of two and undoing it behind the ReLU changes no bit of float32, and keeps
+        float16 from overflowing.
+        """
+        size = (self.running_var + self.running_mean.square()).sqrt()
+        return torch.exp2(-size.clamp(min=1).log2().ceil())
 
 
 class LabelGenerator(nn.Module):
@@ -192,10 +201,14 @@ class LabelGenerator(nn.Module):
 
         `constant_map`: [C_0, h, w], the generator's constant input, if the first map of every pyramid is
         going to be this map; it is then projected once, here. `dtype`: precision of everything up to the
-        outputs; float32 is exact, the 16-bit types move near ties.
+        outputs; float32 is exact, the 16-bit types move near ties. Hidden units are scaled by powers of two, so
+        that float16 does not overflow.
+
+        Raises ValueError if a weight is too large for `dtype`.
         """
-        weight_CD = self.linear1.weight.flatten(0, 1).t()
-        base_hwD = self.linear1.bias.reshape(1, 1, -1)
+        scale1_MI, scale2_MO = self.norm1.range_scale(), self.norm2.range_scale()
+        weight_CD = self.linear1.weight.flatten(0, 1).t() * scale1_MI.flatten()
+        base_hwD = (self.linear1.bias * scale1_MI).reshape(1, 1, -1)
         if constant_map is not None:
             if constant_map.ndim != 3 or constant_map.shape[0] != self.feature_channels[0]:
                 raise ValueError(
@@ -203,17 +216,25 @@ class LabelGenerator(nn.Module):
                 )
             constant_hwC = constant_map.to(weight_CD.dtype).permute(1, 2, 0)
             base_hwD = base_hwD + constant_hwC @ weight_CD[: len(constant_map)]
-        snapshot = [
-            weight_CD,
-            base_hwD,
-            *self.norm1.fold_into(self.linear2),
-            *self.norm2.fold_into(self.linear3),
-        ]
-        frozen = [t.to(dtype).clone(memory_format=torch.contiguous_format) for t in snapshot]
-        return FoldedLabelGenerator(self.feature_channels, constant_map is not None, *frozen)
+        weight2_MIO, bias2_M1O = self.norm1.fold_into(self.linear2)
+        weight3_MOK, bias3_M1K = self.norm2.fold_into(self.linear3)
+        snapshot = {
+            "weight1_CD": weight_CD,
+            "base_hwD": base_hwD,
+            "weight2_MIO": weight2_MIO / scale1_MI[:, :, None] * scale2_MO[:, None],
+            "bias2_M1O": bias2_M1O * scale2_MO[:, None],
+            "weight3_MOK": weight3_MOK / scale2_MO[:, :, None],
+            "bias3_M1K": bias3_M1K,
+        }
+        frozen = {name: t.to(dtype).clone(memory_format=torch.contiguous_format) for name, t in snapshot.items()}
+        if any((frozen[name].isfinite() != t.isfinite()).any() for name, t in snapshot.items()):
+            raise ValueError(
+                f'Some weights of the label generator leave the range of {dtype}; label with precision="exact".'
+            )
+        return FoldedLabelGenerator(self.feature_channels, constant_map is not None, **frozen)
 
     def tiles(
-        self, pyramid: FeaturePyramid, size: Size, *, memory: int = WORKING_SET
+        self, pyramid: FeaturePyramid, size: Size, *, memory: int | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
         """`fold().tiles(...)`: fold once yourself when there is more than one pyramid to label."""
         return self.fold().tiles(pyramid, size, memory=memory)

@@ -1,60 +1,220 @@
-"""Synthesis beside training: on a CUDA side stream, one chunk ahead of the consumer; on a CPU, in turn.
+"""Synthesis beside training: on CUDA several chunks ahead of the consumer, on a side stream; on a CPU in turn.
 
-The only file that knows torch.cuda streams. It sees a callable from indices to a batch, and does not know what that
-computes. Three rules keep two streams apart:
-  1. the side stream starts a chunk by itself and marks its end with an event;
-  2. the consumer's stream, read anew at every step, waits for that event before it sees the chunk;
-  3. `record_stream` keeps the allocator from handing the chunk's memory back to the side stream before the consumer's
-     pending work is done.
+The only file that knows torch.cuda streams. It sees a callable from indices to a batch and hands out `Chunk`s: scores
+on the host, samples to copy from. It does not know what is computed, nor which samples are wanted.
+
+Finished chunks lie in a ring of slots, allocated once and written again and again. Five rules keep the streams apart;
+the tests take each away in turn and see wrong data:
+  1. the side stream waits once for the consumer's stream: weights may still be on their way;
+  2. the host reads a chunk's scores after the chunk's event. Later chunks are enqueued by then, so while it waits, the
+     device works on;
+  3. a reader's stream, whichever is current at that moment, waits for the chunk's event;
+  4. a reader's stream marks the end of its reading by an event, and the side stream waits for it before it writes the
+     slot again;
+  5. `record_stream` keeps the allocator from reusing the ring itself while a reader is still at work, should the
+     stream end or be dropped.
+There is no thread and no process, so there is nothing to shut down: a ring that nothing refers to is freed.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from handsoff_stream.batch import LabelledBatch
 
-CHUNKS_IN_FLIGHT = 2  # the next chunk is enqueued before the host waits for this one's scores
+CHUNKS_IN_FLIGHT = 3  # while the host waits for the first, the device has two more to do
+PRIORITY = -1  # above the consumer's: the ring bounds how far synthesis runs ahead, and a late batch stops training
+
+Synthesize = Callable[[Sequence[int]], LabelledBatch]
+
+
+class Chunk(Protocol):
+    """The samples of some indices, perhaps still under way. Its memory is used again once nothing refers to it."""
+
+    @property
+    def indices(self) -> Sequence[int]: ...
+
+    def scores(self) -> list[float]:
+        """Uncertainty of each sample; the host waits until the chunk is finished."""
+
+    def reading(self) -> AbstractContextManager[LabelledBatch]:
+        """The samples, for work enqueued inside the `with` block on the current stream; what is to stay is copied."""
 
 
 def prefetch(
-    synthesize: Callable[[Sequence[int]], LabelledBatch],
+    synthesize: Synthesize,
     chunks: Iterable[Sequence[int]],
     device: torch.device,
-) -> Iterator[LabelledBatch]:
-    """Batches of the chunks, in order; on CUDA safe to use on the consumer's current stream.
+    output_device: torch.device | None = None,
+) -> Iterator[Chunk]:
+    """The chunks in order, safe to read on any stream.
+
+    An exception in `synthesize` reaches the consumer after the chunks before it, with a note that names the indices.
 
     Args:
-        synthesize: indices => batch on `device`.
+        synthesize: indices => batch on `device`, of the same shapes for every chunk.
         chunks: indices of each batch; may be endless.
         device: where `synthesize` works.
+        output_device: where chunks lie; None means `device`. From CUDA to a CPU they lie in pinned memory.
     """
     if device.type != "cuda":
-        return (synthesize(chunk) for chunk in chunks)
-    return _prefetch_cuda(synthesize, chunks, device)
+        return _in_turn(synthesize, chunks, device, output_device or device)
+    return _SideStream(synthesize, device, output_device or device).run(chunks)
 
 
-def _prefetch_cuda(
-    synthesize: Callable[[Sequence[int]], LabelledBatch],
-    chunks: Iterable[Sequence[int]],
-    device: torch.device,
-) -> Iterator[LabelledBatch]:
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))  # weights may still be on their way
-    in_flight: deque[tuple[LabelledBatch, torch.cuda.Event]] = deque()
-    source = iter(chunks)
-    while True:
-        for chunk in source:
-            with torch.cuda.stream(side):
-                batch = synthesize(chunk)
-                in_flight.append((batch, side.record_event()))
-            if len(in_flight) == CHUNKS_IN_FLIGHT:
-                break
-        if not in_flight:
-            return
-        batch, done = in_flight.popleft()
-        consumer = torch.cuda.current_stream(device)
-        consumer.wait_event(done)
-        batch.record_stream(consumer)
-        yield batch
+def _in_turn(
+    synthesize: Synthesize, chunks: Iterable[Sequence[int]], device: torch.device, output: torch.device
+) -> Iterator[Chunk]:
+    for indices in chunks:
+        with _located(indices):
+            batch = _undisturbed(synthesize, indices, device)
+            chunk = _FinishedChunk(indices, batch.uncertainty.tolist(), batch.to(output))
+        yield chunk
+
+
+@dataclass(frozen=True)
+class _FinishedChunk:
+    indices: Sequence[int]
+    host_scores: list[float]
+    batch: LabelledBatch
+
+    def scores(self) -> list[float]:
+        return self.host_scores
+
+    def reading(self) -> AbstractContextManager[LabelledBatch]:
+        return nullcontext(self.batch)
+
+
+class _SideStream:
+    """Enqueues chunks ahead of their consumer and owns the ring."""
+
+    def __init__(self, synthesize: Synthesize, device: torch.device, output: torch.device):
+        self._synthesize = synthesize
+        self._output = _numbered(output)
+        self._side = torch.cuda.Stream(device, priority=PRIORITY)
+        # A copy between two GPUs makes the current streams of both wait for each other: never the consumer's.
+        apart = output.type == "cuda" and self._output != _numbered(device)
+        self._landing = torch.cuda.Stream(output, priority=PRIORITY) if apart else self._side
+        self._free: deque[_Slot] = deque()
+        self._side.wait_stream(torch.cuda.current_stream(device))
+
+    def run(self, chunks: Iterable[Sequence[int]]) -> Iterator[Chunk]:
+        source = iter(chunks)
+        in_flight: deque[Chunk | Exception] = deque()
+        while True:
+            for indices in source:
+                try:
+                    in_flight.append(self._enqueue(indices))
+                except Exception as error:
+                    in_flight.append(error)
+                    source = iter(())
+                    break
+                if len(in_flight) == CHUNKS_IN_FLIGHT:
+                    break
+            if not in_flight:
+                return
+            yield _or_raise(in_flight.popleft())
+
+    def _enqueue(self, indices: Sequence[int]) -> Chunk:
+        with _located(indices), torch.cuda.stream(self._landing), torch.cuda.stream(self._side):
+            batch = _undisturbed(self._synthesize, indices, self._side.device)
+            slot = self._free.popleft() if self._free else _Slot(batch, self._output)
+            slot.fill(batch, self._side)
+            return _ChunkInSlot(indices, slot, self._side.record_event(), self._free)
+
+
+class _Slot:
+    """Memory for one chunk, and an event for each stream that may still be reading it."""
+
+    def __init__(self, like: LabelledBatch, output: torch.device):
+        self.output = output
+        self.batch = like.map(lambda tensor: _empty_like(tensor, output))
+        self.scores = _empty_like(like.uncertainty, torch.device("cpu"))
+        self._readers: dict[torch.cuda.Stream, torch.cuda.Event] = {}
+
+    def fill(self, batch: LabelledBatch, side: torch.cuda.Stream) -> None:
+        """Enqueue the copy of `batch` into the slot, after all reading of what it held."""
+        for event in self._readers.values():
+            side.wait_event(event)
+        self._readers.clear()
+        for target, source in zip(self.batch.tensors(), batch.tensors(), strict=True):
+            target.copy_(source, non_blocking=True)
+        self.scores.copy_(batch.uncertainty, non_blocking=True)
+        self.batch = replace(self.batch, indices=batch.indices, next_index=batch.next_index)
+
+    @contextmanager
+    def reading(self, filled: torch.cuda.Event) -> Iterator[LabelledBatch]:
+        stream = torch.cuda.current_stream(self.output)
+        stream.wait_event(filled)
+        self.batch.record_stream(stream)
+        try:
+            yield self.batch
+        finally:
+            self._readers[stream] = stream.record_event()
+
+
+class _ChunkInSlot:
+    """A chunk on its way into a slot, which goes back to the ring with the last reference to the chunk."""
+
+    def __init__(self, indices: Sequence[int], slot: _Slot, filled: torch.cuda.Event, free: deque[_Slot]):
+        self.indices = indices
+        self._slot = slot
+        self._filled = filled
+        self._free = free
+
+    def scores(self) -> list[float]:
+        self._wait()
+        return self._slot.scores.tolist()
+
+    def reading(self) -> AbstractContextManager[LabelledBatch]:
+        if self._slot.output.type == "cuda":
+            return self._slot.reading(self._filled)
+        self._wait()
+        return nullcontext(self._slot.batch)
+
+    def _wait(self) -> None:
+        with _located(self.indices):
+            self._filled.synchronize()
+
+    def __del__(self) -> None:
+        self._free.append(self._slot)
+
+
+def _undisturbed(synthesize: Synthesize, indices: Sequence[int], device: torch.device) -> LabelledBatch:
+    """The same bits also if the consumer asks for its next batch under autocast."""
+    with torch.autocast(device.type, enabled=False):
+        return synthesize(indices)
+
+
+@torch.inference_mode(False)  # or else it could not be written again outside of the consumer's inference mode
+def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:
+    """Uninitialised memory; page-locked on a CPU, so that copies to it are asynchronous."""
+    return torch.empty_like(tensor, device=device, pin_memory=device.type == "cpu")
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The device itself; "cuda" becomes the current one by number, so that later changes of it mean nothing."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _or_raise(item: Chunk | Exception) -> Chunk:
+    if isinstance(item, Exception):
+        raise item
+    return item
+
+
+@contextmanager
+def _located(indices: Sequence[int]) -> Iterator[None]:
+    """Note on an exception which indices were under way."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"while the samples {indices[0]} to {indices[-1]} were being synthesised")
+        raise

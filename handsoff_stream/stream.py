@@ -7,8 +7,9 @@ from indices to a batch. Does not know networks, tasks, files or CUDA.
 
 import copy
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from handsoff_stream.batch import LabelledBatch, Labels
+from handsoff_stream.batch import LabelledBatch, Labels, consecutive
 from handsoff_stream.checkpoint import Checkpoint, CheckpointSource
 from handsoff_stream.device import check_device, default_chunk_size, resolve_device
-from handsoff_stream.errors import StreamError
-from handsoff_stream.filters import Filter, RejectionMonitor, make_filter
-from handsoff_stream.prefetch import prefetch
+from handsoff_stream.filters import Filter, make_filter
+from handsoff_stream.precision import default_precision, label_dtype
+from handsoff_stream.prefetch import Chunk, Synthesize, prefetch
 from handsoff_stream.seeding import MAX_INDEX, check_seed
 from handsoff_stream.shard import Shard, detect, detect_worker
 from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer
 from handsoff_stream.transforms import JointTransform
+from handsoff_stream.walk import EPOCH_STRIDE, STATE_VERSION, Walk, check_version, options_that_differ
 
-STATE_VERSION = 1
-EPOCH_STRIDE = 2**40  # indices between the starts of two epochs: far more than one epoch can walk
-
-Synthesize = Callable[[Sequence[int]], LabelledBatch]
 Sample = tuple[Tensor, Labels]
+Row = tuple[Chunk, int]
+
+MERGE_REMEDY = "; for another number of ranks or workers load merge_states([the state of every shard])"
 
 
 class HandsOffStream(IterableDataset[Any]):
@@ -44,9 +45,13 @@ class HandsOffStream(IterableDataset[Any]):
 
     `stream[i]` regenerates sample i, rejected or not. `state_dict()` is small, JSON-able, and counts what was handed
     out, not what was prefetched. Ranks and DataLoader workers share the indices without overlap; samples have the
-    same bits for any batch size, rank or worker count on the same kind of device. On a CPU that needs the same number
-    of intra-op threads as well: oneDNN may add in another order for another number, which moves a pixel here and there
-    by one 8-bit level. DataLoader workers have one thread; one and two have been seen to agree.
+    same bits for any batch size, rank or worker count on the same kind of device.
+
+    On a CPU the bits also depend on the number of intra-op threads, because products may be summed in another order:
+    with "faces" one and two threads agree, three and more move the last bits of some scores. DataLoader workers
+    therefore keep the one thread that PyTorch gives them, whatever the number of cores: any number of workers agrees,
+    none oversubscribes the machine, and `num_workers` = cores uses all of it. Without workers it is
+    `torch.get_num_threads()`.
 
     Args:
         checkpoint: name of a checkpoint that ships ("faces"), path of a `.safetensors`, or a loaded `Checkpoint`.
@@ -55,11 +60,15 @@ class HandsOffStream(IterableDataset[Any]):
         filter: "rolling" (default), "block", "threshold", None, or a `Filter`.
         truncation: psi on all layers around the mean latent; None means the checkpoint's own.
         num_samples: accepted samples an epoch over all shards; None means endless.
-        device: where to synthesise and where samples lie; None means CUDA if there is one. CUDA synthesises in the
-            main process (`num_workers=0`).
+        device: where to synthesise; None means CUDA if there is one. CUDA synthesises in the main process
+            (`num_workers=0`), beside training, on a stream of its own.
+        output_device: where samples lie, for instance "cuda:0" with device="cuda:1"; None means `device`.
         transforms: joint transform of image and label (torchvision v2), its randomness a function of (seed, index).
         noise: "const" (stored maps), "none", or "random" (fresh maps per index).
         score: image score, "top10_mean" (published code) or "sum" (HandsOff, section 3.3).
+        precision: of images and labels, "exact" (float32) or "fast" (16-bit products: float16 on CUDA, bfloat16 on a
+            CPU that has it); None means "fast" on CUDA, else "exact".
+        kernel: of labels, "triton" (one fused CUDA kernel), "torch", or "auto".
         chunk_size: indices synthesised at once; None means 16 on CUDA, 4 on a CPU.
         shard: this process's part; None asks torch.distributed or the launcher's environment.
 
@@ -78,9 +87,12 @@ class HandsOffStream(IterableDataset[Any]):
         truncation: float | None = None,
         num_samples: int | None = None,
         device: str | torch.device | None = None,
+        output_device: str | torch.device | None = None,
         transforms: Callable[..., Any] | None = None,
         noise: str = "const",
         score: str = "top10_mean",
+        precision: str | None = None,
+        kernel: str = "auto",
         chunk_size: int | None = None,
         shard: Shard | None = None,
     ):
@@ -94,6 +106,7 @@ class HandsOffStream(IterableDataset[Any]):
                 raise ValueError(f"{name}={value} yields nothing; pass a positive integer or None")
         self._source = CheckpointSource(checkpoint)
         self.device = resolve_device(device)
+        self.output_device = self.device if output_device is None else resolve_device(output_device)
         self.batch_size = batch_size
         self.num_samples = num_samples
         self.chunk_size = chunk_size or default_chunk_size(self.device)
@@ -102,12 +115,15 @@ class HandsOffStream(IterableDataset[Any]):
             truncation=self._source.truncation if truncation is None else truncation,
             noise=noise,
             score=score,
+            precision=default_precision(self.device) if precision is None else precision,
+            kernel=kernel,
         )
+        label_dtype(self.options.precision, self.device)  # what this device cannot do is said now
         self._filter = make_filter(filter)
         self._transform = None if transforms is None else JointTransform(transforms, seed)
         self._shard = shard
         self._epoch = 0
-        self._walk: _Walk | None = None
+        self._walk: Walk | None = None
         self._resume: dict[str, Any] | None = None
         self._synthesizer: Synthesizer | None = None
 
@@ -115,47 +131,58 @@ class HandsOffStream(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Sample | LabelledBatch]:
         shard = self._my_shard()
-        check_device(self.device, in_worker=detect_worker() is not None)
-        quota = None if self.num_samples is None else shard.share(self.num_samples)
+        self._check_devices()
         filter = copy.deepcopy(self._filter)  # each iteration has a history of its own
         filter.start(self._source.calibration_scores(self.options))
-        walk = _Walk(filter, shard, self.chunk_size, quota, start=self._epoch * EPOCH_STRIDE)
+        walk = Walk(filter, shard, self.chunk_size, self.num_samples, start=self._epoch * EPOCH_STRIDE)
         if self._resume is not None:
             _check_shard(self._resume["stream"]["shard"], shard)
             walk.load_state_dict(self._resume["walk"])
             self._resume = None
         self._walk = walk
-        rows = walk.rows(lambda chunks: prefetch(self._synthesize(), chunks, self.device))
+        rows = walk.rows(self._prefetch)
         if self.batch_size is None:
-            return (self._sample(batch, row) for batch, row in rows)
+            return (self._sample(row) for row in rows)
         return self._batches(rows, self.batch_size, walk)
 
-    def _batches(self, rows: Iterator[tuple[LabelledBatch, int]], size: int, walk: "_Walk") -> Iterator[LabelledBatch]:
-        held: list[LabelledBatch] = []
-        for batch, row in rows:
-            held.append(self._transformed(batch.select([row])))
-            if len(held) == size:
-                yield LabelledBatch.concatenate(held, next_index=walk.cursor)
-                held = []
-        if held:
-            yield LabelledBatch.concatenate(held, next_index=walk.cursor)
+    def _prefetch(self, chunks: Iterator[range]) -> Iterator[Chunk]:
+        return prefetch(self._synthesize(), chunks, self.device, self.output_device)
 
-    def _sample(self, batch: LabelledBatch, row: int) -> Sample:
-        image, label = self._transformed(batch.select([row]))
-        return image[0], {k: v[0] for k, v in label.items()} if isinstance(label, dict) else label[0]
+    def _batches(self, rows: Iterator[Row], size: int, walk: Walk) -> Iterator[LabelledBatch]:
+        while taken := list(islice(rows, size)):
+            yield self._batch(taken, next_index=walk.cursor)
 
-    def _transformed(self, one: LabelledBatch) -> LabelledBatch:
-        return one if self._transform is None else self._transform(one)
+    def _sample(self, row: Row) -> Sample:
+        """One sample in memory of its own."""
+        chunk, number = row
+        with chunk.reading() as batch:
+            (one,) = self._pieces(batch, [number])
+            image, label = one.map(lambda tensor: tensor[0].clone())
+        return image, label
+
+    def _batch(self, rows: list[Row], *, next_index: int) -> LabelledBatch:
+        """Samples of one or several chunks as one batch in memory of its own."""
+        pieces: list[LabelledBatch] = []
+        with ExitStack() as stack:
+            for _, group in groupby(rows, key=lambda row: id(row[0])):
+                chunks, numbers = zip(*group, strict=True)
+                pieces += self._pieces(stack.enter_context(chunks[0].reading()), numbers)
+            rows.clear()  # lets the chunks go before the consumer sets to work
+            return LabelledBatch.concatenate(pieces, next_index=next_index)
+
+    def _pieces(self, batch: LabelledBatch, rows: Sequence[int]) -> list[LabelledBatch]:
+        if self._transform is None:
+            return [batch.select(run) for run in consecutive(rows)]
+        return [self._transform(batch.select([row])) for row in rows]
 
     def __getitem__(self, index: int) -> Sample:
         """Sample `index` of this seed, whether the filter keeps it or not; any int in [0, 2**63 - chunk_size)."""
         if not 0 <= index < MAX_INDEX - self.chunk_size:
             raise IndexError(f"index {index} addresses no sample; pass one in [0, 2**63 - {self.chunk_size})")
-        check_device(self.device, in_worker=detect_worker() is not None)
+        self._check_devices()
         first = index // self.chunk_size * self.chunk_size
-        chunk = range(first, first + self.chunk_size)
-        (batch,) = prefetch(self._synthesize(), iter([chunk]), self.device)
-        return self._sample(batch, index - first)
+        (chunk,) = self._prefetch(iter([range(first, first + self.chunk_size)]))
+        return self._sample((chunk, index - first))
 
     def __len__(self) -> int:
         """Samples (or batches) that this rank yields an epoch.
@@ -189,35 +216,40 @@ class HandsOffStream(IterableDataset[Any]):
     def state_dict(self) -> dict[str, Any]:
         """Position after the last sample or batch handed out; JSON-able.
 
-        Load it into a stream built with the same options, before iterating. Batch size and transforms may differ.
+        Load it into a stream built with the same options, before iterating. Batch size, transforms and output device
+        may differ; the number of ranks and workers may if the states of all shards go through `merge_states`.
         """
         if self._resume is not None:
-            return self._resume
+            return {**self._resume, "stream": self._identity()}  # a merged state becomes this shard's
         walk = None if self._walk is None else self._walk.state_dict()
         return {"version": STATE_VERSION, "stream": self._identity(), "epoch": self._epoch, "walk": walk}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next `iter()` continue exactly where `state_dict()` was taken.
 
+        Args:
+            state: of this shard, or of all shards by `merge_states`.
+
         Raises:
             ValueError: the state is of another version, or of a stream with other options or another shard; it says
-                which option differs and what to do.
+                which option differs and what to do. Or it is merged, and this filter has a history.
         """
-        version = state.get("version") if isinstance(state, dict) else None
-        if version != STATE_VERSION or not state.keys() >= {"stream", "epoch", "walk"}:
+        check_version(state)
+        mine, theirs = self._identity(), state["stream"]
+        differ = options_that_differ(mine, theirs)
+        if theirs["shard"] not in (None, mine["shard"]):
+            differ.append("shard")
+        for name in differ:
             raise ValueError(
-                f"this is no stream state of version {STATE_VERSION} (version={version!r}), so the position is "
-                "unknown; load it with the release that wrote it, or start a new stream with another seed"
+                f"the state was saved with {name}={theirs.get(name)!r}, this stream has {name}={mine.get(name)!r}: "
+                "resuming would repeat or skip samples without a word. Build the stream as it was, or start a new one "
+                "with another seed" + (MERGE_REMEDY if name == "shard" else "")
             )
-        mine = self._identity()
-        for name in sorted(mine.keys() | state["stream"].keys()):
-            theirs = state["stream"].get(name)
-            if theirs != mine.get(name):
-                raise ValueError(
-                    f"the state was saved with {name}={theirs!r}, this stream has {name}={mine.get(name)!r}: resuming "
-                    "would repeat or skip samples without a word. Build the stream as it was, or start a new one "
-                    "with another seed"
-                )
+        if theirs["shard"] is None and not self._filter.index_only:
+            raise ValueError(
+                f"this is a merged state, and the filter {mine['filter']['name']!r} decides by what its own shard has "
+                "seen before; begin a run with filter='block', 'threshold' or None"
+            )
         self._epoch = state["epoch"]
         self._walk = None
         self._resume = state if state["walk"] is not None else None
@@ -242,6 +274,10 @@ class HandsOffStream(IterableDataset[Any]):
         rank, worker = self._rank_shard(), detect_worker()
         return rank if worker is None else rank.split(worker.index, worker.count)
 
+    def _check_devices(self) -> None:
+        for device in (self.device, self.output_device):
+            check_device(device, in_worker=detect_worker() is not None)
+
     def _synthesize(self) -> Synthesize:
         if self._synthesizer is None:
             self._synthesizer = Synthesizer(self._source.load(), self.options, self.device)
@@ -255,80 +291,10 @@ class HandsOffStream(IterableDataset[Any]):
         return state
 
 
-class _Walk:
-    """One iteration: index by index through the shard's spans, score by score through the filter.
-
-    Invariant: `cursor` is the smallest index of the shard whose sample has been neither handed out nor dropped.
-    """
-
-    def __init__(self, filter: Filter, shard: Shard, chunk_size: int, quota: int | None, *, start: int):
-        self.filter = filter
-        self.shard = shard
-        self.chunk_size = chunk_size
-        self.quota = quota
-        self.cursor = start
-        self.monitor = RejectionMonitor(filter)
-
-    def chunks(self, first: int) -> Iterator[range]:
-        """The shard's chunks from the one that holds `first` on: whole, aligned, increasing."""
-        span = math.lcm(self.chunk_size, self.filter.span)
-        for indices in self.shard.spans(first, span):
-            for begin in range(indices.start, indices.stop, self.chunk_size):
-                if begin + self.chunk_size > first:
-                    yield range(begin, begin + self.chunk_size)
-
-    def rows(
-        self, produce: Callable[[Iterator[range]], Iterator[LabelledBatch]]
-    ) -> Iterator[tuple[LabelledBatch, int]]:
-        """(chunk, row) of every sample that is kept, until the quota is filled."""
-        # A block filter decides blocks as a whole: its first scores are pushed again, its decisions not repeated.
-        first = self.cursor // self.filter.span * self.filter.span
-        undecided: deque[tuple[int, LabelledBatch, int]] = deque()
-        if self.monitor.accepted == self.quota:
-            return
-        for batch in produce(self.chunks(first)):
-            scores = zip(batch.indices.tolist(), batch.uncertainty.tolist(), strict=True)
-            for row, (index, score) in enumerate(scores):
-                if index < first:
-                    continue
-                _check_finite(score, index)
-                undecided.append((index, batch, row))
-                for keep in self.filter.push(score):
-                    decided, its_batch, its_row = undecided.popleft()
-                    if decided < self.cursor:
-                        continue
-                    self.cursor = decided + 1
-                    self.monitor.count(keep)
-                    if keep:
-                        yield its_batch, its_row
-                    if self.monitor.accepted == self.quota:
-                        return
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "cursor": self.cursor,
-            "filter": self.filter.state_dict(),
-            "counts": self.monitor.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.cursor = state["cursor"]
-        self.filter.load_state_dict(state["filter"])
-        self.monitor.load_state_dict(state["counts"])
-
-
-def _check_finite(score: float, index: int) -> None:
-    if not math.isfinite(score):
-        raise StreamError(
-            f"sample {index} has the uncertainty {score}: the generator or a label generator computes NaN or infinite "
-            "values there, and its label would be garbage; check the checkpoint with `handsoff-stream inspect`"
-        )
-
-
-def _check_shard(saved: list[int], shard: Shard) -> None:
-    if saved != [shard.index, shard.count]:
+def _check_shard(saved: list[int] | None, shard: Shard) -> None:
+    if saved not in (None, [shard.index, shard.count]):
         raise ValueError(
             f"the state belongs to shard {saved[0]} of {saved[1]}, this process is shard {shard.index} of "
             f"{shard.count}: a state loaded in the main process cannot position DataLoader workers. Use "
-            "torchdata's StatefulDataLoader, which saves one state a worker, or num_workers=0"
+            "torchdata's StatefulDataLoader, which saves one state a worker, or num_workers=0" + MERGE_REMEDY
         )

@@ -9,6 +9,7 @@ Shape letters: B batch, M ensemble members, P pixels, K outputs, H W image size.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol, get_args
 
 import torch
@@ -19,11 +20,13 @@ from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.features import FeaturePyramid
 from handsoff_stream.generators import Generator
 from handsoff_stream.label_generator import FoldedLabelGenerator, LabelGenerator
+from handsoff_stream.precision import PRECISIONS, label_dtype
 from handsoff_stream.seeding import latents, noise_maps
-from handsoff_stream.tasks import Task
+from handsoff_stream.tasks import Segmentation, Task
 from handsoff_stream.uncertainty import ScoreKind, image_score
 
 NOISES = ("const", "none", "random")
+KERNELS = ("auto", "triton", "torch")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class SynthesisOptions:
     """"const": the stored maps; "none"; "random": fresh maps per index."""
     score: str = "top10_mean"
     """Image score: "top10_mean" (published code) or "sum" (HandsOff, section 3.3)."""
+    precision: str = "exact"
+    """Of images and labels: "exact" (float32) or "fast" (float16; bfloat16 on a CPU)."""
+    kernel: str = "auto"
+    """Labels of voting heads: "triton" (one fused CUDA kernel), "torch", or "auto": the fused one where it is meant
+    to be faster, which is on CUDA at "fast" precision, as far as the heads fit it."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.truncation <= 2.0:
@@ -53,6 +61,10 @@ class SynthesisOptions:
             raise ValueError(f"noise={self.noise!r} is unknown; pass one of {list(NOISES)}")
         if self.score not in get_args(ScoreKind):
             raise ValueError(f"score={self.score!r} is unknown; pass one of {list(get_args(ScoreKind))}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} is unknown; pass one of {list(PRECISIONS)}")
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel={self.kernel!r} is unknown; pass one of {list(KERNELS)}")
 
     def config(self) -> dict[str, Any]:
         """JSON-able."""
@@ -81,23 +93,28 @@ class Synthesizer:
         checkpoint: generator, heads and output size.
         options: what decides a sample.
         device: where to compute; the networks of `checkpoint` are moved there.
+
+    Raises:
+        ValueError: a precision or a kernel that this device cannot run.
     """
 
     def __init__(self, checkpoint: CheckpointLike, options: SynthesisOptions, device: torch.device):
         self.options = options
         self.device = device
         self.size = checkpoint.size
+        self._dtype = label_dtype(options.precision, device)
         self.generator = checkpoint.generator.to(device)
+        self._synthesis = self.generator.fold(self._dtype)
         self.tasks = {name: head.task for name, head in checkpoint.heads.items()}
         self._folded = {name: self._fold(head.label_generator) for name, head in checkpoint.heads.items()}
 
     def _fold(self, label_generator: LabelGenerator) -> FoldedLabelGenerator:
         if not self.generator.constant_input:
-            return label_generator.to(self.device).fold()
+            return label_generator.to(self.device).fold(dtype=self._dtype)
         w_plus = self.generator.truncate(self.generator.w_avg[None], 0.0)
         with torch.no_grad():
             constant_map = self.generator.synthesis(w_plus).features.maps[0][0]
-        return label_generator.to(self.device).fold(constant_map=constant_map)
+        return label_generator.to(self.device).fold(constant_map=constant_map, dtype=self._dtype)
 
     @torch.no_grad()
     def __call__(self, indices: Sequence[int]) -> LabelledBatch:
@@ -119,21 +136,29 @@ class Synthesizer:
     @torch.no_grad()
     def generate(self, indices: Sequence[int]) -> tuple[Tensor, FeaturePyramid]:
         """Images float32 [B, 3, H, W] in [0, 1] on 8-bit levels, and the feature maps behind them."""
-        z = latents(self.options.seed, indices, self.generator.z_dim).to(self.device)
+        z = self._upload(latents(self.options.seed, indices, self.generator.z_dim))
         w_plus = self.generator.truncate(self.generator.mapping(z), self.options.truncation)
         if self.options.noise == "random":
             maps = noise_maps(self.options.seed, indices, self.generator.noise_shapes)
-            synthesis = self.generator.synthesis(w_plus, [n.to(self.device) for n in maps])
+            synthesis = self._synthesis(w_plus, [self._upload(n) for n in maps])
         else:
-            synthesis = self.generator.synthesis(w_plus, self.options.noise)  # type: ignore[arg-type]
+            synthesis = self._synthesis(w_plus, self.options.noise)
         return quantize(synthesis.images, self.size), synthesis.features
+
+    def _upload(self, tensor: Tensor) -> Tensor:
+        """To the device without making the host wait: only from pinned memory is a copy asynchronous."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     @torch.no_grad()
     def label(self, name: str, features: FeaturePyramid) -> tuple[Tensor, Tensor]:
         """Labels [B, H, W] or [B, K, H, W] of one head, and its uncertainty float32 [B, H, W]."""
-        task = self.tasks[name]
+        task, folded = self.tasks[name], self._folded[name]
+        if isinstance(task, Segmentation) and self._fused(folded, features):
+            from handsoff_stream.label_head_triton import label_images
+
+            return label_images(folded, features, self.size)
         labels, uncertainty = [], []
-        for rows, outputs_MPK in self._folded[name].tiles(features, self.size):
+        for rows, outputs_MPK in folded.tiles(features, self.size):
             shape = (features.batch_size, rows.stop - rows.start, self.size[1])
             labels.append(task.decide(outputs_MPK).unflatten(0, shape))
             uncertainty.append(task.disagreement(outputs_MPK).unflatten(0, shape))
@@ -141,6 +166,16 @@ class Synthesizer:
         if label.ndim == 4:
             label = label.permute(0, 3, 1, 2).contiguous()
         return label, torch.cat(uncertainty, dim=1)
+
+    def _fused(self, folded: FoldedLabelGenerator, features: FeaturePyramid) -> bool:
+        """Whether the fused kernel labels; Triton is imported only where it may."""
+        if self.options.kernel != "auto":
+            return self.options.kernel == "triton"
+        if self.device.type != "cuda" or self._dtype != torch.float16 or find_spec("triton") is None:
+            return False
+        from handsoff_stream.label_head_triton import unsupported
+
+        return unsupported(folded, features, self.size) is None
 
 
 def quantize(images_BCHW: Tensor, size: tuple[int, int]) -> Tensor:

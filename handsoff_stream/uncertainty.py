@@ -21,10 +21,11 @@ def jensen_shannon_divergence(logits_MPK: Tensor) -> Tensor:
     H(mean_m p_m) - mean_m H(p_m), with p = softmax(logits) (HandsOff, section 3.3); in [0, ln min(M, K)].
     `logits_MPK` must be finite.
     """
-    log_p_MPK = logits_MPK.float().log_softmax(dim=-1)
-    p_MPK = log_p_MPK.exp()
-    entropy_of_mean_P = torch.special.entr(p_MPK.mean(dim=0)).sum(dim=-1)
-    mean_entropy_P = -(p_MPK * log_p_MPK).sum(dim=-1).mean(dim=0)
+    # Pixels last: vectorised over them, a softmax of few classes takes a tenth of the time on a CPU.
+    log_p_MKP = logits_MPK.float().transpose(1, 2).contiguous().log_softmax(dim=1)
+    p_MKP = log_p_MKP.exp()
+    entropy_of_mean_P = torch.special.entr(p_MKP.mean(dim=0)).sum(dim=0)
+    mean_entropy_P = -(p_MKP * log_p_MKP).sum(dim=1).mean(dim=0)
     # Members that agree give zero up to rounding, on either side of it.
     return (entropy_of_mean_P - mean_entropy_P).clamp_(min=0)
 

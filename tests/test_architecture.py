@@ -11,10 +11,11 @@ ROOT = Path(handsoff_stream.__file__).parent
 
 # Each module may import those of its own layer that stand before it in the data flow, and any layer above.
 LAYERS = [
-    {"batch", "device", "errors", "features", "progress", "seeding", "shard", "uncertainty"},
-    {"folded_label_generator", "generators", "label_generator", "tasks", "transforms"},
+    {"batch", "device", "errors", "features", "precision", "progress", "seeding", "shard", "uncertainty"},
+    {"label_rows", "label_tiles", "products"},
+    {"folded_label_generator", "generators", "label_generator", "label_head_triton", "tasks", "transforms"},
     {"filters", "synthesizer"},
-    {"checkpoint", "prefetch", "stream"},
+    {"checkpoint", "prefetch", "stream", "walk"},
     {"config", "describe", "downstream", "fitting", "outlets", "preview"},
     {"cli", "demo"},
 ]
@@ -24,11 +25,15 @@ WITHIN_LAYER = {
     ("label_generator", "folded_label_generator"),
     ("stream", "checkpoint"),
     ("stream", "prefetch"),
+    ("stream", "walk"),
+    ("label_head_triton", "folded_label_generator"),
+    ("label_rows", "label_tiles"),
+    ("label_rows", "products"),
     ("cli", "demo"),
     ("device", "errors"),
     ("fitting", "config"),
 }
-OPTIONAL = {"lpips", "ray", "torchmetrics", "torchvision", "webdataset", "yaml"}
+OPTIONAL = {"lpips", "ray", "torchmetrics", "torchvision", "triton", "webdataset", "yaml"}
 
 
 def room(path: Path) -> str:
@@ -74,7 +79,7 @@ def test_imports_point_one_way():
 
 
 def test_the_online_half_does_not_know_the_offline_half_or_real_images():
-    online = {name for layer in LAYERS[:4] for name in layer}
+    online = {name for layer in LAYERS[:5] for name in layer}
     for path in FILES:
         if room(path) in online:
             assert not internal(path) & {"datasets", "downstream", "fitting", "outlets"}, path
@@ -103,6 +108,7 @@ def test_optional_packages_are_imported_in_their_own_rooms_only():
         "lpips": {"fitting"},
         "torchmetrics": {"downstream"},
         "torchvision": {"downstream", "fitting", "transforms"},
+        "triton": {"label_head_triton"},
         "webdataset": {"outlets"},
         "yaml": {"config"},
     }

@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 import torch
-from conftest import assert_resumes_exactly, assert_same, take
+from conftest import assert_resumes_exactly, assert_same, flatten, take
+from late_cuda import POLICIES, LateCuda
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -17,6 +18,7 @@ from handsoff_stream.errors import CheckpointError, StreamError
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
 from handsoff_stream.generators import StyleGAN2
 from handsoff_stream.label_generator import LabelGenerator
+from handsoff_stream.prefetch import CHUNKS_IN_FLIGHT
 from handsoff_stream.shard import Shard
 from handsoff_stream.stream import EPOCH_STRIDE, HandsOffStream
 from handsoff_stream.synthesizer import Head, SynthesisOptions, Synthesizer
@@ -90,6 +92,25 @@ def test_a_checkpoint_with_several_heads_gives_a_dict_of_labels(checkpoint):
     assert torch.equal(labels["parts"], labels["again"])
     _, label = stream[0]
     assert label["parts"].shape == (16, 16)
+
+
+def test_any_rows_of_a_batch_can_be_selected_and_joined():
+    batch = FakeSynthesizer()(range(8))
+    batch = dataclasses.replace(batch, labels={"a": batch.labels, "b": batch.images[:, 0]})
+    for rows in ([3], [2, 3, 4], range(1, 7), [0, 5, 6, 2], [4, 4]):
+        part = batch.select(rows)
+        assert part.indices.tolist() == list(rows)
+        for tensor, whole in zip(flatten(part), flatten(batch), strict=True):
+            assert torch.equal(tensor, whole[list(rows)])
+    halves = LabelledBatch.concatenate([batch.select(range(3)), batch.select(range(3, 8))], next_index=8)
+    assert_same(halves, batch)
+    with pytest.raises(ValueError, match="no rows"):
+        batch.select([])
+
+
+def test_consecutive_rows_share_memory_with_their_batch():
+    batch = FakeSynthesizer()(range(8))
+    assert batch.select(range(2, 5)).images.data_ptr() == batch.images[2:].data_ptr()
 
 
 # Determinism ---------------------------------------------------------------------------------------------------
@@ -166,8 +187,20 @@ def test_random_noise_belongs_to_the_index(checkpoint):
     assert not torch.equal(stream[7][0], plain[7][0])
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_has_one_thread_whatever_their_number(checkpoint_path, workers):
+    """More would change the order of sums, and with it the bits, see the stream's docstring."""
+
+    def threads(image, mask):
+        return image, torch.full_like(mask, torch.get_num_threads())
+
+    stream = HandsOffStream(checkpoint_path, device="cpu", filter=None, num_samples=8, transforms=threads)
+    masks = [mask for _, mask in DataLoader(stream, batch_size=None, num_workers=workers)]
+    assert len(masks) == 8 and all((mask == 1).all() for mask in masks)
+
+
 def test_one_thread_and_two_give_the_same_samples():
-    """A DataLoader worker has one thread. (For more threads oneDNN may split sums, see the stream's docstring.)"""
+    """What one DataLoader worker computes, and a process of two threads without workers."""
     torch.manual_seed(0)
     generator = StyleGAN2(channels=(96, 96, 64, 48, 24), z_dim=32, w_dim=32, mapping_layers=3).eval()
     ensemble = LabelGenerator(generator.feature_channels, hidden=(64, 32), num_outputs=8, members=6).eval()
@@ -182,6 +215,14 @@ def test_one_thread_and_two_give_the_same_samples():
     finally:
         torch.set_num_threads(before)
     assert_same(batches[0], batches[1])
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.autocast("cpu", torch.bfloat16), torch.inference_mode, torch.no_grad])
+def test_the_modes_of_the_training_loop_do_not_change_samples(checkpoint, mode):
+    stream = HandsOffStream(checkpoint, device="cpu", batch_size=4)
+    alone = take(stream, 3)
+    with mode():
+        assert_same(take(stream, 3), alone)
 
 
 def test_the_global_random_state_is_left_alone(checkpoint):
@@ -320,6 +361,7 @@ def test_batch_size_may_change_on_resuming(checkpoint):
         ({"shard": Shard(0, 2)}, "shard"),
         ({"noise": "none"}, "noise"),
         ({"score": "sum"}, "score"),
+        ({"precision": "fast"}, "precision"),
         ({"num_samples": 50}, "num_samples"),
     ],
 )
@@ -340,6 +382,105 @@ def test_a_state_of_another_checkpoint_or_version_is_refused(checkpoint):
     for broken in ({}, {**stream.state_dict(), "version": 99}, None):
         with pytest.raises(ValueError, match="no stream state of version 1"):
             stream.load_state_dict(broken)
+
+
+# On a device that works late -----------------------------------------------------------------------------------
+
+
+def late_stream(checkpoint, cuda, **options) -> HandsOffStream:
+    """The fake stream on a device that does its work late, see late_cuda.py."""
+
+    def synthesize(indices):
+        return FakeSynthesizer()(indices).map(lambda tensor: cuda.upload(tensor.contiguous()))
+
+    stream = HandsOffStream(checkpoint, device="cuda", chunk_size=4, **options)
+    stream._synthesizer = synthesize
+    return stream
+
+
+def on_host(item):
+    """What has been computed by now of a sample or a batch."""
+    if isinstance(item, LabelledBatch):
+        return item.map(lambda tensor: tensor.memory)
+    return tuple(tensor.memory for tensor in item)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("filter", [None, RollingPercentile(80, window=30), BlockQuantile(80, block=10)])
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_samples_decisions_and_state_do_not_depend_on_when_the_device_works(
+    checkpoint, monkeypatch, policy, filter, batch_size
+):
+    expected = fake_stream(checkpoint, filter=filter, batch_size=batch_size)
+    cuda = LateCuda(POLICIES[policy]())
+    cuda.patch(monkeypatch)
+    stream = late_stream(checkpoint, cuda, filter=filter, batch_size=batch_size)
+    items = []
+    for item, right in itertools.islice(zip(stream, expected, strict=True), 12):
+        items.append((item, right))
+        assert stream.state_dict()["walk"] == expected.state_dict()["walk"]
+    cuda.drain()
+    for item, right in items:
+        assert_same(on_host(item), right)
+
+
+def test_chunks_go_back_to_the_ring_before_the_consumer_sets_to_work(checkpoint, monkeypatch):
+    cuda = LateCuda()
+    cuda.patch(monkeypatch)
+    batches = take(late_stream(checkpoint, cuda, filter=None, batch_size=16), 10)  # four chunks a batch
+    slots = cuda.allocated // len(batches[0].tensors())
+    assert slots <= 4 + CHUNKS_IN_FLIGHT + 1
+
+
+def test_one_sample_is_regenerated_on_a_device_that_works_late(checkpoint, monkeypatch):
+    cuda = LateCuda()
+    cuda.patch(monkeypatch)
+    sample = late_stream(checkpoint, cuda)[42]
+    cuda.drain()
+    assert_same(on_host(sample), fake_stream(checkpoint)[42])
+
+
+def test_samples_have_memory_of_their_own(checkpoint):
+    for stream in (
+        fake_stream(checkpoint),
+        fake_stream(checkpoint, batch_size=3),
+        fake_stream(checkpoint, batch_size=1),
+    ):
+        for item in take(stream, 3):
+            for tensor in item:
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"device": "cpu", "output_device": "cuda"}])
+def test_a_device_that_is_not_there_is_refused_wherever_it_is_asked_for(checkpoint, monkeypatch, options):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(StreamError, match="pass device='cpu'"):
+        next(iter(HandsOffStream(checkpoint, **options)))
+
+
+def test_the_output_device_is_the_device_unless_another_is_named(checkpoint):
+    def devices(**options):
+        stream = HandsOffStream(checkpoint, **options)
+        return str(stream.device), str(stream.output_device)
+
+    assert devices(device="cpu") == ("cpu", "cpu")
+    assert devices(device="cuda:1", output_device="cuda:0") == ("cuda:1", "cuda:0")
+    assert devices(device="cuda", output_device="cpu") == ("cuda", "cpu")
+
+
+def test_labels_are_exact_on_a_cpu_and_fast_on_cuda_unless_the_precision_is_named(checkpoint):
+    def precision(**options):
+        return HandsOffStream(checkpoint, **options).options.precision
+
+    assert precision(device="cpu") == "exact" and precision(device="cuda") == "fast"
+    assert precision(device="cpu", precision="fast") == "fast"
+    assert precision(device="cuda", precision="exact") == "exact"
+
+
+def test_samples_go_to_the_output_device(checkpoint):
+    stream = HandsOffStream(checkpoint, device="cpu", output_device="meta", batch_size=2, filter=None)
+    batch = next(iter(stream))
+    assert batch.images.is_meta and batch.labels.is_meta and batch.indices.tolist() == [0, 1]
 
 
 # Loaders, processes, pickling ----------------------------------------------------------------------------------
@@ -450,6 +591,7 @@ def test_a_checkpoint_without_a_head_is_refused_when_the_stream_is_built(checkpo
         ({"truncation": 3.0}, "truncation=3.0 is no psi"),
         ({"noise": "loud"}, "noise='loud' is unknown"),
         ({"score": "max"}, "score='max' is unknown"),
+        ({"precision": "double"}, "precision='double' is unknown"),
         ({"filter": "sorted"}, "filter='sorted' is unknown"),
         ({"seed": -1}, "seed=-1 addresses no stream"),
     ],
