@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from handsoff_stream.checkpoint import Checkpoint
-from handsoff_stream.datasets.labelled_folder import ImageFolder
+from handsoff_stream.datasets.labelled_images import ImageFolder
 from handsoff_stream.fitting import (
     FeatureTable,
     FitSettings,
