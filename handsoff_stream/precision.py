@@ -21,6 +21,11 @@ def default_precision(device: torch.device) -> Precision:
     return "fast" if device.type == "cuda" else "exact"
 
 
+def fastest_precision(device: torch.device) -> Precision:
+    """ "fast" wherever the device has instructions for it."""
+    return "exact" if device.type == "cpu" and not cpu_multiplies_bfloat16() else "fast"
+
+
 def label_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The format of weights and activations.
 

@@ -7,7 +7,7 @@ import torch
 
 from handsoff_stream import precision
 from handsoff_stream.checkpoint import Checkpoint
-from handsoff_stream.precision import cpu_multiplies_bfloat16, default_precision, label_dtype
+from handsoff_stream.precision import cpu_multiplies_bfloat16, default_precision, fastest_precision, label_dtype
 from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -28,6 +28,13 @@ def test_fast_is_refused_on_a_cpu_without_bfloat16(monkeypatch: pytest.MonkeyPat
 
 def test_whether_a_cpu_multiplies_bfloat16_is_known() -> None:
     assert cpu_multiplies_bfloat16() in (True, False)
+
+
+def test_the_fastest_precision_is_one_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has in (True, False):
+        monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda has=has: has)
+        assert fastest_precision(CPU) == ("fast" if has else "exact") and fastest_precision(CUDA) == "fast"
+        label_dtype(fastest_precision(CPU), CPU)
 
 
 def test_unknown_names_are_refused_with_the_choices() -> None:

@@ -24,6 +24,7 @@ console = Console()
 
 CheckpointArgument = Annotated[str, typer.Argument(help="A name that ships (faces) or a .safetensors file.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: CUDA if there is one.")]
+PrecisionOption = Annotated[str | None, typer.Option(help="exact or fast; default: fast on CUDA, else exact.")]
 SeedOption = Annotated[int, typer.Option(help="Which stream; in [0, 2**64).")]
 
 # What a user can get wrong. Anything else is a defect of this program and keeps its traceback.

@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from handsoff_stream.cli.app import CheckpointArgument, DeviceOption, SeedOption, app, console, plain_errors
+from handsoff_stream.cli.app import (
+    CheckpointArgument,
+    DeviceOption,
+    PrecisionOption,
+    SeedOption,
+    app,
+    console,
+    plain_errors,
+)
 
 
 @app.command(epilog="Example: `handsoff-stream inspect faces`")
@@ -52,6 +60,7 @@ def train(
     test_images: Annotated[Path | None, typer.Option(help="Folder of real test images.")] = None,
     test_labels: Annotated[Path | None, typer.Option(help="Folder of their masks.")] = None,
     seed: SeedOption = 0,
+    precision: PrecisionOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Train DeepLabV3 on the stream, and score it on real images (the held-out renders for `faces`)."""
@@ -67,6 +76,7 @@ def train(
         test_folders=None if test_images is None or test_labels is None else (test_images, test_labels),
         seed=seed,
         device=device,
+        precision=precision,
         console=console,
     )
 
@@ -79,6 +89,7 @@ def export(
     num: Annotated[int, typer.Option(help="Accepted samples in all.")] = 10_000,
     shard_size: Annotated[int, typer.Option(help="Samples a shard.")] = 1000,
     seed: SeedOption = 0,
+    precision: PrecisionOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Write samples as WebDataset shards, lossless and resumable."""
@@ -86,7 +97,7 @@ def export(
     from handsoff_stream.progress import progress_bar
     from handsoff_stream.stream import HandsOffStream
 
-    stream = HandsOffStream(checkpoint, batch_size=1, seed=seed, device=device)
+    stream = HandsOffStream(checkpoint, batch_size=1, seed=seed, device=device, precision=precision)
     with progress_bar("exporting", num, console=console) as update:
         paths = write_shards(stream, out, num_samples=num, shard_size=shard_size, progress=lambda n: update(n, ""))
     console.print(f"wrote {len(paths)} shards to {out}")
