@@ -10,34 +10,17 @@ and the calibration is that of the weights in it.
 
 import argparse
 import hashlib
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from discriminator import Encoder
-from torch import Tensor
 
 from handsoff_stream import Checkpoint, load_checkpoint, load_generator, save_checkpoint
 from handsoff_stream.datasets.labelled_faces import labelled_faces
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, PALETTE
 from handsoff_stream.fitting import FitSettings, InversionSettings, calibrate, fit_checkpoint, load_perceptual
-from handsoff_stream.generators import Generator
 from handsoff_stream.tasks import Segmentation
-
-
-def encodings(state_file: Path, generator: Generator, images: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Name => w+ by the encoder that `train_generator.py --autoencode` trained beside the generator."""
-    state = torch.load(state_file, map_location="cpu", weights_only=True)
-    settings = json.loads(state["settings"])
-    encoder = Encoder(channels=settings["channels"], z_dim=settings["z_dim"])
-    encoder.load_state_dict(state["networks"]["encoder"])
-    device = generator.w_avg.device
-    with torch.no_grad():
-        mean, _ = encoder(torch.stack([image for _, image in images]) * 2 - 1)
-        w_plus = generator.truncate(generator.mapping(mean.to(device)))
-    return {name: one.clone() for (name, _), one in zip(images, w_plus.cpu(), strict=True)}
 
 
 def main() -> None:
@@ -47,9 +30,6 @@ def main() -> None:
     parser.add_argument("--latents", type=Path, help="folder of the inversions; default: OUT.latents")
     parser.add_argument("--num-labelled", type=int, default=16)
     parser.add_argument("--steps", type=int, default=500, help="of the inversion; 500 for faces in HandsOff")
-    parser.add_argument("--encoder", type=Path, metavar="STATE", help="state.pt of a training with --autoencode")
-    parser.add_argument("--radius", type=float, default=40.0, help="with --encoder: how far |w - w_e|^2 may grow")
-    parser.add_argument("--calibration-samples", type=int, default=2000)
     parser.add_argument("--hidden", type=int, nargs=2, default=(128, 32))
     parser.add_argument("--epochs", type=int, default=FitSettings().epochs)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -63,15 +43,13 @@ def main() -> None:
 
     faces = labelled_faces(args.num_labelled, size=generator.resolution[0])
     pairs = [faces[i] for i in range(len(faces))]
-    images = [(f"train-{i:02d}", image) for i, (image, _) in enumerate(pairs)]
     checkpoint = fit_checkpoint(
         generator,
-        images,
+        [(f"train-{i:02d}", image) for i, (image, _) in enumerate(pairs)],
         torch.stack([mask for _, mask in pairs]),
         Segmentation(CLASS_NAMES, PALETTE),
         args.latents or args.out.with_suffix(".latents"),
-        inversion=InversionSettings(steps=args.steps, radius=args.radius),
-        encodings=None if args.encoder is None else encodings(args.encoder, generator, images),
+        inversion=InversionSettings(steps=args.steps),
         fit=FitSettings(hidden=(args.hidden[0], args.hidden[1]), epochs=args.epochs),
         perceptual=load_perceptual().to(args.device),
         calibration_samples=0,
@@ -82,7 +60,7 @@ def main() -> None:
     save_checkpoint(args.out, replace(checkpoint, provenance=provenance), half=True)
     written = load_checkpoint(args.out)
     written.generator.to(args.device)
-    save_checkpoint(args.out, calibrate(written, num_samples=args.calibration_samples, progress=True), half=True)
+    save_checkpoint(args.out, calibrate(written, progress=True), half=True)
     accuracy = checkpoint.provenance["fit"]["accuracy"]
     print(f"wrote {args.out}; accuracy on held-out pixels of the labelled images {accuracy:.1%}")
 
