@@ -162,3 +162,8 @@ def test_the_longest_bar_is_as_wide_as_there_is_room_and_half_of_it_is_half():
     drawn = svg([Chart("a < b", [("one", 2.0), ("two", 1.0), ("none", -1.0)])])
     assert [f'width="{width}" height="18"' in drawn for width in ("380.0", "190.0", "0.0")] == [True] * 3
     assert "a &lt; b" in drawn
+
+
+def test_the_readme_shows_the_committed_results(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    assert report.main() == 0
