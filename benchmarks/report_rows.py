@@ -33,9 +33,9 @@ class Kind:
 
 
 def where(result: Result) -> str:
-    """Checkpoint and label size."""
+    """Checkpoint, label size, and the options of the stream that are not the defaults."""
     height, width = result["geometry"]["label"]
-    return f"{result['settings']['checkpoint']}, {height} x {width}"
+    return ", ".join([result["settings"]["checkpoint"], f"{height} x {width}", *result["settings"].get("option", [])])
 
 
 def throughput_rows(result: Result) -> list[Row]:

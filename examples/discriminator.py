@@ -63,7 +63,26 @@ def minibatch_standard_deviation(x_BCHW: Tensor) -> Tensor:
     return torch.cat([x_BCHW, plane], dim=1)
 
 
-class Discriminator(nn.Module):
+class Trunk(nn.Module):
+    """Images => maps of ever coarser resolution: what discriminator and encoder have in common."""
+
+    def __init__(self, channels: Sequence[int]):
+        super().__init__()
+        self.from_rgb = EqualizedConv(3, channels[-1], 1)
+        # Named from the coarsest upwards so that a network grown by one resolution keeps its blocks' names.
+        self.blocks = nn.ModuleList(
+            ResidualBlock(fine, coarse) for coarse, fine in zip(channels, channels[1:], strict=False)
+        )
+
+    def features(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """The maps [B, C_l, H_l, W_l] before and after every block, finest first."""
+        maps = [self.from_rgb(images_BCHW.to(dtype).contiguous(memory_format=torch.channels_last))]
+        for block in reversed(self.blocks):
+            maps.append(block(maps[-1]))
+        return maps
+
+
+class Discriminator(Trunk):
     """Images float32 [B, 3, H, W] in [-1, 1] => logits float32 [B], high for real ones.
 
     Args:
@@ -72,22 +91,10 @@ class Discriminator(nn.Module):
     """
 
     def __init__(self, *, channels: Sequence[int], constant_size: tuple[int, int] = (4, 4)):
-        super().__init__()
-        self.from_rgb = EqualizedConv(3, channels[-1], 1)
-        # Named from the coarsest upwards so that a network grown by one resolution keeps its blocks' names.
-        self.blocks = nn.ModuleList(
-            ResidualBlock(fine, coarse) for coarse, fine in zip(channels, channels[1:], strict=False)
-        )
+        super().__init__(channels)
         self.conv = EqualizedConv(channels[0] + 1, channels[0], 3)
         self.hidden = EqualizedLinear(channels[0] * constant_size[0] * constant_size[1], channels[0])
         self.out = EqualizedLinear(channels[0], 1)
-
-    def features(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """The maps [B, C_l, H_l, W_l] before and after every block, finest first."""
-        maps = [self.from_rgb(images_BCHW.to(dtype).contiguous(memory_format=torch.channels_last))]
-        for block in reversed(self.blocks):
-            maps.append(block(maps[-1]))
-        return maps
 
     def judge(self, x_BCHW: Tensor) -> Tensor:
         """Logits float32 [B] from the last of `features`."""
@@ -99,32 +106,26 @@ class Discriminator(nn.Module):
         return self.judge(self.features(images_BCHW, dtype)[-1])
 
 
-class Encoder(nn.Module):
+class Encoder(Trunk):
     """Images float32 [B, 3, H, W] in [-1, 1] => mean and log variance float32 [B, z_dim] of q(z | image).
 
     The discriminator's blocks without its minibatch statistics; for the autoencoding term of the trainer.
     """
 
     def __init__(self, *, channels: Sequence[int], z_dim: int):
-        super().__init__()
-        self.from_rgb = EqualizedConv(3, channels[-1], 1)
-        self.blocks = nn.ModuleList(
-            ResidualBlock(fine, coarse) for coarse, fine in zip(channels, channels[1:], strict=False)
-        )
+        super().__init__(channels)
         self.hidden = EqualizedLinear(channels[0] * 4 * 4, 2 * z_dim)
         self.out = EqualizedLinear(2 * z_dim, 2 * z_dim)
 
     def forward(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        x = self.from_rgb(images_BCHW.to(dtype).contiguous(memory_format=torch.channels_last))
-        for block in reversed(self.blocks):
-            x = block(x)
-        x = F.leaky_relu(self.hidden(x.float().flatten(1)), 0.2) * math.sqrt(2.0)
+        x = self.features(images_BCHW, dtype)[-1].float()
+        x = F.leaky_relu(self.hidden(x.flatten(1)), 0.2) * math.sqrt(2.0)
         mean, log_variance = self.out(x).chunk(2, dim=1)
         return mean, log_variance.clamp(-10, 5)
 
 
 @torch.no_grad()
-def grow(old: Discriminator | Encoder, new: Discriminator | Encoder) -> None:
+def grow(old: Trunk, new: Trunk) -> None:
     """Make `new`, of twice the resolution, compute what `old` computes on the image blurred and halved.
 
     All of `old` is kept but its first layer, which moves into the new block's down-sampling convolution. What stands

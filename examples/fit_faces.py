@@ -19,7 +19,8 @@ import torch
 from handsoff_stream import Checkpoint, load_checkpoint, load_generator, save_checkpoint
 from handsoff_stream.datasets.labelled_faces import labelled_faces
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, PALETTE
-from handsoff_stream.fitting import FitSettings, InversionSettings, calibrate, fit_checkpoint, load_perceptual
+from handsoff_stream.fitting import FitSettings, InversionSettings, fit_checkpoint, load_perceptual
+from handsoff_stream.fitting.commands import save_calibrated
 from handsoff_stream.tasks import Segmentation
 
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="of the inversion; 500 for faces in HandsOff")
     parser.add_argument("--hidden", type=int, nargs=2, default=(128, 32))
     parser.add_argument("--epochs", type=int, default=FitSettings().epochs)
+    parser.add_argument("--calibration-samples", type=int, default=2000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
@@ -57,10 +59,8 @@ def main() -> None:
         progress=True,
     )
     provenance = {**checkpoint.provenance, "generator_training": trained.provenance}
-    save_checkpoint(args.out, replace(checkpoint, provenance=provenance), half=True)
-    written = load_checkpoint(args.out)
-    written.generator.to(args.device)
-    save_checkpoint(args.out, calibrate(written, progress=True), half=True)
+    device = torch.device(args.device)
+    save_calibrated(replace(checkpoint, provenance=provenance), args.out, device, args.calibration_samples, half=True)
     accuracy = checkpoint.provenance["fit"]["accuracy"]
     print(f"wrote {args.out}; accuracy on held-out pixels of the labelled images {accuracy:.1%}")
 

@@ -7,8 +7,6 @@ between the offline half (inversion, fitting) and the online half (streaming). D
 import copy
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files import whole_file
 from handsoff_stream.generators import Generator
 from handsoff_stream.generators.checkpoints import native, read_generator
 from handsoff_stream.label_generator import LabelGenerator
@@ -125,15 +124,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = Fa
         if half and tensor.ndim >= 2:
             tensors[name] = tensor.half()
     metadata = {native.MANIFEST_KEY: json.dumps(checkpoint.manifest())}
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with whole_file(path) as partial:
         save_file(tensors, partial, metadata=metadata)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def _rounded(checkpoint: Checkpoint) -> Checkpoint:

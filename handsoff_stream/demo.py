@@ -32,6 +32,7 @@ from handsoff_stream.downstream import (
     train_segmentation,
 )
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files import whole_file
 from handsoff_stream.precision import fastest_precision
 from handsoff_stream.preview import preview_sheet
 from handsoff_stream.progress import progress_bar
@@ -204,9 +205,8 @@ def train_on_stream(
     model = build_deeplab(len(names), backbone=backbone, seed=seed)
     budget = Budget(steps, backbone, batch_size, lr, warmup=min(100, steps // 10))
     train_with_bar(model, DataLoader(stream, batch_size=batch_size), budget, chosen, console)
-    partial = out.with_name(out.name + ".partial")
-    torch.save(model.state_dict(), partial)
-    partial.replace(out)
+    with whole_file(out) as partial:
+        torch.save(model.state_dict(), partial)
     console.print(f"wrote {out}; {stream.rejected} of {stream.accepted + stream.rejected} samples were rejected")
     if test is not None:
         console.print(evaluate(model, test, names, device=chosen).table("IoU on test images"))

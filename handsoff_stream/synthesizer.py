@@ -106,15 +106,20 @@ class Synthesizer:
         self.generator = checkpoint.generator.to(device)
         self._synthesis = self.generator.fold(self._dtype)
         self.tasks = {name: head.task for name, head in checkpoint.heads.items()}
-        self._folded = {name: self._fold(head.label_generator) for name, head in checkpoint.heads.items()}
+        constant_map = self._constant_map()
+        self._folded = {
+            name: head.label_generator.to(device).fold(constant_map=constant_map, dtype=self._dtype)
+            for name, head in checkpoint.heads.items()
+        }
+        self._triton = device.type == "cuda" and self._dtype == torch.float16 and find_spec("triton") is not None
 
-    def _fold(self, label_generator: LabelGenerator) -> FoldedLabelGenerator:
+    @torch.no_grad()
+    def _constant_map(self) -> Tensor | None:
+        """[C, h, w], the first feature map of every image; None of a generator whose first map varies."""
         if not self.generator.constant_input:
-            return label_generator.to(self.device).fold(dtype=self._dtype)
+            return None
         w_plus = self.generator.truncate(self.generator.w_avg[None], 0.0)
-        with torch.no_grad():
-            constant_map = self.generator.synthesis(w_plus).features.maps[0][0]
-        return label_generator.to(self.device).fold(constant_map=constant_map, dtype=self._dtype)
+        return self.generator.synthesis(w_plus).features.maps[0][0]
 
     @torch.no_grad()
     def __call__(self, indices: Sequence[int]) -> LabelledBatch:
@@ -171,7 +176,7 @@ class Synthesizer:
         """Whether the fused kernel labels; Triton is imported only where it may."""
         if self.options.kernel != "auto":
             return self.options.kernel == "triton"
-        if self.device.type != "cuda" or self._dtype != torch.float16 or find_spec("triton") is None:
+        if not self._triton:
             return False
         from handsoff_stream.label_head_triton import unsupported
 

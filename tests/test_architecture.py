@@ -11,7 +11,7 @@ ROOT = Path(handsoff_stream.__file__).parent
 
 # Each module may import those of its own layer that stand before it in the data flow, and any layer above.
 LAYERS = [
-    {"batch", "device", "errors", "features", "precision", "progress", "seeding", "shard", "uncertainty"},
+    {"batch", "device", "errors", "features", "files", "precision", "progress", "seeding", "shard", "uncertainty"},
     {"label_rows", "label_tiles", "products"},
     {"folded_label_generator", "generators", "label_generator", "label_head_triton", "tasks", "transforms"},
     {"filters", "synthesizer"},

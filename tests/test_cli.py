@@ -147,13 +147,15 @@ def test_colour_masks_of_another_size_and_a_class_map_of_ones_own(labelled, tmp_
 
 
 def test_samples_are_written_annotated_and_fitted_without_inversion(labelled, tmp_path):
-    code, text = run("sample", labelled / "generator.safetensors", tmp_path / "todo", "--num", 3, "--device", "cpu")
-    assert code == 0 and "draw masks into" in text
-    for image in (tmp_path / "todo" / "images").iterdir():
-        grey = np.asarray(Image.open(image).convert("L"))
-        Image.fromarray((grey > np.median(grey)).astype(np.uint8)).save(tmp_path / "todo" / "masks" / image.name)
     code, text = run(
-        "fit", labelled / "generator.safetensors", "--images", tmp_path / "todo" / "manifest.csv",
+        "sample", labelled / "generator.safetensors", tmp_path / "to_annotate", "--num", 3, "--device", "cpu"
+    )
+    assert code == 0 and "draw masks into" in text
+    for image in (tmp_path / "to_annotate" / "images").iterdir():
+        grey = np.asarray(Image.open(image).convert("L"))
+        Image.fromarray((grey > np.median(grey)).astype(np.uint8)).save(tmp_path / "to_annotate" / "masks" / image.name)
+    code, text = run(
+        "fit", labelled / "generator.safetensors", "--images", tmp_path / "to_annotate" / "manifest.csv",
         "--classes", "dark,bright", "--out", tmp_path / "mine.safetensors", "--epochs", 1, "--device", "cpu",
     )  # fmt: skip
     assert code == 0, text

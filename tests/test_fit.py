@@ -189,6 +189,20 @@ def test_unlabelled_and_held_out_pixels_are_never_trained_on(targets):
     assert len(sampler.held_out) == int(0.1 * (ids != 255).sum())
 
 
+def test_pixels_without_a_finite_number_are_neither_trained_on_nor_held_out():
+    """Depth has holes: what cannot count in the loss must not fill minibatches, nor dilute the held-out loss."""
+    depth = torch.rand(IMAGES, *SIZE)
+    depth[:, :16] = float("inf")
+    depth[1, 20, 3] = float("nan")
+    sampler = sampler_of(depth, 1, replace(SMALL, held_out=0.1))
+    seen = torch.cat([epoch.flatten() for epoch in sampled(sampler, 3)])
+    for pixels in (seen, sampler.held_out, sampler.pool):
+        assert len(pixels) and depth.flatten()[pixels].isfinite().all()
+    heatmaps = torch.full((1, 4, 4, 2), float("nan"))
+    heatmaps[0, 0, 0, 1] = 1.0  # one known entry makes a pixel known
+    assert sampler_of(heatmaps, 2, replace(SMALL, held_out=0.0)).pool.tolist() == [0]
+
+
 def test_no_more_pixels_are_held_out_than_an_accuracy_needs():
     ids = torch.zeros(2, 512, 512, dtype=torch.int64)
     assert len(sampler_of(ids, 2, replace(SMALL, held_out=0.5)).held_out) == MAX_HELD_OUT

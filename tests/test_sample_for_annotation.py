@@ -155,7 +155,7 @@ def test_a_run_interrupted_at_any_write_is_continued_to_the_same_files(checkpoin
     request = {"num": 2, "candidates": candidates, "seed": 3, "device": "cpu"}
     write_samples(checkpoint, tmp_path / "whole", **request)
     whole = contents(tmp_path / "whole")
-    real, writes = sample_for_annotation.os.replace, len(whole)
+    real, writes = Path.replace, len(whole)
     for stop in range(writes):
         calls = iter(range(writes))
 
@@ -166,7 +166,7 @@ def test_a_run_interrupted_at_any_write_is_continued_to_the_same_files(checkpoin
 
         folder = tmp_path / f"stopped at {stop}"
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(sample_for_annotation.os, "replace", replace)
+            patch.setattr(Path, "replace", replace)
             write_samples(checkpoint, folder, **request)
         assert len(contents(folder)) == stop
         assert contents(folder).items() <= whole.items()

@@ -10,8 +10,6 @@ Shape letters: N images, L number of style inputs, D latent size, H W image size
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint
+from handsoff_stream.files import whole_file
 from handsoff_stream.fitting.inversion import Inversion, InversionSettings, invert
 from handsoff_stream.fitting.perceptual import Perceptual
 from handsoff_stream.generators import Generator
@@ -51,7 +50,8 @@ def invert_images(
         out_dir: folder of the results; created if missing. A file is written when its batch is done, whole or
             not at all.
         encodings: name => w_e, float32 [L, D], of an encoder; for all images or none.
-        batch_size: images inverted together; decides memory and speed, not the results.
+        batch_size: images inverted together. It decides memory, speed and the last bits of the results; lest these
+            depend on interruptions, a batch that lacks a result is inverted as a whole.
         progress: show a bar.
 
     Returns:
@@ -136,15 +136,8 @@ def _read(path: Path, manifest: dict[str, Any]) -> Inversion | None:
 
 def _write(path: Path, inversion: Inversion, manifest: dict[str, Any]) -> None:
     tensors = {field: getattr(inversion, field).contiguous() for field in FIELDS}
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with whole_file(path) as partial:
         save_file(tensors, partial, metadata={MANIFEST_KEY: json.dumps(manifest)})
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def _select(inversion: Inversion, i: int) -> Inversion:

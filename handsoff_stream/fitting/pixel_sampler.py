@@ -18,7 +18,7 @@ class PixelSampler:
     """Minibatches of flat indices into [N, H, W] labels. The same seed gives the same pixels.
 
     Where targets are ids, an id outside [0, num_outputs) means unlabelled, and every pair of an image and an
-    id in it is a region.
+    id in it is a region. Where they are numbers, a pixel without a finite one is unlabelled, and an image is a region.
 
     Args:
         targets: [N, H, W] or [N, H, W, K]; int64 ones are ids.
@@ -49,7 +49,9 @@ class PixelSampler:
         self.epoch_steps = math.ceil(len(targets) * pixels_per_image / batch_size)
         labelled, region = _regions(targets, num_outputs)
         if len(labelled) == 0:
-            raise ValueError(f"no pixel has a label: all ids lie outside [0, {num_outputs}); check the masks")
+            raise ValueError(
+                f"no pixel has a label: all ids lie outside [0, {num_outputs}), or no number is finite; check them"
+            )
         # The first pixel of a region is always trained on, however few there are.
         spare = 1 + torch.nonzero(region[1:] == region[:-1]).flatten()
         count = min(int(held_out * len(labelled)), MAX_HELD_OUT)
@@ -85,8 +87,9 @@ def _regions(targets: Tensor, num_outputs: int) -> tuple[Tensor, Tensor]:
     """(flat pixel int64, region int32) of all labelled pixels, regions together and ascending."""
     pixels = targets.shape[1] * targets.shape[2]
     if targets.dtype != torch.int64:
-        every = torch.arange(len(targets) * pixels)
-        return every, (every // pixels).int()
+        known = targets.isfinite().reshape(len(targets) * pixels, -1).any(dim=1)
+        labelled = torch.nonzero(known).flatten().cpu()
+        return labelled, (labelled // pixels).int()
     ids = targets.flatten().cpu()
     labelled = torch.nonzero((ids >= 0) & (ids < num_outputs)).flatten()
     region = (labelled // pixels * num_outputs + ids[labelled]).int()

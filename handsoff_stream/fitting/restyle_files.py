@@ -7,9 +7,7 @@ Shape letters: L number of style inputs, D latent size.
 """
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files import whole_file
 from handsoff_stream.fitting.restyle_backbones import PUBLISHED_UNITS, EncoderConfig, StyleEncoder
-from handsoff_stream.generators.checkpoints.assemble import differences, tensor
+from handsoff_stream.generators.checkpoints.assemble import build, tensor
 from handsoff_stream.generators.checkpoints.containers import read_content
 from handsoff_stream.generators.checkpoints.native import is_safetensors
 from handsoff_stream.generators.checkpoints.strict_pickle import shown
@@ -89,15 +88,8 @@ def save_encoder(path: str | Path, encoder: StyleEncoder, provenance: Mapping[st
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], key: str, manifest: Mapping[str, Any]) -> None:
     """Tensors and, under `key`, a JSON manifest => one safetensors file, which appears whole or not at all."""
     copied = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with whole_file(path) as partial:
         save_file(copied, partial, metadata={key: json.dumps(manifest)})
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def read_tensors(path: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -189,14 +181,5 @@ def _assemble(config: EncoderConfig, state: Mapping[str, Tensor]) -> StyleEncode
     if config.num_ws + sum(config.units) > len(state):
         raise CheckpointError(f"a geometry of {config.num_ws} heads and {config.units} units in {len(state)} tensors")
     with torch.device("meta"):
-        expected = StyleEncoder(config).state_dict()
-    wrong = differences(state, expected)
-    if wrong:
-        raise CheckpointError(f"tensors do not fit the geometry: {'; '.join(wrong[:4])}")
-    for name, values in state.items():
-        if not torch.isfinite(values).all():
-            raise CheckpointError(f"{name} holds NaN or infinite values; use an earlier snapshot of that training")
-    with torch.random.fork_rng(devices=[]):  # reading a file leaves the caller's random numbers alone
-        encoder = StyleEncoder(config)
-    encoder.load_state_dict({name: values.to(expected[name].dtype) for name, values in state.items()})
-    return encoder
+        expected = StyleEncoder(config)
+    return build(lambda: StyleEncoder(config), expected, state)

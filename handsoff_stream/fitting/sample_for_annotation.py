@@ -17,7 +17,6 @@ Shape letters: L number of style inputs, D latent size.
 import csv
 import io
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint, import_generator, load_checkpoint
 from handsoff_stream.device import check_device, resolve_device
+from handsoff_stream.files import whole_file
 from handsoff_stream.fitting.active_selection import select_actively
 from handsoff_stream.generators import Generator
 from handsoff_stream.generators.checkpoints import native
@@ -196,7 +196,5 @@ def _write_sample(generator: Generator, image: Path, latent: Path, record: dict[
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all; the hidden leftover of a killed run is overwritten by the next."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_bytes(content)

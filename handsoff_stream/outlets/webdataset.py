@@ -10,7 +10,6 @@ and ends with the same files, byte for byte. The only importer of webdataset.
 import copy
 import io
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from handsoff_stream.batch import LabelledBatch
+from handsoff_stream.files import whole_file
 from handsoff_stream.stream import HandsOffStream
 
 STATE_FILE = "export.json"
@@ -92,17 +92,14 @@ def _continue(stream: HandsOffStream, path: Path, settings: dict[str, Any]) -> i
 
 
 def _write_shard(path: Path, samples: Iterator[Any], count: int) -> None:
-    partial = path.with_suffix(".partial")
-    with webdataset.TarWriter(str(partial), mtime=MTIME, encoder=False) as writer:
+    with whole_file(path) as partial, webdataset.TarWriter(str(partial), mtime=MTIME, encoder=False) as writer:
         for _ in range(count):
             writer.write(_fields(next(samples)))
-    os.replace(partial, path)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content))
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content))
 
 
 def _fields(batch: LabelledBatch) -> dict[str, Any]:

@@ -4,11 +4,11 @@ Knows what a generator needs in order to be built. Does not know files or anybod
 files, so shapes are compared on the meta device, which allocates nothing, before the generator is made.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.generators.base import Generator
@@ -20,6 +20,7 @@ NUM_MEAN_LATENTS = 4096
 MEAN_LATENT_SEED = 0
 
 G = TypeVar("G", bound=Generator)
+N = TypeVar("N", bound=nn.Module)
 
 
 def assemble(family: type[G], config: Mapping[str, Any], state: Mapping[str, Tensor]) -> G:
@@ -37,16 +38,28 @@ def assemble(family: type[G], config: Mapping[str, Any], state: Mapping[str, Ten
         raise CheckpointError(f"its geometry describes no {family.family} generator ({error})") from error
     if max(expected.resolution) > MAX_SIDE:
         raise CheckpointError(f"images of {expected.resolution}; up to {MAX_SIDE} pixels a side are supported")
-    wrong = differences(state, expected.state_dict())
+    return build(lambda: family(**config), expected, state)
+
+
+def build(make: Callable[[], N], expected: N, state: Mapping[str, Tensor]) -> N:
+    """`make()` with these weights, in its own dtypes; called only once every tensor is known to fit.
+
+    `expected`: what `make` gives, on the meta device.
+
+    Raises:
+        CheckpointError: weights that are missing, superfluous, of another shape, NaN or infinite.
+    """
+    needed = expected.state_dict()
+    wrong = differences(state, needed)
     if wrong:
         raise CheckpointError(f"tensors do not fit the geometry: {'; '.join(wrong[:4])}")
-    for name, tensor in state.items():
-        if not torch.isfinite(tensor).all():
+    for name, values in state.items():
+        if not torch.isfinite(values).all():
             raise CheckpointError(f"{name} holds NaN or infinite values; use an earlier snapshot of that training")
     with torch.random.fork_rng(devices=[]):  # reading a file leaves the caller's random numbers alone
-        generator = family(**config)
-    generator.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    return generator
+        network = make()
+    network.load_state_dict({name: values.to(needed[name].dtype) for name, values in state.items()})
+    return network
 
 
 def differences(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
