@@ -1,8 +1,9 @@
 """One step of StyleGAN2's training, and everything it has to remember: networks, optimizers, position.
 
 Non-saturating logistic loss, lazy R1, style mixing, EMA (StyleGAN2, Karras et al., CVPR 2020), and on request an
-autoencoding term (VAE/GAN, Larsen et al., ICML 2016). A step's random numbers are a function of (seed, step), so that a
-resumed run continues bit by bit. Knows networks and losses; does not know files, progress or where images come from.
+autoencoding term (VAE/GAN, Larsen et al., ICML 2016). A step's random numbers are a function of (seed, step, rank), so
+that a resumed run continues bit by bit. In a torch.distributed group every process trains on its share of a batch, and
+gradients are averaged. Knows networks and losses; does not know files, progress or where images come from.
 """
 
 import json
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from discriminator import Discriminator, Encoder
 from discriminator import grow as grow_discriminator
@@ -115,11 +117,29 @@ def feature_distance(maps_a: list[Tensor], maps_b: list[Tensor]) -> Tensor:
     return torch.stack(levels).mean()
 
 
+def average(tensors: list[Tensor]) -> None:
+    """In place, the mean of each tensor over the processes of the group; nothing without a group."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view(tensor.shape))
+
+
+def update(optimizer: torch.optim.Optimizer) -> None:
+    """One step of `optimizer` on the gradients averaged over the group."""
+    average([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
+    optimizer.step()
+
+
 class Trainer:
-    """Networks, optimizers and position; `step` trains on one batch."""
+    """Networks, optimizers and position; `step` trains on one batch (in a group: on this process's share of it)."""
 
     def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype):
         self.settings, self.device, self.dtype = settings, device, dtype
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.num_images = 0
         self.num_steps = 0
         self.seconds = 0.0
@@ -169,22 +189,23 @@ class Trainer:
             optimizer.load_state_dict(state["optimizers"][name])
             optimizer.param_groups[0].update(chosen)
 
-    def step(self, reals_BCHW: Tensor) -> dict[str, float]:
-        """One discriminator and one generator update on uint8 images [B, 3, H, W]."""
+    def step(self, reals_BCHW: Tensor) -> dict[str, Tensor]:
+        """One discriminator and one generator update on uint8 images [B, 3, H, W]; scalars to log, on the device."""
         started = time.monotonic()
-        rng = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.num_steps)
+        seed = (self.settings.seed * 1_000_003 + self.num_steps) * self.world + self.rank
+        rng = torch.Generator().manual_seed(seed)
         reals = reals_BCHW.to(self.device).float() / 127.5 - 1
         flip = torch.rand(len(reals), generator=rng).lt(0.5).to(self.device)
         reals = torch.where(flip[:, None, None, None], reals.flip(3), reals)
         if self.num_images < self.settings.autoencode_first:
             metrics = self._autoencoder_step(reals, rng)
-            self._update_ema(len(reals))
+            self._update_ema()
         else:
             metrics = self._discriminator_step(reals, rng)
             if self.num_images >= self.settings.discriminator_first:
                 metrics |= self._generator_step(reals, rng)
-                self._update_ema(len(reals))
-        self.num_images += len(reals)
+                self._update_ema()
+        self.num_images += len(reals) * self.world
         self.num_steps += 1
         self.seconds += time.monotonic() - started
         return metrics
@@ -197,7 +218,9 @@ class Trainer:
         if z_encoded is not None:
             z = torch.cat([z_encoded, z[num_encoded:]])
         w, other = generator.mapping(torch.cat([z, z_other])).chunk(2)
-        generator.w_avg.lerp_(other.detach().mean(dim=0), 0.005)
+        mean = other.detach().mean(dim=0)
+        average([mean])
+        generator.w_avg.lerp_(mean, 0.005)
         # Style mixing (SG1, section 3.1): a second latent takes over from a random layer on.
         first = torch.randint(1, generator.num_ws, (batch, 1), generator=rng)
         first[torch.rand(batch, generator=rng) >= self.settings.mixing] = generator.num_ws
@@ -207,7 +230,7 @@ class Trainer:
         noise = [torch.randn(batch, 1, *size, generator=rng).to(self.device) for size in generator.noise_shapes]
         return generator.synthesis(w_plus, noise, dtype=self.dtype).images
 
-    def _autoencoder_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, float]:
+    def _autoencoder_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
         trained = [self.optimizers[name] for name in ("generator", "encoder")]
         for optimizer in trained:
             optimizer.zero_grad(set_to_none=True)
@@ -220,12 +243,12 @@ class Trainer:
         loss.backward()
         self.networks["discriminator"].requires_grad_(True)
         for optimizer in trained:
-            optimizer.step()
+            update(optimizer)
         return metrics
 
     def _reconstruction(
         self, fakes: Tensor, maps: list[Tensor], reals: Tensor, kl: Tensor
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The autoencoding loss of images made from the codes of `reals`; `maps`: their features.
 
         VAE/GAN (Larsen et al., ICML 2016): real images must come out of their own codes, judged by pixels and by the
@@ -235,7 +258,7 @@ class Trainer:
             maps_real = self.networks["discriminator"].features(reals, self.dtype)
         pixels, features = pyramid_distance(fakes, reals), feature_distance(maps, maps_real)
         loss = self.settings.autoencode * (pixels + 0.1 * features) + self.settings.kl * kl
-        return loss, {"pixels": pixels.item(), "features": features.item(), "kl": kl.item()}
+        return loss, {"pixels": pixels.detach(), "features": features.detach(), "kl": kl.detach()}
 
     def _encode(self, reals: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Latents [B, z_dim] drawn from q(z | image), and KL(q(z | image) || N(0, 1)) in nats, averaged over images."""
@@ -247,7 +270,7 @@ class Trainer:
         """The images of a batch whose codes stand in for random latents: half of them, or none without encoder."""
         return reals[: len(reals) // 2 if "encoder" in self.networks else 0]
 
-    def _discriminator_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, float]:
+    def _discriminator_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
         discriminator, optimizer = self.networks["discriminator"], self.optimizers["discriminator"]
         encoded = self._encoded_share(reals)
         with torch.no_grad():
@@ -257,18 +280,18 @@ class Trainer:
         logits_fake = discriminator(fakes, self.dtype)
         loss = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
         loss.backward()
-        metrics = {"loss_d": loss.item(), "sign_real": logits_real.detach().sign().mean().item()}
+        metrics = {"loss_d": loss.detach(), "sign_real": logits_real.detach().sign().mean()}
         if self.num_steps % self.settings.r1_every == 0:
             reals = reals.detach().requires_grad_()
             (grad,) = torch.autograd.grad(discriminator(reals).sum(), reals, create_graph=True)
             penalty = grad.square().sum(dim=(1, 2, 3)).mean()
             gamma = self.settings.r1 * (self.resolution / self.settings.stages[-1][0]) ** 2
             (penalty * (gamma / 2 * self.settings.r1_every)).backward()
-            metrics["r1"] = penalty.item()
-        optimizer.step()
+            metrics["r1"] = penalty.detach()
+        update(optimizer)
         return metrics
 
-    def _generator_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, float]:
+    def _generator_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
         discriminator = self.networks["discriminator"]
         trained = [self.optimizers[name] for name in ("generator", "encoder") if name in self.optimizers]
         for optimizer in trained:
@@ -279,7 +302,7 @@ class Trainer:
         fakes = self._generate(len(reals), rng, z_encoded)
         maps = discriminator.features(fakes, self.dtype)
         loss = F.softplus(-discriminator.judge(maps[-1])).mean()
-        metrics = {"loss_g": loss.item()}
+        metrics = {"loss_g": loss.detach()}
         if kl is not None:
             shared = [m[: len(encoded)] for m in maps]
             reconstruction, more = self._reconstruction(fakes[: len(encoded)], shared, encoded, kl)
@@ -287,13 +310,13 @@ class Trainer:
         loss.backward()
         discriminator.requires_grad_(True)
         for optimizer in trained:
-            optimizer.step()
+            update(optimizer)
         return metrics
 
     @torch.no_grad()
-    def _update_ema(self, batch: int) -> None:
+    def _update_ema(self) -> None:
         half_life = min(self.settings.ema_images, max(self.num_images * 0.05, 1.0))
-        beta = 0.5 ** (batch / half_life)
+        beta = 0.5 ** (self.settings.batch / half_life)
         ema, generator = self.networks["ema"], self.networks["generator"]
         torch._foreach_lerp_(list(ema.parameters()), list(generator.parameters()), 1 - beta)
         for mine, theirs in zip(ema.buffers(), generator.buffers(), strict=True):

@@ -68,19 +68,22 @@ class Renders(Dataset[Tensor]):
 
 
 class RandomOrder(Sampler[int]):
-    """Endless random indices, the same from any position on: draw k is a function of (seed, k // block)."""
+    """Endless random indices, the same from any position on: draw k is a function of (seed, k // block).
+
+    Process `rank` of `world` gets every `world`-th draw.
+    """
 
     BLOCK = 4096
 
-    def __init__(self, num_items: int, seed: int, start: int):
-        self.num_items, self.seed, self.position = num_items, seed, start
+    def __init__(self, num_items: int, seed: int, start: int, *, rank: int = 0, world: int = 1):
+        self.num_items, self.seed, self.position, self.world = num_items, seed, start + rank, world
 
     def __iter__(self) -> Iterator[int]:
         while True:
             block, offset = divmod(self.position, self.BLOCK)
             rng = np.random.default_rng([self.seed, block])
-            for index in rng.integers(self.num_items, size=self.BLOCK)[offset:]:
-                self.position += 1
+            for index in rng.integers(self.num_items, size=self.BLOCK)[offset :: self.world]:
+                self.position += self.world
                 yield int(index)
 
 

@@ -2,10 +2,13 @@
 
     python examples/train_generator.py runs/faces
     python examples/train_generator.py runs/mine --data photos/ --resolution 256 --images 5000000
+    torchrun --nproc-per-node 8 examples/train_generator.py runs/mine --data photos/ --resolution 256
 
 Non-saturating logistic loss, lazy R1, style mixing, EMA, minibatch standard deviation (StyleGAN2, Karras et al., CVPR
-2020); bfloat16 convolutions. Ctrl-C or SIGTERM stops and saves; the same command resumes from OUT/state.pt. OUT also
-gets metrics.jsonl, a sample sheet per `--sheet-every` images, and generator.safetensors, which handsoff_stream reads.
+2020); bfloat16 convolutions. Ctrl-C or SIGTERM stops after the step and saves; the same command resumes from
+OUT/state.pt. OUT also gets metrics.jsonl, a sample sheet per `--sheet-every` images, and generator.safetensors, which
+handsoff_stream reads. Under torchrun the processes share each batch: on GPUs, or on the cores of a CPU, where a process
+per core (OMP_NUM_THREADS=1) is faster than one process on all.
 `--stages 32:60000 64:200000 128:400000` trains at low resolutions first; growing changes neither image nor verdict.
 `--autoencode 30` adds an encoder and asks that real images come out of their own codes (VAE/GAN, Larsen et al., ICML
 2016): where compute is short, that keeps the rare modes in. Left out: path length regularisation and adaptive
@@ -14,6 +17,7 @@ augmentation (a folder of fewer than some 10,000 images will overfit).
 
 import argparse
 import json
+import os
 import signal
 import time
 from dataclasses import asdict
@@ -21,6 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from gan_trainer import Settings, Trainer
 from generator_images import RandomOrder, open_data
@@ -60,40 +65,62 @@ def save_state(trainer: Trainer, out: Path) -> None:
     save_checkpoint(out / "generator.safetensors", Checkpoint(trainer.networks["ema"], provenance=provenance))
 
 
+class Stop:
+    """Whether to stop after this step: SIGINT or SIGTERM came, or the time is up, for any process of the group."""
+
+    def __init__(self, seconds: float):
+        self.deadline, self.asked = time.monotonic() + seconds, False
+        # What schedulers send before they kill, and what a shell's background jobs otherwise ignore.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)  # a second one kills
+
+    def __call__(self, device: torch.device) -> bool:
+        stop = self.asked or time.monotonic() > self.deadline
+        if dist.is_initialized():
+            any_stop = torch.tensor(float(stop), device=device)
+            dist.all_reduce(any_stop, dist.ReduceOp.MAX)
+            stop = bool(any_stop)
+        return stop
+
+
 def train(settings: Settings, out: Path, args: argparse.Namespace) -> None:
     """Run or resume until the last stage is done (or `--seconds` are over), saving as it goes."""
+    stop = Stop(args.seconds)
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
     trainer = Trainer(settings, device, torch.bfloat16)
     if (out / "state.pt").exists():
         state = torch.load(out / "state.pt", map_location=device, weights_only=True)
         trainer.load_state_dict(state)
-        print(f"resuming at {trainer.num_images} images, resolution {trainer.resolution}")
-    deadline = time.monotonic() + args.seconds
+        if trainer.rank == 0:
+            print(f"resuming at {trainer.num_images} images, resolution {trainer.resolution}")
     for resolution, until in settings.stages:
         if trainer.num_images >= until:
             continue
         if resolution != trainer.resolution:
             trainer.enter_stage(resolution)
-        try:
-            finished = train_stage(trainer, until, out, args, deadline)
-        except KeyboardInterrupt:
-            finished = False
-        if not finished:
+        if not train_stage(trainer, until, out, args, stop):
             break
-    save_state(trainer, out)
-    save_sheet(trainer.networks["ema"], out / f"samples_{trainer.num_images:08d}.png")
+    if trainer.rank == 0:
+        save_state(trainer, out)
+        save_sheet(trainer.networks["ema"], out / f"samples_{trainer.num_images:08d}.png")
 
 
-def train_stage(trainer: Trainer, until: int, out: Path, args: argparse.Namespace, deadline: float) -> bool:
-    """Train one stage; True if it was finished, False if the time was up first."""
+def train_stage(trainer: Trainer, until: int, out: Path, args: argparse.Namespace, stop: Stop) -> bool:
+    """Train one stage; True if it was finished, False if it was stopped first."""
     data = cast(Any, open_data(trainer.settings.data, trainer.resolution))
-    order = RandomOrder(len(data), trainer.settings.seed, trainer.num_images)
-    loader = DataLoader(data, trainer.settings.batch, sampler=order, num_workers=args.workers, persistent_workers=False)
+    rank, world = trainer.rank, trainer.world
+    order = RandomOrder(len(data), trainer.settings.seed, trainer.num_images, rank=rank, world=world)
+    loader = DataLoader(data, trainer.settings.batch // world, sampler=order, num_workers=args.workers)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     next_sheet = (trainer.num_images // args.sheet_every + 1) * args.sheet_every
     started, images_before = time.monotonic(), trainer.num_images
-    with Progress(*columns) as progress, (out / "metrics.jsonl").open("a") as log:
+    log_path = out / "metrics.jsonl" if rank == 0 else Path(os.devnull)
+    with Progress(*columns, disable=rank > 0) as progress, log_path.open("a") as log:
         bar = progress.add_task(f"{trainer.resolution}x{trainer.resolution}", total=until)
         for reals in loader:
             if reals.shape[-1] != trainer.resolution:
@@ -102,21 +129,22 @@ def train_stage(trainer: Trainer, until: int, out: Path, args: argparse.Namespac
             progress.update(bar, completed=trainer.num_images)
             if trainer.num_steps % 16 == 1:
                 rate = (trainer.num_images - images_before) / (time.monotonic() - started)
-                row = {
+                row: dict[str, Any] = {
                     "images": trainer.num_images,
                     "resolution": trainer.resolution,
                     "images_per_s": rate,
                     **metrics,
                 }
-                log.write(json.dumps({k: round(v, 4) for k, v in row.items()}) + "\n")
+                log.write(json.dumps({k: round(float(v), 4) for k, v in row.items()}) + "\n")
                 log.flush()
             if trainer.num_images >= next_sheet:
-                save_state(trainer, out)
-                save_sheet(trainer.networks["ema"], out / f"samples_{trainer.num_images:08d}.png")
+                if rank == 0:
+                    save_state(trainer, out)
+                    save_sheet(trainer.networks["ema"], out / f"samples_{trainer.num_images:08d}.png")
                 next_sheet += args.sheet_every
             if trainer.num_images >= until:
                 return True
-            if time.monotonic() > deadline:
+            if stop(trainer.device):
                 return False
     return True
 
@@ -164,10 +192,16 @@ def main() -> None:
         *("autoencode", "autoencode_first", "kl", "start_from", "discriminator_first"),
     ]
     settings = Settings(stages=stages, channels=tuple(args.channels), **{name: getattr(args, name) for name in names})
-    # What schedulers send before they kill, and what a shell's background jobs otherwise ignore.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    if "RANK" in os.environ:  # torchrun
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        if args.batch % dist.get_world_size():
+            parser.error(f"--batch {args.batch} cannot be shared by {dist.get_world_size()} processes")
     train(settings, args.out, args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
