@@ -5,14 +5,16 @@
 Each arm gets the same network, steps, batch size, optimiser and learning rate; all are scored on the same rendered
 test faces, which no training saw.
 
-    stream     an endless stream of synthesised pairs
+    stream     an endless stream of synthesised pairs, with the augmentation that the labelled images get
+    plain      the same pairs as they are
     labelled   the labelled images themselves, again and again, with ordinary augmentation
+    mixed      half of each batch from `stream`, half from `labelled`
     rendered   fresh faces from the same source as the labelled ones, never the same twice: unlimited annotation
 """
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +23,24 @@ import torch
 from common import write_result
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from handsoff_stream.checkpoint import read_manifest
 from handsoff_stream.datasets.labelled_faces import labelled_faces
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
+from handsoff_stream.device import resolve_device
 from handsoff_stream.downstream import (
     RepeatedAugmented,
     SegmentationScores,
     TrainingReport,
     build_deeplab,
     evaluate,
+    ordinary_augmentation,
     train_segmentation,
 )
 from handsoff_stream.downstream.deeplab import BACKBONES
+from handsoff_stream.precision import fastest_precision
 from handsoff_stream.stream import HandsOffStream
 
 Loader = DataLoader[Any]
@@ -60,15 +66,33 @@ class Outcome:
         }
 
 
-def stream_loader(args: argparse.Namespace, seed: int) -> Loader:
-    stream = HandsOffStream(args.checkpoint, batch_size=args.batch, seed=seed)
+def stream_loader(args: argparse.Namespace, seed: int, *, batch: int | None = None, augmented: bool = True) -> Loader:
+    stream = HandsOffStream(
+        args.checkpoint,
+        batch_size=batch or args.batch,
+        seed=seed,
+        truncation=args.truncation,
+        precision=fastest_precision(resolve_device(None)),
+        transforms=ordinary_augmentation() if augmented else None,
+    )
     return DataLoader(stream, batch_size=None)
 
 
-def labelled_loader(args: argparse.Namespace, seed: int) -> Loader:
+def plain_loader(args: argparse.Namespace, seed: int) -> Loader:
+    return stream_loader(args, seed, augmented=False)
+
+
+def labelled_loader(args: argparse.Namespace, seed: int, *, batch: int | None = None) -> Loader:
     views = RepeatedAugmented(labelled_faces(args.labelled), length=args.steps * args.batch, seed=seed)
     order = torch.Generator().manual_seed(seed)
-    return DataLoader(views, batch_size=args.batch, shuffle=True, generator=order)
+    return DataLoader(views, batch_size=batch or args.batch, shuffle=True, generator=order)
+
+
+def mixed_loader(args: argparse.Namespace, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    half = args.batch // 2
+    real = labelled_loader(args, seed, batch=args.batch - half)
+    for made, labelled in zip(stream_loader(args, seed, batch=half), real, strict=False):
+        yield torch.cat([made[0], labelled[0]]), torch.cat([made[1], labelled[1]])
 
 
 def rendered_loader(args: argparse.Namespace, seed: int) -> Loader:
@@ -78,9 +102,11 @@ def rendered_loader(args: argparse.Namespace, seed: int) -> Loader:
     return DataLoader(Subset(faces, range(first, first + num_images)), batch_size=args.batch)
 
 
-ARMS: dict[str, Callable[[argparse.Namespace, int], Loader]] = {
+ARMS: dict[str, Callable[[argparse.Namespace, int], Iterable[Any]]] = {
     "stream": stream_loader,
+    "plain": plain_loader,
     "labelled": labelled_loader,
+    "mixed": mixed_loader,
     "rendered": rendered_loader,
 }
 
@@ -140,6 +166,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--checkpoint", default="faces", help="name or path, for the arm `stream`")
+    parser.add_argument("--truncation", type=float, help="psi of the stream; default: the checkpoint's")
     parser.add_argument("--labelled", type=int, default=16, help="labelled images the checkpoint was fitted on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
@@ -167,7 +194,7 @@ def main() -> None:
             console.print(f"{arm}, seed {seed}: mIoU {last.scores.miou:.3f} in {last.training.seconds:.0f} s")
     Console().print(table(args, outcomes))
     settings = {**vars(args), "checkpoint": Path(args.checkpoint).name}
-    if "stream" in args.arms:
+    if {"stream", "plain", "mixed"} & set(args.arms):
         settings["fingerprint"] = read_manifest(args.checkpoint)["fingerprint"]
     runs = [outcome.record() for outcome in outcomes]
     write_result(args.name, {"settings": settings, "summary": summary(outcomes), "runs": runs})

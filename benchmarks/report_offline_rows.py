@@ -83,13 +83,21 @@ def generator_charts(result: Result) -> list[Chart]:
     return [Chart("kernel distance to renders", [(name, found["distance"]) for name, found in result["sets"].items()])]
 
 
+ARMS = {
+    "plain": "the stream without augmentation",
+    "labelled": "the labelled images",
+    "mixed": "half stream, half labelled images",
+    "rendered": "unlimited labelled images",
+}
+
+
 def downstream_rows(result: Result) -> list[Row]:
     settings, arms = result["settings"], result["summary"]
     what = f"mIoU of DeepLabV3-{settings['backbone']}, {settings['steps']} steps, {len(settings['seeds'])} seed(s)"
     if "stream" not in arms:
         return []
     return [
-        Row(f"{what}: the stream", _miou(arms["stream"]), f"{name} images: {_miou(arm)}", None)
+        Row(f"{what}: the stream", _miou(arms["stream"]), f"{ARMS[name]}: {_miou(arm)}", None)
         for name, arm in arms.items()
         if name != "stream"
     ]
@@ -98,6 +106,14 @@ def downstream_rows(result: Result) -> list[Row]:
 def _miou(arm: dict[str, Any]) -> str:
     spread = arm["miou_std"]
     return f"{arm['miou_mean']:.1%}" + ("" if spread is None else f" ± {spread:.1%}")
+
+
+def label_agreement_rows(result: Result) -> list[Row]:
+    judge = f"the network's own on renders: {result['judge_on_renders']['miou']:.1%}"
+    return [
+        Row(f"labels of {r['checkpoint']} at psi {r['psi']}, mIoU with a network's", f"{r['miou']:.1%}", judge, None)
+        for r in result["agreement"]
+    ]
 
 
 def downstream_charts(result: Result) -> list[Chart]:
@@ -114,4 +130,5 @@ OFFLINE = {
     "inversion": Kind(inversion_rows, inversion_charts),
     "generator": Kind(generator_rows, generator_charts),
     "downstream": Kind(downstream_rows, downstream_charts),
+    "label_agreement": Kind(label_agreement_rows, no_charts),
 }

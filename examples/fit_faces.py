@@ -1,68 +1,117 @@
 """Make the checkpoint named `faces`: a trained generator => 16 labelled renders inverted, fitted, calibrated.
 
-    python examples/train_generator.py runs/faces
-    python examples/fit_faces.py runs/faces/generator.safetensors handsoff_stream/assets/faces.safetensors
+    python examples/train_generator.py runs/faces --autoencode 30
+    python examples/fit_faces.py runs/faces handsoff_stream/assets/faces.safetensors
 
 A script like this one is what you would write for labelled images that are not files; for folders there is
-`handsoff-stream fit`. Weights are rounded to float16 before anything is computed with them, so that the file is small
-and the calibration is that of the weights in it.
+`handsoff-stream fit`. Where that has LPIPS and a ReStyle encoder, here are the networks that were trained together with
+the generator: its encoder guesses the latents, its discriminator compares images.
 """
 
 import argparse
 import hashlib
-import tempfile
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from discriminator import Discriminator
+from gan_trainer import Settings, build
+from torch import Tensor
 
-from handsoff_stream import Checkpoint, load_checkpoint, load_generator, save_checkpoint
+from handsoff_stream import load_checkpoint
 from handsoff_stream.datasets.labelled_faces import labelled_faces
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, PALETTE
-from handsoff_stream.fitting import FitSettings, InversionSettings, fit_checkpoint, load_perceptual
+from handsoff_stream.fitting import FitSettings, InversionSettings, Perceptual, fit_checkpoint
 from handsoff_stream.fitting.commands import save_calibrated
+from handsoff_stream.generators import Generator
 from handsoff_stream.tasks import Segmentation
+
+
+class TrainedDistance(Perceptual):
+    """The distance that the trainer's encoder learnt by: pixels at four scales, and the discriminator's features.
+
+    VAE/GAN (Larsen et al., ICML 2016), section 2.3. LPIPS without trained weights sees outlines and colours; a
+    discriminator of the domain has had to learn eyes and noses.
+
+    Args:
+        discriminator: of the generator.
+        images: float32 [N, 3, H, W] in [-1, 1], real ones, on which each level's energy is measured.
+    """
+
+    def __init__(self, discriminator: Discriminator, images: Tensor) -> None:
+        digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in discriminator.parameters()))
+        super().__init__(discriminator, f"pixels and discriminator features, {digest.hexdigest()[:16]}")
+        with torch.no_grad():
+            self.energies = [float(m.square().mean()) for m in discriminator.features(images)]
+
+    def embed(self, images_BCHW: Tensor) -> Tensor:
+        """float32 [B, N]; its squared differences sum to the trainer's loss, times ten."""
+        maps = [(m, 1 / e) for m, e in zip(self.network.features(images_BCHW), self.energies, strict=True)]  # type: ignore[operator]
+        scales = [torch.nn.functional.avg_pool2d(images_BCHW, 2**k) for k in range(4)]
+        parts = [m.flatten(1) * (weight / len(maps) / m[0].numel()) ** 0.5 for m, weight in maps]
+        parts += [s.flatten(1) * (10 / len(scales) / s[0].numel()) ** 0.5 for s in scales]
+        return torch.cat(parts, dim=1)
+
+
+def open_run(folder: Path) -> tuple[Generator, dict[str, torch.nn.Module], dict[str, object]]:
+    """The generator of a run, the networks trained with it, its provenance."""
+    trained = load_checkpoint(folder / "generator.safetensors")
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    networks = build(Settings(**json.loads(state["settings"])), state["position"][2])
+    for name, network in networks.items():
+        network.load_state_dict(state["networks"][name])
+        network.eval().requires_grad_(False)
+    return trained.generator, networks, trained.provenance
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("generator", type=Path)
+    parser.add_argument("run", type=Path, help="folder of train_generator.py")
     parser.add_argument("out", type=Path)
     parser.add_argument("--latents", type=Path, help="folder of the inversions; default: OUT.latents")
     parser.add_argument("--num-labelled", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=500, help="of the inversion; 500 for faces in HandsOff")
+    parser.add_argument("--steps", type=int, default=150, help="of the inversion")
     parser.add_argument("--hidden", type=int, nargs=2, default=(128, 32))
     parser.add_argument("--epochs", type=int, default=FitSettings().epochs)
+    parser.add_argument("--truncation", type=float, default=0.7)
     parser.add_argument("--calibration-samples", type=int, default=2000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
-    trained = load_checkpoint(args.generator)
-    with tempfile.TemporaryDirectory() as folder:
-        rounded = Path(folder) / "generator.safetensors"
-        save_checkpoint(rounded, Checkpoint(trained.generator), half=True)
-        generator = load_generator(rounded).to(args.device)
-
+    generator, networks, training = open_run(args.run)
     faces = labelled_faces(args.num_labelled, size=generator.resolution[0])
     pairs = [faces[i] for i in range(len(faces))]
+    names = [f"train-{i:02d}" for i in range(len(pairs))]
+    images = torch.stack([image for image, _ in pairs]) * 2 - 1
+    encodings = None
+    if "encoder" in networks:
+        w = generator.mapping(networks["encoder"](images)[0])
+        encodings = dict(zip(names, w[:, None].expand(-1, generator.num_ws, -1), strict=True))
+    # The distance has pixels in it already.
+    inversion = InversionSettings(steps=args.steps, learning_rate=0.02, pixel_weight=0, radius=None)
     checkpoint = fit_checkpoint(
-        generator,
-        [(f"train-{i:02d}", image) for i, (image, _) in enumerate(pairs)],
+        generator.to(args.device),
+        [(name, image) for name, (image, _) in zip(names, pairs, strict=True)],
         torch.stack([mask for _, mask in pairs]),
         Segmentation(CLASS_NAMES, PALETTE),
         args.latents or args.out.with_suffix(".latents"),
-        inversion=InversionSettings(steps=args.steps),
+        inversion=inversion,
         fit=FitSettings(hidden=(args.hidden[0], args.hidden[1]), epochs=args.epochs),
-        perceptual=load_perceptual().to(args.device),
+        perceptual=TrainedDistance(networks["discriminator"], images).to(args.device),  # type: ignore[arg-type]
+        encodings=encodings,
+        truncation=args.truncation,
         calibration_samples=0,
-        sources={args.generator.name: hashlib.sha256(args.generator.read_bytes()).hexdigest()},
+        sources={
+            "generator.safetensors": hashlib.sha256((args.run / "generator.safetensors").read_bytes()).hexdigest()
+        },
         progress=True,
     )
-    provenance = {**checkpoint.provenance, "generator_training": trained.provenance}
+    provenance = {**checkpoint.provenance, "generator_training": training}
     device = torch.device(args.device)
     save_calibrated(replace(checkpoint, provenance=provenance), args.out, device, args.calibration_samples, half=True)
-    accuracy = checkpoint.provenance["fit"]["accuracy"]
-    print(f"wrote {args.out}; accuracy on held-out pixels of the labelled images {accuracy:.1%}")
+    accuracy, psnr = provenance["fit"]["accuracy"], provenance["inversion"]["psnr"]
+    print(f"wrote {args.out}; inversions {sum(psnr) / len(psnr):.1f} dB, accuracy on held-out pixels {accuracy:.1%}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The whole story on the embedded faces: one network trained on the stream, its twin on the 16 labelled images.
 
 Both see the same number of batches of the same size, from the same random initial weights, and are scored on the same
-held-out renders, which neither the generator, nor the label generator, nor the networks have seen. The 16 images are
-augmented; the stream is not, as in the published experiments. Composes what the other rooms offer.
+held-out renders, which neither the generator, nor the label generator, nor the networks have seen. Both are augmented
+alike. Composes what the other rooms offer.
 """
 
 import json
@@ -29,6 +29,7 @@ from handsoff_stream.downstream import (
     SegmentationScores,
     build_deeplab,
     evaluate,
+    ordinary_augmentation,
     train_segmentation,
 )
 from handsoff_stream.errors import CheckpointError
@@ -86,7 +87,13 @@ def run_demo(
     preview_sheet(checkpoint, out / "preview.png", num=16, seed=seed, device=chosen)
     console.print(f"[bold]faces[/bold]: fitted on {NUM_LABELLED} labelled images; see {out}/preview.png")
 
-    stream = HandsOffStream(checkpoint, seed=seed, device=chosen, precision=fastest_precision(chosen))
+    stream = HandsOffStream(
+        checkpoint,
+        seed=seed,
+        device=chosen,
+        precision=fastest_precision(chosen),
+        transforms=ordinary_augmentation(),
+    )
     test = RenderedFaces("test", num_images=test_images, size=size)
     console.print(f"\n[bold]1.[/bold] {budget.steps} steps on pairs synthesised and labelled while the network trains")
     on_stream, stream_report = _train_and_score(budget, stream, test, seed, chosen, console)

@@ -119,6 +119,18 @@ def test_latents_stay_in_the_ball_at_every_step(generator, monkeypatch):
     assert (distances[-1] > 0.24).any()
 
 
+def test_without_a_radius_an_encoding_is_only_the_start(generator):
+    encoding = latents(generator, 2, seed=1)
+    images = pictures(generator, latents(generator, 2))
+    start = invert(generator, images, Blurred(), InversionSettings(steps=0, radius=None), encoding=encoding)
+    assert torch.equal(start.w_plus, encoding)
+    bound, free = (
+        invert(generator, images, Blurred(), InversionSettings(steps=20, radius=radius), encoding=encoding)
+        for radius in (0.5, None)
+    )
+    assert ((free.w_plus - encoding).square().sum(dim=(1, 2)) > 0.5).all() and (free.loss < bound.loss).all()
+
+
 def test_projection_is_the_nearest_point_and_leaves_the_inside_alone():
     centre = torch.zeros(2, 3, 4)
     w = torch.stack([torch.full((3, 4), 2.0), torch.full((3, 4), 0.01)])

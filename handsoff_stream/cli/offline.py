@@ -15,7 +15,9 @@ DomainOption = Annotated[
     str | None, typer.Option(help="Settings of the paper: faces, cars, full-bodies-8, full-bodies-10 or streets.")
 ]
 StepsOption = Annotated[int | None, typer.Option(help="Gradient steps an image; default: the domain's, or 500.")]
-RadiusOption = Annotated[float, typer.Option(help="With an encoder: c_reg, how far |w - w_e|^2 may grow.")]
+RadiusOption = Annotated[
+    float, typer.Option(help="With an encoder: c_reg, how far |w - w_e|^2 may grow; inf: anywhere.")
+]
 FitOption = Annotated[str, typer.Option(help="Images of another size: exact (refuse), crop or pad.")]
 
 

@@ -5,6 +5,7 @@ Does not know how any step works.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,11 +111,12 @@ def open_perceptual(net: str | None, device: torch.device) -> Perceptual:
 
 
 def inversion_settings(domain: str | None, steps: int | None, radius: float) -> InversionSettings:
-    """The paper's for a domain, the defaults without one; `steps` overrides."""
+    """The paper's for a domain, the defaults without one; `steps` overrides. An infinite radius is no bound."""
     # Full bodies were segmented with 8 and with 10 classes; images do not know.
     steps_of = None if domain is None else domain.removesuffix("-8").removesuffix("-10")
     settings = InversionSettings() if steps_of is None else InversionSettings.for_domain(steps_of)
-    return replace(settings, steps=settings.steps if steps is None else steps, radius=radius)
+    bound = None if radius == math.inf else radius
+    return replace(settings, steps=settings.steps if steps is None else steps, radius=bound)
 
 
 def fit_settings(*, hidden: tuple[int, int] | None, epochs: int | None, patience: int | None) -> FitSettings:

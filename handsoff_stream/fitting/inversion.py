@@ -40,9 +40,10 @@ class InversionSettings:
     """Peak of the schedule, see `learning_rate_at`."""
     pixel_weight: float = 0.1
     """lambda of HandsOff, section 3.1; of the mean squared error, as in the published code."""
-    radius: float = 0.5
+    radius: float | None = 0.5
     """c_reg of HandsOff, section 3.1: bound on |w - w_e|^2 over all of a w+, if there is an encoding w_e. So small a
-    ball is crossed in a few steps at any learning rate: peaks of 0.003 to 0.1 end within 0.1 % of each other's loss."""
+    ball is crossed in a few steps at any learning rate: peaks of 0.003 to 0.1 end within 0.1 % of each other's loss.
+    None: w_e is where the descent starts, and nothing more."""
     candidates: int = 256
     """Without an encoding: descend from the best of this many random latents; 0 for the average latent."""
     candidate_truncation: float = 0.7
@@ -54,8 +55,8 @@ class InversionSettings:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is no count; pass 0 or more")
         for name in ("learning_rate", "radius"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} lets nothing move; pass a positive number")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is no step and no bound; pass a positive number")
         if self.pixel_weight < 0:
             raise ValueError(f"pixel_weight={self.pixel_weight} rewards difference; pass 0 or more")
 
@@ -137,9 +138,9 @@ def invert(
     _check(generator, images_BCHW, encoding)
     device = generator.w_avg.device
     objective = _Objective(generator, perceptual.to(device), images_BCHW.to(device), settings.pixel_weight)
-    centre_BLD = None if encoding is None else encoding.to(device, torch.float32)
-    start_BLD = objective.best_candidate(settings) if centre_BLD is None else centre_BLD
-    best = _descend(objective, start_BLD, centre_BLD, settings, progress)
+    start_BLD = objective.best_candidate(settings) if encoding is None else encoding.to(device, torch.float32)
+    radius = None if encoding is None else settings.radius
+    best = _descend(objective, start_BLD, radius, settings, progress)
     if not torch.isfinite(best.loss).all():
         raise FloatingPointError(
             f"the losses {best.loss.tolist()} are not all finite; check the generator's weights and the images for NaN"
@@ -199,11 +200,11 @@ class _Objective:
 def _descend(
     objective: _Objective,
     start_BLD: Tensor,
-    centre_BLD: Tensor | None,
+    radius: float | None,
     settings: InversionSettings,
     progress: Progress | None,
 ) -> Inversion:
-    """Best iterate of each image, the start and the last included."""
+    """Best iterate of each image, the start and the last included, none farther from the start than allowed."""
     w_plus_BLD = start_BLD.clone().requires_grad_()
     optimizer = torch.optim.Adam([w_plus_BLD], lr=settings.learning_rate)
     best: Inversion | None = None
@@ -213,9 +214,9 @@ def _descend(
         best = _better(best, now)
         (w_plus_BLD.grad,) = torch.autograd.grad(now.loss.sum(), w_plus_BLD)
         optimizer.step()
-        if centre_BLD is not None:
+        if radius is not None:
             with torch.no_grad():
-                w_plus_BLD.copy_(project_to_ball(w_plus_BLD, centre_BLD, settings.radius))
+                w_plus_BLD.copy_(project_to_ball(w_plus_BLD, start_BLD, radius))
         if progress is not None:
             progress(step + 1, settings.steps)
     with torch.no_grad():
