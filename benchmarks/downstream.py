@@ -13,8 +13,10 @@ test faces, which no training saw.
 """
 
 import argparse
+import multiprocessing
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +93,8 @@ def labelled_loader(args: argparse.Namespace, seed: int, *, batch: int | None = 
 def mixed_loader(args: argparse.Namespace, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     half = args.batch // 2
     real = labelled_loader(args, seed, batch=args.batch - half)
-    for made, labelled in zip(stream_loader(args, seed, batch=half), real, strict=False):
-        yield torch.cat([made[0], labelled[0]]), torch.cat([made[1], labelled[1]])
+    for (images, labels), (more_images, more_labels) in zip(stream_loader(args, seed, batch=half), real, strict=False):
+        yield torch.cat([images, more_images]), torch.cat([labels, more_labels])
 
 
 def rendered_loader(args: argparse.Namespace, seed: int) -> Loader:
@@ -178,6 +180,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--schedule", choices=("constant", "cosine"), default="cosine")
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the forward pass; CUDA: bfloat16")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="trainings at once, which share the cores and, on a GPU, the device"
+    )
     parser.add_argument("--name", default="downstream", help="of the result file")
     return parser.parse_args()
 
@@ -185,13 +190,16 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     console = Console(stderr=True)
-    outcomes = []
-    for seed in args.seeds:
-        for arm in args.arms:
-            with console.status(f"{arm}, seed {seed}: {args.steps} steps"):
-                outcomes.append(run(args, arm, seed))
-            last = outcomes[-1]
-            console.print(f"{arm}, seed {seed}: mIoU {last.scores.miou:.3f} in {last.training.seconds:.0f} s")
+    threads = max(1, torch.get_num_threads() // args.processes)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, context, torch.set_num_threads, (threads,)) as pool:
+        trainings = [pool.submit(run, args, arm, seed) for seed in args.seeds for arm in args.arms]
+        with console.status(f"{len(trainings)} trainings of {args.steps} steps"):
+            for training in as_completed(trainings):
+                done = training.result()
+                seconds = done.training.seconds
+                console.print(f"{done.arm}, seed {done.seed}: mIoU {done.scores.miou:.3f} in {seconds:.0f} s")
+        outcomes = [training.result() for training in trainings]
     Console().print(table(args, outcomes))
     settings = {**vars(args), "checkpoint": Path(args.checkpoint).name}
     if {"stream", "plain", "mixed"} & set(args.arms):
