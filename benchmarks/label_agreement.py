@@ -55,11 +55,13 @@ def agreement(judge: nn.Module, checkpoint: str, psi: float, args: argparse.Name
 
 
 def table(judge: SegmentationScores, rows: list[tuple[str, float, SegmentationScores]]) -> Table:
-    """One line a checkpoint and psi, in percent."""
-    shown = Table("labels of", "psi", "mIoU", *CLASS_NAMES, title="IoU with a judge trained on labelled renders, %")
-    for name, psi, scores in [("renders (truth)", None, judge), *rows]:
-        ious = (f"{100 * iou:.0f}" for iou in scores.iou_per_class)
-        shown.add_row(name, "" if psi is None else f"{psi}", f"{100 * scores.miou:.1f}", *ious)
+    """One column a checkpoint and psi, in percent."""
+    names = ["renders", *(f"{name}, psi {psi}" for name, psi, _ in rows)]
+    columns = [judge, *(scores for _, _, scores in rows)]
+    shown = Table("", *names, title="IoU with a judge trained on labelled renders, %")
+    shown.add_row("mIoU", *(f"{100 * scores.miou:.1f}" for scores in columns), end_section=True)
+    for k, name in enumerate(CLASS_NAMES):
+        shown.add_row(name, *(f"{100 * scores.iou_per_class[k]:.0f}" for scores in columns))
     return shown
 
 
