@@ -11,6 +11,8 @@ from typing import Any
 from bar_chart import Chart
 
 Result = dict[str, Any]
+LONG_ENOUGH_S = 1800
+"""A shorter run says nothing of an hour."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def memory_rows(result: Result) -> list[Row]:
     on_gpu = bool(result["device_peak_mb"])
     peak = "device_peak_mb" if on_gpu else "host_peak_mb"
     ours, theirs = result[peak], result["published_pair"][peak]
-    return [
+    rows = [
         Row(
             f"{where(result)}: peak memory{' of the device' if on_gpu else ''}, {length}",
             f"{ours:,.0f} MB",
@@ -171,8 +173,10 @@ def memory_rows(result: Result) -> list[Row]:
             theirs / ours,
         ),
         Row("growth of the host's memory", _slope(growth, "MB per 1000 pairs"), "flat: 0", None),
-        Row("change of throughput", _slope(speed, "% an hour"), "steady: 0", None),
     ]
+    if result["seconds"] >= LONG_ENOUGH_S:
+        rows.append(Row("change of throughput", _slope(speed, "% an hour"), "steady: 0", None))
+    return rows
 
 
 def _slope(slope: dict[str, float], unit: str) -> str:
