@@ -52,6 +52,7 @@ class BackboneFeatures(nn.Module):
 
 def train_judge(size: int, steps: int, device: torch.device) -> nn.Module:
     """A DeepLabV3 that has seen `8 * steps` fresh renders of the validation split, glasses and hats at one third."""
+    torch.manual_seed(0)  # dropout of the judge's head
     faces = RenderedFaces("validation", num_images=8 * steps, size=size, glasses=1 / 3, hat=1 / 3)
     judge = build_deeplab(len(CLASS_NAMES), backbone="resnet18")
     with progress_bar("training the judge", steps) as update:
@@ -108,7 +109,6 @@ def main() -> None:
     device = torch.device(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
     size = checkpoint.size[0]
-    torch.manual_seed(0)  # dropout of the judge's head
     judge = train_judge(size, args.judge_steps, device)
     scores = evaluate(judge, RenderedFaces("test", num_images=100, size=size), CLASS_NAMES, device=device)
 

@@ -2,9 +2,10 @@
 
     python benchmarks/label_agreement.py --checkpoint faces other.safetensors
 
-A judge, DeepLabV3 trained on many rendered and labelled faces, labels the samples of each checkpoint too; the IoU of
-the two is what this prints. The judge errs, more on samples than on renders: read differences between checkpoints, not
-the numbers. Its own score on test renders stands beside them. Only for checkpoints of rendered faces.
+A judge, the DeepLabV3 of `generator.py`, trained on many rendered and labelled faces, labels the samples of each
+checkpoint too; the IoU of the two is what this prints. The judge errs, more on samples than on renders: read
+differences between checkpoints, not the numbers. Its own score on test renders stands beside them. Only for checkpoints
+of rendered faces, all of one size.
 """
 
 import argparse
@@ -13,44 +14,20 @@ from typing import Any
 
 import torch
 from common import write_result
+from generator import train_judge
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.utils.data import DataLoader, Subset
 
-from handsoff_stream.checkpoint import read_manifest
-from handsoff_stream.datasets.labelled_faces import labelled_faces
+from handsoff_stream.checkpoint import load_checkpoint, read_manifest
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
-from handsoff_stream.downstream import SegmentationScores, build_deeplab, evaluate, train_segmentation
+from handsoff_stream.downstream import SegmentationScores, evaluate
 from handsoff_stream.stream import HandsOffStream
-
-FIRST_RENDER = 100_000
-"""Of the judge's: far from the labelled images, which count from 0."""
-
-
-def train_judge(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """A network that has seen `--judge-steps` batches of renders, each face once."""
-    count = args.judge_steps * args.batch
-    faces = Subset(labelled_faces(FIRST_RENDER + count), range(FIRST_RENDER, FIRST_RENDER + count))
-    judge = build_deeplab(len(CLASS_NAMES), backbone="resnet18", seed=args.seed)
-    torch.manual_seed(args.seed)
-    train_segmentation(
-        judge,
-        DataLoader(faces, batch_size=args.batch),
-        steps=args.judge_steps,
-        lr=3e-3,
-        schedule="cosine",
-        warmup=20,
-        device=device,
-    )
-    return judge
 
 
 def agreement(judge: nn.Module, checkpoint: str, psi: float, args: argparse.Namespace) -> SegmentationScores:
     """IoU of the judge's labels with those of the samples that a stream would deliver."""
-    stream = HandsOffStream(
-        checkpoint, seed=args.seed, num_samples=args.samples, truncation=psi, device=args.device, filter="rolling"
-    )
+    stream = HandsOffStream(checkpoint, seed=args.seed, num_samples=args.samples, truncation=psi, device=args.device)
     return evaluate(judge, stream, CLASS_NAMES, device=args.device)
 
 
@@ -71,16 +48,16 @@ def main() -> None:
     parser.add_argument("--psi", type=float, nargs="+", default=[0.7, 1.0])
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--judge-steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--test-images", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--name", default="label_agreement", help="of the result file")
     args = parser.parse_args()
     console = Console(stderr=True)
-    with console.status(f"judge: {args.judge_steps} steps"):
-        judge = train_judge(args, torch.device(args.device))
-        on_truth = evaluate(judge, RenderedFaces("test", num_images=args.test_images), CLASS_NAMES, device=args.device)
+    size = load_checkpoint(args.checkpoint[0]).size[0]
+    judge = train_judge(size, args.judge_steps, torch.device(args.device))
+    test = RenderedFaces("test", num_images=args.test_images, size=size)
+    on_truth = evaluate(judge, test, CLASS_NAMES, device=args.device)
     rows = []
     for checkpoint in args.checkpoint:
         for psi in args.psi:

@@ -23,7 +23,7 @@ from handsoff_stream import load_checkpoint
 from handsoff_stream.datasets.labelled_faces import labelled_faces
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, PALETTE
 from handsoff_stream.fitting import FitSettings, InversionSettings, Perceptual, fit_checkpoint
-from handsoff_stream.fitting.commands import save_calibrated
+from handsoff_stream.fitting.commands import save_calibrated, sha256
 from handsoff_stream.generators import Generator
 from handsoff_stream.tasks import Segmentation
 
@@ -74,7 +74,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="of the inversion")
     parser.add_argument("--hidden", type=int, nargs=2, default=(128, 32))
     parser.add_argument("--epochs", type=int, default=FitSettings().epochs)
-    parser.add_argument("--truncation", type=float, default=0.7)
     parser.add_argument("--calibration-samples", type=int, default=2000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -100,11 +99,8 @@ def main() -> None:
         fit=FitSettings(hidden=(args.hidden[0], args.hidden[1]), epochs=args.epochs),
         perceptual=TrainedDistance(networks["discriminator"], images).to(args.device),  # type: ignore[arg-type]
         encodings=encodings,
-        truncation=args.truncation,
         calibration_samples=0,
-        sources={
-            "generator.safetensors": hashlib.sha256((args.run / "generator.safetensors").read_bytes()).hexdigest()
-        },
+        sources={"generator.safetensors": sha256(args.run / "generator.safetensors")},
         progress=True,
     )
     provenance = {**checkpoint.provenance, "generator_training": training}

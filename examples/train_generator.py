@@ -7,8 +7,7 @@
 Non-saturating logistic loss, lazy R1, style mixing, EMA, minibatch standard deviation (StyleGAN2, Karras et al., CVPR
 2020); bfloat16 convolutions. Ctrl-C or SIGTERM stops after the step and saves; the same command resumes from
 OUT/state.pt. OUT also gets metrics.jsonl, a sample sheet per `--sheet-every` images, and generator.safetensors, which
-handsoff_stream reads. Under torchrun the processes share each batch: on GPUs, or on the cores of a CPU, where a process
-per core (OMP_NUM_THREADS=1) is faster than one process on all.
+handsoff_stream reads. Under torchrun the processes share each batch: on GPUs, or on a CPU's cores (OMP_NUM_THREADS=1).
 `--stages 32:60000 64:200000 128:400000` trains at low resolutions first; growing changes neither image nor verdict.
 `--autoencode 30` adds an encoder and asks that real images come out of their own codes (VAE/GAN, Larsen et al., ICML
 2016): where compute is short, that keeps the rare modes in. Left out: path length regularisation and adaptive

@@ -57,10 +57,12 @@ def test_an_interrupted_export_continues_and_ends_with_the_same_bytes(make, tmp_
         write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6)
     assert [p.name for p in sorted((tmp_path / "cut").glob("*.tar"))] == ["shard-000000.tar"]
 
+    (tmp_path / "cut" / ".shard-000001.tar.k1ll3d").write_bytes(b"half a shard")  # as SIGKILL leaves it
     monkeypatch.setattr(outlet, "_fields", original)
     resumed = write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6)
     assert [p.read_bytes() for p in resumed] == [p.read_bytes() for p in whole]
     assert not list((tmp_path / "cut").glob("*.partial"))
+    assert {p.name for p in (tmp_path / "cut").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
 
 
 def test_float_labels_are_stored_as_arrays(make, tmp_path):

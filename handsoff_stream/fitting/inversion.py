@@ -54,9 +54,10 @@ class InversionSettings:
         for name in ("steps", "candidates"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is no count; pass 0 or more")
-        for name in ("learning_rate", "radius"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} is no step and no bound; pass a positive number")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate} is no step; pass a positive number")
+        if self.radius is not None and not 0 < self.radius < math.inf:
+            raise ValueError(f"radius={self.radius} is no bound; pass a positive number, or None for none")
         if self.pixel_weight < 0:
             raise ValueError(f"pixel_weight={self.pixel_weight} rewards difference; pass 0 or more")
 

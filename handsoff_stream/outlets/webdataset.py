@@ -92,6 +92,8 @@ def _continue(stream: HandsOffStream, path: Path, settings: dict[str, Any]) -> i
 
 
 def _write_shard(path: Path, samples: Iterator[Any], count: int) -> None:
+    for leftover in path.parent.glob(f".{path.name}.*"):  # of a run that was killed while it wrote this shard
+        leftover.unlink()
     with whole_file(path) as partial, webdataset.TarWriter(str(partial), mtime=MTIME, encoder=False) as writer:
         for _ in range(count):
             writer.write(_fields(next(samples)))
