@@ -45,6 +45,8 @@ def measure(args: argparse.Namespace, memory_gb: float) -> dict[str, Any]:
     random = torch.Generator().manual_seed(0)
     w_plus_NLD = torch.randn(args.images, generator.num_ws, generator.w_dim, generator=random)
     targets_NHW = torch.randint(CLASSES, (args.images, *SIZE), generator=random)
+    if args.cache_dir is not None:
+        args.cache_dir.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     table = FeatureTable.collect(generator, w_plus_NLD, SIZE, memory_gb=memory_gb, cache_dir=args.cache_dir)
     features_s, features_peak_mb = time.perf_counter() - started, peak_mb()

@@ -7,7 +7,7 @@ between the offline half (inversion, fitting) and the online half (streaming). D
 import copy
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.features import Window
 from handsoff_stream.files import whole_file
 from handsoff_stream.generators import Generator
 from handsoff_stream.generators.checkpoints import native, read_generator
@@ -47,16 +48,36 @@ class Checkpoint:
     heads: dict[str, Head] = field(default_factory=dict)
     """Labelling heads by name; the first one's uncertainty is the image score."""
     output_size: tuple[int, int] | None = None
-    """Height and width of images and labels; None means the generator's resolution."""
+    """Height and width of images and labels; None means one pixel for each of the generator's."""
     truncation: float = DEFAULT_TRUNCATION
     calibration: Calibration | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the parts come from: source files with sha256, command, versions."""
+    crop: Window | None = None
+    """The part of the generator's image that is streamed, in its pixels; None means all of it. StyleGAN2's cars fill
+    rows 64 to 448 of 512, the rest is black bars."""
+
+    def __post_init__(self) -> None:
+        if self.crop is not None:
+            self.crop.check(self.generator.resolution)
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images and labels that a stream yields."""
-        return self.output_size or self.generator.resolution
+        return self.output_size or (self.generator.resolution if self.crop is None else self.crop.size)
+
+    def cropped(self, part: Window) -> "Checkpoint":
+        """A checkpoint that streams `part` of the generator's image, in its pixels, at the scale of this one.
+
+        Raises ValueError if this one is cropped already, or the part's edges cut output pixels.
+        """
+        whole = self.generator.resolution
+        if self.crop is not None:
+            raise ValueError(f"this checkpoint streams {self.crop} of its images already; crop the original")
+        scaled = [side * output / full for side, output, full in zip(part.size, self.size, whole, strict=True)]
+        size = (round(scaled[0]), round(scaled[1]))
+        part.placement(size, whole)
+        return replace(self, crop=part, output_size=size, calibration=None)
 
     def tensors(self) -> dict[str, Tensor]:
         """All weights by name: `generator.*` and `heads.<name>.*`."""
@@ -77,6 +98,8 @@ class Checkpoint:
             "output_size": list(self.size),
             "truncation": self.truncation,
         }
+        if self.crop is not None:
+            identity["crop"] = self.crop._asdict()
         calibration = None
         if self.calibration is not None:
             calibration = {"options": self.calibration.options, "scores": self.calibration.scores}
@@ -196,6 +219,7 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
             truncation=float(manifest["truncation"]),
             calibration=None if calibration is None else Calibration(**calibration),
             provenance=manifest["provenance"],
+            crop=Window(**manifest["crop"]) if "crop" in manifest else None,
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: heads or manifest cannot be used ({error}); write the file again") from error

@@ -57,7 +57,8 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
         )
     if not checkpoint.heads:
         facts["heads"] = "none: fit one with `handsoff-stream fit`"
-    facts["output"] = f"{checkpoint.size[0]} x {checkpoint.size[1]}, truncation {checkpoint.truncation}"
+    part = "" if checkpoint.crop is None else ", rows {}:{}, columns {}:{} of the image".format(*checkpoint.crop)
+    facts["output"] = f"{checkpoint.size[0]} x {checkpoint.size[1]}{part}, truncation {checkpoint.truncation}"
     if checkpoint.calibration is None:
         facts["calibration"] = "none: a rolling filter begins with an empty window"
     else:

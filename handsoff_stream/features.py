@@ -53,6 +53,30 @@ class Window(NamedTuple):
     left: int
     right: int
 
+    @property
+    def size(self) -> Size:
+        """(H, W)."""
+        return self.bottom - self.top, self.right - self.left
+
+    def check(self, whole: Size) -> None:
+        """Raises ValueError if the part is empty or reaches beyond an image of (H, W) `whole`."""
+        height, width = whole
+        if not (0 <= self.top < self.bottom <= height and 0 <= self.left < self.right <= width):
+            raise ValueError(
+                f"Crop rows {self.top}:{self.bottom}, columns {self.left}:{self.right} do not fit into {height} x "
+                f"{width} pixels; give first < end within the image."
+            )
+
+    def placement(self, size: Size, whole: Size) -> tuple[Size, Size]:
+        """Where an output of `size` lies that shows this part of an image of (H, W) `whole`: (H, W) of all of the image
+        at the output's scale, and (top, left) in it.
+
+        Raises ValueError if the part does not fall on whole output pixels.
+        """
+        full_height, top = _place(size[0], whole[0], self.top, self.bottom)
+        full_width, left = _place(size[1], whole[1], self.left, self.right)
+        return (full_height, full_width), (top, left)
+
 
 @dataclass(frozen=True, eq=False)
 class FeaturePyramid:
@@ -92,8 +116,7 @@ class FeaturePyramid:
     @property
     def resolution(self) -> Size:
         """(H, W) of the finest map, or of its crop: the output size whose pixels are those of the image."""
-        window = self._window
-        return window.bottom - window.top, window.right - window.left
+        return self._window.size
 
     @property
     def _window(self) -> Window:
@@ -117,12 +140,7 @@ class FeaturePyramid:
 
         Raises ValueError if the part is empty or reaches beyond the image.
         """
-        height, width = self.resolution
-        if not (0 <= rows[0] < rows[1] <= height and 0 <= columns[0] < columns[1] <= width):
-            raise ValueError(
-                f"Crop rows {rows}, columns {columns} do not fit into {height} x {width} pixels; "
-                "give (first, end) pairs within the finest feature map."
-            )
+        Window(*rows, *columns).check(self.resolution)
         top, left = self._window.top, self._window.left
         window = Window(top + rows[0], top + rows[1], left + columns[0], left + columns[1])
         return replace(self, window=window)
@@ -132,11 +150,7 @@ class FeaturePyramid:
 
         Raises ValueError if the crop does not fall on whole output pixels.
         """
-        height, width = self._finest
-        window = self._window
-        full_height, top = _place(size[0], height, window.top, window.bottom)
-        full_width, left = _place(size[1], width, window.left, window.right)
-        return (full_height, full_width), (top, left)
+        return self._window.placement(size, self._finest)
 
     def hypercolumn(self, size: Size) -> Tensor:
         """All of it, [B, C, H, W]: obvious and enormous. For references and tests."""

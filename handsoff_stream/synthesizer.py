@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from handsoff_stream.batch import LabelledBatch
-from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.features import FeaturePyramid, Window
 from handsoff_stream.generators import Generator
 from handsoff_stream.label_generator import FoldedLabelGenerator, LabelGenerator
 from handsoff_stream.precision import PRECISIONS, label_dtype
@@ -84,24 +84,30 @@ class CheckpointLike(Protocol):
     def heads(self) -> dict[str, Head]: ...
     @property
     def size(self) -> tuple[int, int]: ...
+    @property
+    def crop(self) -> Window | None: ...
 
 
 class Synthesizer:
     """The networks on their device, prepared once; calling it with indices is cheap.
 
     Args:
-        checkpoint: generator, heads and output size.
+        checkpoint: generator, heads, output size and crop.
         options: what decides a sample.
         device: where to compute; the networks of `checkpoint` are moved there.
 
     Raises:
-        ValueError: a precision or a kernel that this device cannot run.
+        ValueError: a precision or a kernel that this device cannot run; an output size that would cut pixels at the
+            edge of the crop.
     """
 
     def __init__(self, checkpoint: CheckpointLike, options: SynthesisOptions, device: torch.device):
         self.options = options
         self.device = device
         self.size = checkpoint.size
+        height, width = checkpoint.generator.resolution
+        self.crop = checkpoint.crop or Window(0, height, 0, width)
+        self._whole_size, self._corner = self.crop.placement(self.size, (height, width))
         self._dtype = label_dtype(options.precision, device)
         self.generator = checkpoint.generator.to(device)
         self._synthesis = self.generator.fold(self._dtype)
@@ -148,7 +154,13 @@ class Synthesizer:
             synthesis = self._synthesis(w_plus, [self._upload(n) for n in maps])
         else:
             synthesis = self._synthesis(w_plus, self.options.noise)
-        return quantize(synthesis.images, self.size), synthesis.features
+        return self._output(synthesis.images, synthesis.features)
+
+    def _output(self, images_BCHW: Tensor, features: FeaturePyramid) -> tuple[Tensor, FeaturePyramid]:
+        """What is streamed of an image in [-1, 1], and the features of that part."""
+        (top, left), (height, width) = self._corner, self.size
+        images_BCHW = quantize(images_BCHW, self._whole_size)[..., top : top + height, left : left + width]
+        return images_BCHW.contiguous(), features.crop(self.crop[:2], self.crop[2:])
 
     def _upload(self, tensor: Tensor) -> Tensor:
         """To the device without making the host wait: only from pinned memory is a copy asynchronous."""

@@ -146,6 +146,22 @@ def test_colour_masks_of_another_size_and_a_class_map_of_ones_own(labelled, tmp_
     assert run(*arguments, "--classes", "a,b")[1].count("said once") == 1
 
 
+@pytest.mark.filterwarnings("ignore:LPIPS has no trained backbone")
+def test_images_wider_than_the_generators_are_padded_and_their_bars_are_not_streamed(labelled, tmp_path):
+    """The cars of StyleGAN2: images of 3 : 4 in the middle rows of a square."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for i in range(2):
+            Image.open(labelled / kind / f"{i}.png").crop((0, 2, 16, 14)).save(tmp_path / kind / f"{i}.png")
+    out = tmp_path / "mine.safetensors"
+    changes = {"images": tmp_path / "images", "labels": tmp_path / "masks", "fit": "pad"}
+    assert run(*fit_arguments(labelled, out, **changes))[0] == 0
+    fitted = load_checkpoint(out)
+    assert fitted.crop == (2, 14, 0, 16) and fitted.size == (12, 16)
+    assert len(fitted.calibration.scores["top10_mean"]) == 2000
+    assert "12 x 16, rows 2:14, columns 0:16 of the image" in " ".join(run("inspect", out)[1].split())
+
+
 def test_samples_are_written_annotated_and_fitted_without_inversion(labelled, tmp_path):
     code, text = run(
         "sample", labelled / "generator.safetensors", tmp_path / "to_annotate", "--num", 3, "--device", "cpu"

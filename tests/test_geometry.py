@@ -60,6 +60,20 @@ def test_pad_puts_cars_into_rows_64_to_448_and_leaves_the_rest_unlabelled():
         assert (padded[rows] == 0).all() and (labels[rows] == 255).all()
 
 
+def test_what_no_image_fills_is_known():
+    cars = Geometry((512, 512), fit="pad")
+    assert cars.covered([(384, 512), (384, 512), (768, 1024)]) == (64, 0, 448, 512)
+    assert cars.covered([(384, 512), (300, 512)]) == (64, 0, 448, 512)
+    assert cars.covered([(384, 512), (512, 384)]) is None
+    for whole in (Geometry((512, 512), fit="crop"), Geometry()):
+        assert whole.covered([(384, 512)]) is None
+
+
+def test_what_no_image_fills_ends_between_label_pixels():
+    assert Geometry((64, 64), fit="pad").covered([(42, 64)]) == (11, 0, 53, 64)
+    assert Geometry((64, 64), (16, 16), fit="pad").covered([(42, 64)]) == (8, 0, 56, 64)
+
+
 def test_pad_works_sideways_and_with_odd_margins():
     image, ids = picture(8, 3), mask(8, 3)
     square = Geometry((8, 8), fit="pad")

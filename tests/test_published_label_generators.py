@@ -1,6 +1,7 @@
 """Label generators and latents as others published them: the numbers of the original code, and clear refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint, import_generator, load_checkpoint, save_checkpoint
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.fitting import LatentSpace
 from handsoff_stream.fitting.presets import HIDDEN_WIDTHS, datasetgan_hidden_widths, hidden_widths
 from handsoff_stream.fitting.published import read_experiment, read_label_generator, read_latents
 from handsoff_stream.stream import HandsOffStream
@@ -100,12 +102,20 @@ def test_an_experiment_of_datasetgan_names_its_entries_differently(tmp_path):
     assert read_experiment(datasetgan) == handsoff
 
 
-def test_labels_of_a_part_of_the_image_become_labels_of_all_of_it(tmp_path):
+def test_labels_of_the_middle_rows_crop_the_images_to_them(tmp_path):
     cars = edited(tmp_path, dim=[12, 16, 176])
     base = import_generator(DATA / "rosinality_32.pt")
     read = read_label_generator(cars, CHANNELS, folder=EXPERIMENT.parent)
-    with pytest.warns(UserWarning, match="labels of 12 x 16.* 16 x 16"):
-        assert read.attach_to(base, segmentation()).size == (16, 16)
+    checkpoint = read.attach_to(base, segmentation())
+    assert checkpoint.size == (12, 16) and checkpoint.crop == (4, 28, 0, 32)  # at half the scale of 32 x 32 images
+    image, label = HandsOffStream(checkpoint, filter=None, device="cpu")[0]
+    all_image, all_label = HandsOffStream(
+        replace(checkpoint, crop=None, output_size=(16, 16)), filter=None, device="cpu"
+    )[0]
+    assert torch.equal(image, all_image[:, 2:14]) and torch.equal(label, all_label[2:14])
+    tall = edited(tmp_path, dim=[20, 16, 176])
+    with pytest.raises(ValueError, match="20 x 16 are not the middle rows of images of 32 x 32"):
+        read_label_generator(tall, CHANNELS, folder=EXPERIMENT.parent).attach_to(base, segmentation())
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path):
@@ -185,10 +195,38 @@ def test_images_without_a_latent_of_their_own_are_named(file, names, message):
         read_latents(DATA / "label_generator" / file, names)
 
 
-def test_latents_of_one_vector_an_image_are_refused_with_the_way_out(tmp_path):
-    np.save(tmp_path / "z.npy", np.zeros((3, 28)))
-    with pytest.raises(CheckpointError, match=r"an array \[3, 28\].*mapping"):
-        read_latents(tmp_path / "z.npy", IMAGES)
+def test_latents_of_one_vector_an_image_are_its_rows(tmp_path):
+    z_ND = np.random.default_rng(0).normal(size=(3, 28))
+    np.save(tmp_path / "z.npy", z_ND)
+    read = read_latents(tmp_path / "z.npy", IMAGES)
+    assert all(torch.equal(read[name], torch.from_numpy(z_ND[i]).float()) for i, name in enumerate(IMAGES))
+
+
+def test_an_array_of_anything_else_is_refused(tmp_path):
+    np.save(tmp_path / "images.npy", np.zeros((3, 4, 4, 3)))
+    with pytest.raises(CheckpointError, match=r"an array \[3, 4, 4, 3\], not latents"):
+        read_latents(tmp_path / "images.npy", IMAGES)
+
+
+@pytest.mark.parametrize(("psi", "cutoff"), [(1.0, None), (0.7, None), (0.7, 3)])
+def test_latents_z_and_w_become_those_that_made_the_image(imported, psi, cutoff):
+    generator = imported.generator
+    z_D = torch.randn(generator.z_dim, generator=torch.Generator().manual_seed(0))
+    w_D = generator.mapping(z_D[None])[0]
+    expected_LD = generator.truncate(w_D[None], psi, cutoff)[0]
+    for name, latent in {"z": z_D, "w": w_D}.items():
+        space = LatentSpace(name=name, truncation=psi, cutoff=cutoff)
+        assert torch.equal(space.w_plus(generator, {"a": latent})["a"], expected_LD)
+    assert torch.equal(LatentSpace().w_plus(generator, {"a": expected_LD})["a"], expected_LD)
+
+
+def test_a_latent_space_that_cannot_be_is_refused(imported):
+    with pytest.raises(ValueError, match=r"space 's' is unknown; pass one of w\+, w, z"):
+        LatentSpace(name="s")
+    with pytest.raises(ValueError, match="used as they are"):
+        LatentSpace(truncation=0.7)
+    with pytest.raises(ValueError, match=r"latent 'a' is \[8, 28\], z of this generator has 28 numbers"):
+        LatentSpace(name="z").w_plus(imported.generator, {"a": torch.zeros(8, 28)})
 
 
 # Widths

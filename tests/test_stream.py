@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from handsoff_stream.batch import LabelledBatch
-from handsoff_stream.checkpoint import Checkpoint
+from handsoff_stream.checkpoint import Checkpoint, save_checkpoint
 from handsoff_stream.errors import CheckpointError, StreamError
+from handsoff_stream.features import Window
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
 from handsoff_stream.generators import StyleGAN2
 from handsoff_stream.label_generator import LabelGenerator
@@ -185,6 +186,34 @@ def test_random_noise_belongs_to_the_index(checkpoint):
     assert_same(take(stream, 9)[7], stream[7])
     plain = HandsOffStream(checkpoint, device="cpu", filter=None)
     assert not torch.equal(stream[7][0], plain[7][0])
+
+
+@pytest.mark.parametrize("part", [(2, 14, 0, 16), (0, 16, 4, 8), (3, 10, 5, 6)])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_cropped_checkpoint_streams_that_part_of_the_same_images_and_labels(checkpoint, part, scale, tmp_path):
+    top, bottom, left, right = (edge * scale for edge in part)
+    whole = dataclasses.replace(checkpoint, output_size=(16 * scale, 16 * scale))
+    cropped = whole.cropped(Window(*part))
+    assert cropped.size == (bottom - top, right - left) and cropped.calibration is None
+    save_checkpoint(tmp_path / "part.safetensors", cropped)
+    options = {"device": "cpu", "filter": None, "noise": "random"}
+    for (image, label), (all_image, all_label) in zip(
+        take(HandsOffStream(tmp_path / "part.safetensors", **options), 3),
+        take(HandsOffStream(whole, **options), 3),
+        strict=True,
+    ):
+        assert torch.equal(image, all_image[:, top:bottom, left:right])
+        assert torch.equal(label, all_label[top:bottom, left:right])
+
+
+def test_a_crop_that_does_not_fit_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="rows 4:17, columns 0:16 do not fit into 16 x 16 pixels"):
+        checkpoint.cropped(Window(4, 17, 0, 16))
+    half = dataclasses.replace(checkpoint, output_size=(8, 8))
+    with pytest.raises(ValueError, match="would cut pixels"):
+        half.cropped(Window(1, 14, 0, 16))
+    with pytest.raises(ValueError, match="already"):
+        checkpoint.cropped(Window(2, 14, 0, 16)).cropped(Window(0, 2, 0, 2))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -156,6 +156,9 @@ def fit(
     domain: DomainOption = None,
     latents: Annotated[Path | None, typer.Option(help="Folder of inversions; default: OUT.latents/.")] = None,
     given_latents: Annotated[Path | None, typer.Option(help="Published .npy of latents, instead of inversion.")] = None,
+    latent_space: Annotated[str, typer.Option(help="Of latents that are given: w+, w or z.")] = "w+",
+    latent_truncation: Annotated[float, typer.Option(help="psi that the images of given z or w were made with.")] = 1.0,
+    latent_cutoff: Annotated[int | None, typer.Option(help="On how many style inputs; default: all.")] = None,
     steps: StepsOption = None,
     encoder: EncoderOption = None,
     radius: RadiusOption = 0.5,
@@ -168,6 +171,7 @@ def fit(
     device: DeviceOption = None,
 ) -> None:
     """Learn to label what a generator makes, from a few labelled images; writes a checkpoint to stream from."""
+    from handsoff_stream.fitting import LatentSpace
     from handsoff_stream.fitting.commands import (
         LabelledFiles,
         fit_files,
@@ -185,6 +189,7 @@ def fit(
         crop_box=crop_box,
         smallest_region=smallest_region,
         given_latents=given_latents,
+        latent_space=LatentSpace(name=latent_space, truncation=latent_truncation, cutoff=latent_cutoff),
     )
     accuracy, unseen = fit_files(
         generator,

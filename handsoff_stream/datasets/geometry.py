@@ -6,6 +6,7 @@ Shape letters: H W image size. Rows before columns everywhere.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,6 +56,7 @@ class Geometry:
     `exact` changes nothing: another size is an error. `crop` takes the largest centred part of the wanted shape, and
     resizes it: full bodies of 1 : 2, streets, faces. `pad` keeps all of the image, and fills the rest with black,
     unlabelled pixels: StyleGAN2's cars are 384 x 512 images in rows 64 to 448 of 512 x 512 (HandsOff, published code).
+    What no image of a set fills is not streamed, see `covered`.
 
     Images are resized by Lanczos with antialiasing, as the training images of StyleGAN2 were; masks take the nearest
     pixel.
@@ -113,6 +115,21 @@ class Geometry:
             target = _centred(whole, max(1, round(box.height * scale)), max(1, round(box.width * scale)))
             return Placement(box, Box(*(math.floor(edge) for edge in target)), (height, width))
         return Placement(box, whole, (height, width))
+
+    def covered(self, images: Iterable[Size]) -> Box | None:
+        """The smallest part of the result, in whole label pixels, that holds all images of these sizes; None: all."""
+        if self.fit != "pad" or self.size is None:
+            return None
+        height, width = self.label_size or self.size
+        step_y, step_x = self.size[0] // math.gcd(self.size[0], height), self.size[1] // math.gcd(self.size[1], width)
+        tops, lefts, bottoms, rights = zip(*(self.place(image).target for image in images), strict=True)
+        part = Box(
+            math.floor(min(tops) / step_y) * step_y,
+            math.floor(min(lefts) / step_x) * step_x,
+            math.ceil(max(bottoms) / step_y) * step_y,
+            math.ceil(max(rights) / step_x) * step_x,
+        )
+        return None if part == Box(0, 0, *self.size) else part
 
     def image(self, image_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """uint8 [H, W, 3] => uint8 [H, W, 3] of `size`, black where padded."""

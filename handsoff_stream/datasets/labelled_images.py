@@ -92,6 +92,8 @@ class LabelledImages(Dataset[tuple[str, Tensor, Tensor]]):
     Attributes:
         entries: names and files, in order; `entries[i].latent` may name a file with the image's latent.
         pixels_per_class: labelled pixels of each class in the whole set. What has none cannot be learned.
+        covered: the smallest part of the generator's image that holds every image of the set, whole label pixels; None
+            if that is everything, as it is unless the geometry pads.
 
     Raises:
         LabelledImagesError: all problems of the listing; a file that is not what it should be; a mask of another
@@ -113,6 +115,7 @@ class LabelledImages(Dataset[tuple[str, Tensor, Tensor]]):
         if found.problems:
             raise LabelledImagesError(found.problems, found.unmapped)
         self.pixels_per_class: tuple[int, ...] = tuple(found.pixels.tolist())
+        self.covered = self.geometry.covered(found.sizes)
 
     @property
     def names(self) -> list[str]:
@@ -148,6 +151,8 @@ class LabelledImages(Dataset[tuple[str, Tensor, Tensor]]):
         problem = None if size is None else self.geometry.problem(size)
         if problem is not None:
             found.problems.append(f"{image_file}: {problem}")
+        elif size is not None:
+            found.sizes.add(size)
         mask = _try(read_mask, label_file, found.problems)
         if mask is None:
             return
@@ -185,6 +190,7 @@ class _Findings:
     problems: list[str]
     pixels: NDArray[np.int64]
     unmapped: dict[SourceValue, list[int]] = field(default_factory=dict)
+    sizes: set[Size] = field(default_factory=set)
 
 
 def _try(read: Callable[[Path], Read], file: Path | None, problems: list[str]) -> Read | None:

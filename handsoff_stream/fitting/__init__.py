@@ -19,7 +19,7 @@ from handsoff_stream.fitting.feature_table import FeatureTable
 from handsoff_stream.fitting.fit import FitReport, FitSettings, fit_label_generator
 from handsoff_stream.fitting.inversion import Inversion, InversionSettings, invert
 from handsoff_stream.fitting.inversion_store import invert_images
-from handsoff_stream.fitting.latents import find_latents, read_latent
+from handsoff_stream.fitting.latents import LatentSpace, find_latents, read_latent
 from handsoff_stream.fitting.perceptual import Perceptual, load_perceptual
 from handsoff_stream.fitting.restyle import encode_images
 from handsoff_stream.fitting.restyle_files import load_restyle
@@ -36,6 +36,7 @@ __all__ = [
     "FitSettings",
     "Inversion",
     "InversionSettings",
+    "LatentSpace",
     "Perceptual",
     "calibrate",
     "encode_images",

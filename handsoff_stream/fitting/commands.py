@@ -19,10 +19,12 @@ from handsoff_stream.datasets.class_maps import ClassMap, distinct_colors
 from handsoff_stream.datasets.geometry import Geometry, Size
 from handsoff_stream.datasets.labelled_images import ImageFolder, LabelledImages, list_labelled
 from handsoff_stream.device import resolve_device
+from handsoff_stream.features import Window
 from handsoff_stream.fitting import (
     EncoderSettings,
     FitSettings,
     InversionSettings,
+    LatentSpace,
     calibrate,
     encode_images,
     fit_checkpoint,
@@ -59,12 +61,16 @@ class LabelledFiles:
 
     given_latents: Path | None = None
     """Published `.npy` of latents; see `read_latents`. None: those of the manifest, if it has any."""
+    latent_space: LatentSpace = LatentSpace()
+    """Of the given latents, or those of the manifest."""
 
-    def latents(self, labelled: LabelledImages) -> dict[str, Tensor]:
+    def latents(self, labelled: LabelledImages, generator: Generator) -> dict[str, Tensor]:
         """Name => w+ [L, D] of the images that need no inversion."""
         if self.given_latents is not None:
-            return read_latents(self.given_latents, labelled.names)
-        return {entry.name: read_latent(entry.latent) for entry in labelled.entries if entry.latent is not None}
+            found = read_latents(self.given_latents, labelled.names)
+        else:
+            found = {entry.name: read_latent(entry.latent) for entry in labelled.entries if entry.latent is not None}
+        return self.latent_space.w_plus(generator, found)
 
     def open(self, resolution: Size) -> LabelledImages:
         """The set, read and checked.
@@ -217,7 +223,7 @@ def fit_files(
     chosen = resolve_device(device)
     network = open_generator(generator)
     labelled = files.open(network.resolution)
-    given = files.latents(labelled)
+    given = files.latents(labelled, network)
     if widths_of is not None:
         settings = replace(settings, hidden=hidden_widths(widths_of, num_images=len(labelled)))
     task = Segmentation(files.class_map.class_names, files.class_map.palette)
@@ -241,7 +247,11 @@ def fit_files(
         progress=True,
     )
     provenance = {**checkpoint.provenance, "class_map": files.class_map.config()}
-    save_calibrated(replace(checkpoint, provenance=provenance), out, chosen, calibration_samples, half=half)
+    checkpoint = replace(checkpoint, provenance=provenance)
+    if labelled.covered is not None:
+        top, left, bottom, right = map(int, labelled.covered)
+        checkpoint = checkpoint.cropped(Window(top, bottom, left, right))
+    save_calibrated(checkpoint, out, chosen, calibration_samples, half=half)
     accuracy: float | None = checkpoint.provenance["fit"]["accuracy"]
     unseen = [n for n, count in zip(task.class_names, labelled.pixels_per_class, strict=True) if count == 0]
     return accuracy, unseen

@@ -27,6 +27,55 @@ from handsoff_stream.generators import Generator
 from handsoff_stream.generators.checkpoints import native
 from handsoff_stream.generators.checkpoints.containers import read_content
 
+SPACES = ("w+", "w", "z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpace:
+    """What given latents are, and so how they become w+.
+
+    DatasetGAN annotated samples of z, truncated by 0.7 on the first 8 (cars, faces) or 7 (cats, bedrooms) style inputs
+    (published code); HandsOff's and ReStyle's latents are w+ as they are.
+
+    Raises:
+        ValueError: an unknown space, or truncation of latents w+.
+    """
+
+    name: str = "w+"
+    """"z", "w" or "w+"."""
+    truncation: float = 1.0
+    """psi that the images of z or w were made with."""
+    cutoff: int | None = None
+    """How many style inputs it was applied to; None: all."""
+
+    def __post_init__(self) -> None:
+        if self.name not in SPACES:
+            raise ValueError(f"latent space {self.name!r} is unknown; pass one of {', '.join(SPACES)}")
+        if self.name == "w+" and (self.truncation != 1.0 or self.cutoff is not None):
+            raise ValueError("latents w+ are used as they are; truncation and cutoff are for z and w")
+
+    @torch.no_grad()
+    def w_plus(self, generator: Generator, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name => latent [D], or [L, D] of w+, to name => w+ float32 [L, D], on the generator's device.
+
+        Raises:
+            ValueError: a latent of another shape than this space has.
+        """
+        if self.name == "w+":
+            return dict(latents)
+        size = generator.z_dim if self.name == "z" else generator.w_dim
+        found: dict[str, Tensor] = {}
+        for name, latent in latents.items():
+            if latent.numel() != size:
+                raise ValueError(
+                    f"latent {name!r} is {list(latent.shape)}, {self.name} of this generator has {size} numbers; say "
+                    "which space the latents are of, and pass their generator"
+                )
+            latent_1D = latent.to(generator.w_avg).view(1, size)
+            w_1D = generator.mapping(latent_1D) if self.name == "z" else latent_1D
+            found[name] = generator.truncate(w_1D, self.truncation, self.cutoff)[0]
+        return found
+
 
 @dataclass(frozen=True)
 class FoundLatents:
@@ -39,11 +88,11 @@ class FoundLatents:
 
 
 def read_latent(path: str | Path) -> Tensor:
-    """The latent w+ of one image, float32 [L, D], on the CPU.
+    """The latent of one image, float32 [L, D] (w+) or [D] (z, w), on the CPU.
 
     Args:
         path: `.safetensors` of `write_samples` or `invert_images`, or the array or tensor of a `.npy` or `.pt` file;
-            [L, D] or [1, L, D]. Nothing in a file is executed.
+            [D], [L, D] or [1, L, D]. Nothing in a file is executed.
 
     Raises:
         ValueError: no such file, or one that holds anything else.
@@ -55,9 +104,11 @@ def read_latent(path: str | Path) -> Tensor:
         raise ValueError(f"{path}: no readable latent ({error}); write w_plus to a safetensors file") from error
     if isinstance(w_plus, np.ndarray) and w_plus.dtype.kind == "f":
         w_plus = torch.from_numpy(np.array(w_plus, dtype=np.float32))
-    if not isinstance(w_plus, Tensor) or w_plus.ndim not in (2, 3) or w_plus.shape[:-2].numel() != 1:
+    if not isinstance(w_plus, Tensor) or w_plus.ndim not in (1, 2, 3) or w_plus.shape[:-2].numel() != 1:
         found = f"{w_plus.dtype} {list(w_plus.shape)}" if hasattr(w_plus, "shape") else type(w_plus).__name__
-        raise ValueError(f"{path}: holds {found}, not the float latent [L, D] of one image; keep one latent a file")
+        raise ValueError(
+            f"{path}: holds {found}, not the float latent [L, D] or [D] of one image; keep one latent a file"
+        )
     return w_plus.float().reshape(w_plus.shape[-2:])
 
 

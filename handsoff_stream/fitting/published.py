@@ -10,7 +10,6 @@ size.
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint
 from handsoff_stream.errors import CheckpointError
-from handsoff_stream.features import Size
+from handsoff_stream.features import Size, Window
 from handsoff_stream.generators.checkpoints.containers import read_content
 from handsoff_stream.generators.checkpoints.strict_pickle import shown
 from handsoff_stream.label_generator import LabelGenerator
@@ -59,15 +58,15 @@ class PublishedLabelGenerator:
     def attach_to(self, base: Checkpoint, task: Task) -> Checkpoint:
         """`base` with this label generator as its only head; not calibrated.
 
-        Labels have the experiment's size. Where that is a part of the image (cars: rows 64 to 448 of 512), a warning
-        says so, and labels cover the whole image at the same scale: the rows outside were never learnt.
+        Images and labels have the experiment's size. Where that is wider than the generator's image (cars: 384 x 512),
+        they are the rows in its middle (64 to 448 of 512), as in the published code.
 
         Args:
             base: `import_generator` of the experiment's StyleGAN.
             task: what the K outputs mean, such as `Segmentation` with K classes.
 
         Raises:
-            ValueError: a task of another number of outputs.
+            ValueError: a task of another number of outputs, or labels of a shape that is no part of whole rows.
         """
         num_outputs = self.label_generator.num_outputs
         if task.num_outputs != num_outputs:
@@ -79,7 +78,8 @@ class PublishedLabelGenerator:
         return replace(
             base,
             heads={task.name: Head(task, self.label_generator)},
-            output_size=_whole_image(self.experiment.size, base.generator.resolution),
+            output_size=self.experiment.size,
+            crop=_middle_rows(self.experiment.size, base.generator.resolution),
             calibration=None,
             provenance={**base.provenance, "sources": sources},
         )
@@ -143,11 +143,11 @@ def read_label_generator(
 
 
 def read_latents(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Published latents of some images: name => w+, float32 [L, D].
+    """Published latents of some images: name => float32 [L, D] (w+), or [D] (z or w, see `LatentSpace`).
 
-    Two kinds of `.npy` file exist. ReStyle writes {file name: [latent of each iteration]}: an image gets the last
-    iteration of the entry of its name. HandsOff's formatted and optimised latents are one array [N, L, D]: an image
-    gets the row of the first integer in its name.
+    Three kinds of `.npy` file exist. ReStyle writes {file name: [latent of each iteration]}: an image gets the last
+    iteration of the entry of its name. HandsOff's formatted and optimised latents are one array [N, L, D], those of
+    DatasetGAN's annotated samples one array [N, D]: an image gets the row of the first integer in its name.
 
     Args:
         path: the file.
@@ -164,14 +164,13 @@ def read_latents(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
     if isinstance(value, dict):
         latents = {Path(str(file)).stem: _last(iterations) for file, iterations in value.items()}
         keys: dict[str, Any] = {name: name if name in latents else Path(name).stem for name in names}
-    elif isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim == 3:
+    elif isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim in (2, 3):
         latents = dict(enumerate(value))
         keys = {name: _first_integer(name) for name in names}
     else:
         held = f"an array {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
         raise CheckpointError(
-            f"{path}: holds {held}, not latents w+: a dict of file names, or an array [N, L, D]. Latents z or w, "
-            "[N, D], go through the generator's `mapping` or `truncate` first"
+            f"{path}: holds {held}, not latents: a dict of file names, or an array of numbers [N, L, D] or [N, D]"
         )
     lost = sorted(name for name in names if latents.get(keys[name]) is None)
     shared = sorted(name for name in names if list(keys.values()).count(keys[name]) > 1)
@@ -205,13 +204,15 @@ def _read_member(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _whole_image(size: Size, resolution: Size) -> Size:
-    """Size of the labels of whole images, as wide as `size`."""
-    height = size[1] * resolution[0] // resolution[1]
-    if height != size[0]:
-        warnings.warn(
-            f"the label generator was made for labels of {size[0]} x {size[1]}, a part of the generator's image; "
-            f"labels will cover all of it, {height} x {size[1]}, and mean nothing outside that part",
-            stacklevel=3,
+def _middle_rows(size: Size, resolution: Size) -> Window | None:
+    """The rows of the image that labels of `size` show, in the generator's pixels; None if they show all of it."""
+    height, width = resolution
+    if size[0] * width == height * size[1]:
+        return None
+    rows, rest = divmod(size[0] * width, size[1])
+    if rest or rows > height or (height - rows) % 2:
+        raise ValueError(
+            f"labels of {size[0]} x {size[1]} are not the middle rows of images of {height} x {width}; pass the "
+            "generator and the experiment that belong together"
         )
-    return height, size[1]
+    return Window((height - rows) // 2, (height + rows) // 2, 0, width)
