@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--memory-gb", type=float, help="of features in memory; default: that of FeatureTable.collect")
     parser.add_argument("--cache-dir", type=Path, help="folder of the features that are not")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--name", default="fitting_memory", help="of the result file")
     args = parser.parse_args()
     default = MEMORY_GB_CPU if torch.device(args.device).type == "cpu" else MEMORY_GB_ACCELERATOR
     memory_gb = default if args.memory_gb is None else args.memory_gb
@@ -112,7 +113,7 @@ def main() -> None:
         record["extrapolated"] = extrapolate(measured, args, memory_gb)
         console.print(f"extrapolated to {IMAGES} images: {record['extrapolated']}")
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    write_result("fitting_memory", {"settings": settings, **record})
+    write_result(args.name, {"settings": settings, **record})
 
 
 if __name__ == "__main__":

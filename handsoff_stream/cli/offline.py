@@ -20,6 +20,10 @@ RadiusOption = Annotated[
 ]
 FitOption = Annotated[str, typer.Option(help="Images of another size: exact (refuse), crop or pad.")]
 
+CalibrationOption = Annotated[
+    int, typer.Option(help="Samples whose scores a rolling filter starts from; 0: it starts with the stream's own.")
+]
+
 
 @app.command(epilog="Example: `handsoff-stream convert stylegan2-ffhq-config-f.pt ffhq.safetensors`")
 @plain_errors
@@ -46,6 +50,7 @@ def import_labels(
     classes: Annotated[str | None, typer.Option(help="Class names in order of their ids, with commas.")] = None,
     average_latent: Annotated[Path | None, typer.Option(help=".npy file, where the generator stores none.")] = None,
     half: Annotated[bool, typer.Option(help="Store weights as float16.")] = False,
+    calibration_samples: CalibrationOption = 2000,
     device: DeviceOption = None,
 ) -> None:
     """Make a checkpoint of a label generator that HandsOff's or DatasetGAN's code trained."""
@@ -54,7 +59,7 @@ def import_labels(
     names = None if classes is None else [name.strip() for name in classes.split(",")]
     import_label_generator(
         generator, experiment, out, members=members, class_names=names, average_latent=average_latent, half=half,
-        device=device,
+        device=device, calibration_samples=calibration_samples,
     )  # fmt: skip
     console.print(f"wrote {out}")
 
@@ -168,6 +173,7 @@ def fit(
     patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without progress.")] = None,
     memory_gb: Annotated[float | None, typer.Option(help="For features on the device; the rest goes to disk.")] = None,
     half: Annotated[bool, typer.Option(help="Store weights as float16.")] = False,
+    calibration_samples: CalibrationOption = 2000,
     device: DeviceOption = None,
 ) -> None:
     """Learn to label what a generator makes, from a few labelled images; writes a checkpoint to stream from."""
@@ -204,6 +210,7 @@ def fit(
         memory_gb=memory_gb,
         half=half,
         device=device,
+        calibration_samples=calibration_samples,
     )
     note = "" if accuracy is None else f"; accuracy on held-out pixels of the labelled images {accuracy:.1%}"
     console.print(f"wrote {out}{note}")

@@ -210,7 +210,7 @@ def fit_files(
         memory_gb: for features; the rest goes to temporary files beside `out`.
         half: store float16.
         device: where to work.
-        calibration_samples: as for `calibrate`.
+        calibration_samples: as for `save_calibrated`.
 
     Returns:
         The accuracy on held-out labelled pixels, None if none were held out; and the classes that no image shows, which
@@ -221,6 +221,7 @@ def fit_files(
         CheckpointError: a generator, encoder or latent file that cannot be read.
     """
     chosen = resolve_device(device)
+    out.parent.mkdir(parents=True, exist_ok=True)
     network = open_generator(generator)
     labelled = files.open(network.resolution)
     given = files.latents(labelled, network)
@@ -284,8 +285,13 @@ def import_label_generator(
 
 
 def save_calibrated(checkpoint: Checkpoint, out: Path, device: torch.device, num_samples: int, *, half: bool) -> None:
-    """Save, calibrate what was written, since rounding to float16 moves scores a little, and save that."""
+    """Save, calibrate what was written, since rounding to float16 moves scores a little, and save that.
+
+    With `num_samples=0` there is no calibration.
+    """
     save_checkpoint(out, checkpoint, half=half)
+    if num_samples == 0:
+        return
     written = load_checkpoint(out)
     on_device = replace(written, generator=written.generator.to(device))
     save_checkpoint(out, calibrate(on_device, num_samples=num_samples, progress=True), half=half)
