@@ -36,10 +36,11 @@ def fitting_charts(result: Result) -> list[Chart]:
 
 
 def fitting_memory_rows(result: Result) -> list[Row]:
-    measured = result["measured"]
+    measured, widths = result["measured"], tuple(result["settings"]["hidden"])
     return [
         Row(
-            f"fitting at the published size, {measured['images']} images, {measured['channels']} channels: peak memory",
+            f"fitting at the published size, {measured['images']} images, {measured['channels']} channels, "
+            f"{result['settings']['members']} members of {widths}: peak memory",
             f"{measured['fit_peak_mb'] / 1e3:,.3g} GB of the process",
             "what DatasetGAN's authors name for 16 images: 160 GB",
             None,

@@ -1,7 +1,8 @@
 """The label generator for whole images: what `LabelGenerator.reference` gives, without holding a hypercolumn.
 
 Four identities, all exact, carry it:
-1. W @ resize(F) = resize(W @ F), so the first Linear runs on coarse maps at their native resolution;
+1. W @ resize(F) = resize(W @ F), so the first Linear runs on coarse maps at their native resolution, for all members
+   of all heads as one product;
 2. W @ concat(F_1, F_2) = W_1 @ F_1 + W_2 @ F_2, so every resolution goes its own way, and a map that is the
    same for every image (the constant input) is no more than a bias that varies over the image;
 3. in evaluation, BatchNorm is affine and follows the ReLU, so it folds into the Linear after it;
@@ -17,8 +18,8 @@ tile, N native samples under it, S rows of a strip.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,7 +61,6 @@ class FoldedLabelGenerator:
         ]
         return torch.cat(strips, dim=2).permute(0, 1, 4, 2, 3)
 
-    @torch.no_grad()
     def tiles(
         self, pyramid: FeaturePyramid, size: Size, *, memory: int | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
@@ -70,23 +70,8 @@ class FoldedLabelGenerator:
         the projected rows under a strip. Images, then members, then rows are taken in smaller groups until it
         fits; one row of one member is the least.
         """
-        self.check(pyramid)
-        members, inner, _ = self.weight2_MIO.shape
-        memory = working_set(pyramid.device) if memory is None else memory
-        units = memory // (_SCRATCH_LAYERS * size[1] * inner * self.weight1_CD.element_size())
-        strips, image_groups, member_groups = _groups(size[0], pyramid.batch_size, members, units)
-        walk = _Walk(self, pyramid, size, strips[0].stop)
-        for number, rows in enumerate(strips):
-            shape = (members, pyramid.batch_size, rows.stop - rows.start, size[1], self.bias3_M1K.shape[2])
-            outputs_MBSWK = torch.empty(shape, device=self.weight1_CD.device)
-            walk.rows.advance(number)
-            for images in image_groups:
-                strip = walk.read(rows, images)
-                for some in member_groups:
-                    hidden_PD = self._first_layer(strip, some)
-                    outputs_MPK = self._other_layers(hidden_PD, some)
-                    outputs_MBSWK[some, images] = strip.in_rows(outputs_MPK, size[1])
-            yield rows, outputs_MBSWK.flatten(1, 3)
+        for rows, (outputs_MPK,) in join([self]).tiles(pyramid, size, memory=memory):
+            yield rows, outputs_MPK
 
     def check(self, pyramid: FeaturePyramid) -> None:
         """Raises ValueError if the pyramid is of another generator."""
@@ -106,22 +91,83 @@ class FoldedLabelGenerator:
         natives = [(m.shape[2], m.shape[3]) for m in pyramid.maps]
         return arrange(pyramid.channels, natives, full, first=int(self.has_constant))
 
-    def _first_layer(self, strip: _Strip, members: slice) -> Tensor:
-        """The first Linear of some members, before its ReLU, at every pixel of a strip: [P, D]."""
-        inner = self.weight2_MIO.shape[1]
-        units = slice(members.start * inner, members.stop * inner)
-        samples_BTND = strip.rows.gather(strip.index_TN, strip.images, units)
-        weight_BTLN = strip.weight_TLN.expand(len(samples_BTND), -1, -1, -1)
-        hidden_PD = products(weight_BTLN.flatten(0, 1), samples_BTND.flatten(0, 1)).flatten(0, 1)
-        for channels, features_PC in strip.resized:
-            add_product_(hidden_PD, features_PC, self.weight1_CD[channels, units])
-        return hidden_PD
-
-    def _other_layers(self, hidden_PD: Tensor, members: slice) -> Tensor:
+    def other_layers(self, hidden_PD: Tensor, members: slice) -> Tensor:
         """From the first Linear to the outputs [M, P, K] of some members; overwrites its input."""
         hidden_MPI = hidden_PD.relu_().unflatten(1, (members.stop - members.start, -1)).transpose(0, 1)
         hidden_MPO = linears(hidden_MPI, self.weight2_MIO[members], self.bias2_M1O[members]).relu_()
         return linears(hidden_MPO, self.weight3_MOK[members], self.bias3_M1K[members])
+
+    def outputs_like(self, batch_size: int, height: int, width: int) -> Tensor:
+        """Room for the outputs [M, B, S, W, K] of a strip."""
+        shape = (len(self.weight2_MIO), batch_size, height, width, self.bias3_M1K.shape[2])
+        return torch.empty(shape, device=self.weight1_CD.device)
+
+
+@dataclass(frozen=True)
+class JoinedLabelGenerators:
+    """Label generators of one generator, whose first Linear is one product; `join` makes it."""
+
+    first: FoldedLabelGenerator
+    """Its first layer is that of all `parts`, one after another; its other layers are those of the first part."""
+    parts: tuple[FoldedLabelGenerator, ...]
+    """Each with its share of that layer, which is not copied."""
+
+    @torch.no_grad()
+    def tiles(
+        self, pyramid: FeaturePyramid, size: Size, *, memory: int | None = None
+    ) -> Iterator[tuple[slice, list[Tensor]]]:
+        """As `FoldedLabelGenerator.tiles`, with the outputs of every part; maps are read once for all of them."""
+        self.first.check(pyramid)
+        memory = working_set(pyramid.device) if memory is None else memory
+        strips, image_groups, member_groups = self._groups(size, pyramid.batch_size, memory)
+        walk = _Walk(self.first, pyramid, size, strips[0].stop)
+        for number, rows in enumerate(strips):
+            height = rows.stop - rows.start
+            outputs = [part.outputs_like(pyramid.batch_size, height, size[1]) for part in self.parts]
+            walk.rows.advance(number)
+            for images in image_groups:
+                strip = walk.read(rows, images)
+                for n, members, units in member_groups:
+                    outputs_MPK = self.parts[n].other_layers(self._first_layer(strip, units), members)
+                    outputs[n][members, images] = strip.in_rows(outputs_MPK, size[1])
+            yield rows, [outputs_MBSWK.flatten(1, 3) for outputs_MBSWK in outputs]
+
+    def _groups(
+        self, size: Size, images: int, memory: int
+    ) -> tuple[list[slice], list[slice], list[tuple[int, slice, slice]]]:
+        """Groups of rows, of images, and of members as (part, members, their hidden units of the first layer)."""
+        row_groups, image_groups, members, done = [], [], [], 0
+        for n, part in enumerate(self.parts):
+            num_members, inner, _ = part.weight2_MIO.shape
+            units = memory // (_SCRATCH_LAYERS * size[1] * inner * part.weight1_CD.element_size())
+            some_rows, some_images, some_members = _groups(size[0], images, num_members, units)
+            row_groups.append(some_rows)
+            image_groups.append(some_images)
+            members += [(n, some, slice(done + some.start * inner, done + some.stop * inner)) for some in some_members]
+            done += num_members * inner
+        return max(row_groups, key=len), max(image_groups, key=len), members
+
+    def _first_layer(self, strip: _Strip, units: slice) -> Tensor:
+        """Some hidden units of the first Linear, before their ReLU, at every pixel of a strip: [P, D]."""
+        samples_BTND = strip.rows.gather(strip.index_TN, strip.images, units)
+        weight_BTLN = strip.weight_TLN.expand(len(samples_BTND), -1, -1, -1)
+        hidden_PD = products(weight_BTLN.flatten(0, 1), samples_BTND.flatten(0, 1)).flatten(0, 1)
+        for channels, features_PC in strip.resized:
+            add_product_(hidden_PD, features_PC, self.first.weight1_CD[channels, units])
+        return hidden_PD
+
+
+def join(folded: Sequence[FoldedLabelGenerator]) -> JoinedLabelGenerators:
+    """One first layer for several label generators of one generator, folded alike."""
+    first, *others = folded
+    if not others:
+        return JoinedLabelGenerators(first, (first,))
+    widths = [part.weight1_CD.shape[1] for part in folded]
+    weight1_CD = torch.cat([part.weight1_CD for part in folded], dim=1)
+    base_hwD = torch.cat([part.base_hwD for part in folded], dim=2)
+    shares = zip(folded, weight1_CD.split(widths, dim=1), base_hwD.split(widths, dim=2), strict=True)
+    parts = tuple(replace(part, weight1_CD=weight_CD, base_hwD=base) for part, weight_CD, base in shares)
+    return JoinedLabelGenerators(replace(first, weight1_CD=weight1_CD, base_hwD=base_hwD), parts)
 
 
 @dataclass(frozen=True)

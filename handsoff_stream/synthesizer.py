@@ -18,8 +18,9 @@ from torch import Tensor
 
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.features import FeaturePyramid, Window
+from handsoff_stream.folded_label_generator import JoinedLabelGenerators, join
 from handsoff_stream.generators import Generator
-from handsoff_stream.label_generator import FoldedLabelGenerator, LabelGenerator
+from handsoff_stream.label_generator import LabelGenerator
 from handsoff_stream.precision import PRECISIONS, label_dtype
 from handsoff_stream.seeding import latents, noise_maps
 from handsoff_stream.tasks import Segmentation, Task
@@ -117,6 +118,7 @@ class Synthesizer:
             name: head.label_generator.to(device).fold(constant_map=constant_map, dtype=self._dtype)
             for name, head in checkpoint.heads.items()
         }
+        self._joined: dict[tuple[str, ...], JoinedLabelGenerators] = {}
         self._triton = device.type == "cuda" and self._dtype == torch.float16 and find_spec("triton") is not None
 
     @torch.no_grad()
@@ -131,15 +133,13 @@ class Synthesizer:
     def __call__(self, indices: Sequence[int]) -> LabelledBatch:
         """Synthesise and label the samples of these indices; tensors lie on `device`."""
         images, features = self.generate(indices)
-        labels: dict[str, Tensor] = {}
-        scores: list[Tensor] = []
-        for name in self.tasks:
-            labels[name], uncertainty_BHW = self.label(name, features)
-            scores.append(image_score(uncertainty_BHW, self.options.score))  # type: ignore[arg-type]
+        found = self.labels(features)
+        labels = {name: label for name, (label, _) in found.items()}
+        _, uncertainty_BHW = next(iter(found.values()))
         return LabelledBatch(
             images=images,
             labels=labels if len(labels) > 1 else next(iter(labels.values())),
-            uncertainty=scores[0],
+            uncertainty=image_score(uncertainty_BHW, self.options.score),  # type: ignore[arg-type]
             indices=torch.tensor(indices, dtype=torch.int64),
             next_index=indices[-1] + 1,
         )
@@ -166,33 +166,57 @@ class Synthesizer:
         """To the device without making the host wait: only from pinned memory is a copy asynchronous."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
-    @torch.no_grad()
     def label(self, name: str, features: FeaturePyramid) -> tuple[Tensor, Tensor]:
         """Labels [B, H, W] or [B, K, H, W] of one head, and its uncertainty float32 [B, H, W]."""
-        task, folded = self.tasks[name], self._folded[name]
-        if isinstance(task, Segmentation) and self._fused(folded, features):
-            from handsoff_stream.label_head_triton import label_images
+        return self.labels(features, [name])[name]
 
-            return label_images(folded, features, self.size)
-        labels, uncertainty = [], []
-        for rows, outputs_MPK in folded.tiles(features, self.size):
+    @torch.no_grad()
+    def labels(self, features: FeaturePyramid, names: Sequence[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """`label` of some heads, or of all, in the order of the checkpoint; they share their first layer's product."""
+        names = [name for name in self.tasks if names is None or name in names]
+        fused = [name for name in names if self._fused(name, features)]
+        found = {name: self._fused_label(name, features) for name in fused}
+        others = tuple(name for name in names if name not in fused)
+        if others:
+            found |= self._tiled_labels(others, features)
+        return {name: found[name] for name in names}
+
+    def _fused_label(self, name: str, features: FeaturePyramid) -> tuple[Tensor, Tensor]:
+        from handsoff_stream.label_head_triton import label_images
+
+        return label_images(self._folded[name], features, self.size)
+
+    def _tiled_labels(self, names: tuple[str, ...], features: FeaturePyramid) -> dict[str, tuple[Tensor, Tensor]]:
+        if names not in self._joined:
+            self._joined[names] = join([self._folded[name] for name in names])
+            # The same weights as before, now as a share of the joint ones: none are held twice.
+            self._folded |= zip(names, self._joined[names].parts, strict=True)
+        labels: dict[str, list[Tensor]] = {name: [] for name in names}
+        uncertainty: dict[str, list[Tensor]] = {name: [] for name in names}
+        for rows, outputs in self._joined[names].tiles(features, self.size):
             shape = (features.batch_size, rows.stop - rows.start, self.size[1])
-            labels.append(task.decide(outputs_MPK).unflatten(0, shape))
-            uncertainty.append(task.disagreement(outputs_MPK).unflatten(0, shape))
-        label = torch.cat(labels, dim=1)
-        if label.ndim == 4:
-            label = label.permute(0, 3, 1, 2).contiguous()
-        return label, torch.cat(uncertainty, dim=1)
+            for name, outputs_MPK in zip(names, outputs, strict=True):
+                labels[name].append(self.tasks[name].decide(outputs_MPK).unflatten(0, shape))
+                uncertainty[name].append(self.tasks[name].disagreement(outputs_MPK).unflatten(0, shape))
+        return {name: (_whole_label(labels[name]), torch.cat(uncertainty[name], dim=1)) for name in names}
 
-    def _fused(self, folded: FoldedLabelGenerator, features: FeaturePyramid) -> bool:
-        """Whether the fused kernel labels; Triton is imported only where it may."""
+    def _fused(self, name: str, features: FeaturePyramid) -> bool:
+        """Whether the fused kernel labels this head; Triton is imported only where it may."""
+        if not isinstance(self.tasks[name], Segmentation):
+            return False
         if self.options.kernel != "auto":
             return self.options.kernel == "triton"
         if not self._triton:
             return False
         from handsoff_stream.label_head_triton import unsupported
 
-        return unsupported(folded, features, self.size) is None
+        return unsupported(self._folded[name], features, self.size) is None
+
+
+def _whole_label(strips: list[Tensor]) -> Tensor:
+    """[B, rows, W] or [B, rows, W, K] of each strip => [B, H, W] or [B, K, H, W]."""
+    label = torch.cat(strips, dim=1)
+    return label.permute(0, 3, 1, 2).contiguous() if label.ndim == 4 else label
 
 
 def quantize(images_BCHW: Tensor, size: tuple[int, int]) -> Tensor:

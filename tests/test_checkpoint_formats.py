@@ -146,7 +146,7 @@ def test_stylegan1_can_be_labelled_although_its_first_map_is_not_constant(styleg
     head = Head(Segmentation(("a", "b", "c"), ((0, 0, 0), (1, 1, 1), (2, 2, 2))), labels)
 
     class Source:
-        generator, heads, size = stylegan1, {"segmentation": head}, (32, 32)
+        generator, heads, size, crop = stylegan1, {"segmentation": head}, (32, 32), None
 
     synthesizer = Synthesizer(Source, SynthesisOptions(), torch.device("cpu"))
     _, features = synthesizer.generate([0, 1])

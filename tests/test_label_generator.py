@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from handsoff_stream import label_rows
 from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.folded_label_generator import join
 from handsoff_stream.label_generator import LabelGenerator
 from handsoff_stream.label_tiles import project_first
 from handsoff_stream.uncertainty import jensen_shannon_divergence, majority_vote
@@ -265,6 +266,23 @@ def test_weights_beyond_float16_are_refused_and_exact_in_float32() -> None:
         label_generator.fold(dtype=torch.float16)
     slow = label_generator.reference(pyramid, (8, 8))
     torch.testing.assert_close(label_generator.fold().outputs(pyramid, (8, 8)), slow, rtol=1e-4, atol=1.0)
+
+
+@pytest.mark.parametrize("memory", [1, 300_000, None])
+def test_heads_that_share_their_first_product_give_what_each_gives_alone(memory: int | None) -> None:
+    pyramid = random_pyramid([(5, 4, 4), (4, 8, 8), (3, 32, 32)], batch=3)
+    geometries = [((16, 8), 3, 4), ((7, 5), 10, 1), ((32, 16), 1, 10)]
+    heads = [
+        randomised(pyramid.channels, seed, hidden=hidden, num_outputs=outputs, members=members)
+        for seed, (hidden, outputs, members) in enumerate(geometries)
+    ]
+    joined = join([head.fold() for head in heads])
+    assert joined.first.weight1_CD.shape == (12, 4 * 16 + 7 + 10 * 32)
+    strips = list(joined.tiles(pyramid, (32, 32), memory=memory))
+    assert [rows.start for rows, _ in strips] == sorted(rows.start for rows, _ in strips)
+    for n, head in enumerate(heads):
+        together = [outputs[n].unflatten(1, (3, -1, 32)) for _, outputs in strips]
+        assert_equivalent(torch.cat(together, dim=2).permute(0, 1, 4, 2, 3), head.reference(pyramid, (32, 32)))
 
 
 @pytest.mark.parametrize("size", [(24, 32), (48, 64), (12, 16)])

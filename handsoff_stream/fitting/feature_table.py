@@ -28,7 +28,7 @@ from handsoff_stream.features import Size, bilinear_taps
 from handsoff_stream.generators import Generator
 
 GIGABYTE = 10**9
-MEMORY_GB_CPU = 2.0  # with a 1024 x 1024 generator and the widest published ensemble, the process stays below 8 GB
+MEMORY_GB_CPU = 1.2  # with a 1024 x 1024 generator and the widest published ensemble, the process stays below 8 GB
 MEMORY_GB_ACCELERATOR = 10.0  # 50 images with labels of 512 x 512 take 8.1; with both networks that is below 16 GB
 
 
@@ -126,7 +126,7 @@ class FeatureTable:
             w_plus_NLD: float32 [N, L, D], N >= 1.
             size: (H, W) of the labels; by default the generator's resolution.
             memory_gb: gigabytes (10^9 bytes) of features to keep in the memory of that device, coarse maps first; the
-                rest goes to files. Default: 2 on a CPU, 10 elsewhere. On a CPU all choices give the same bits;
+                rest goes to files. Default: 1.2 on a CPU, 10 elsewhere. On a CPU all choices give the same bits;
                 rows that an accelerator mixes may differ from those of a file in float16's last place.
             cache_dir: folder of these files; by default that of the system's temporary files. It should be on a disk:
                 where temporary files lie in memory, nothing is gained.
