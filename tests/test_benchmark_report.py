@@ -122,7 +122,10 @@ OTHER_RESULTS = {
             }
         ]
     },
-    "fitting_memory": {"measured": {"images": 50, "channels": 6080, "fit_peak_mb": 9000.0}},
+    "fitting_memory": {
+        "measured": {"images": 50, "channels": 6080, "fit_peak_mb": 9000.0},
+        "settings": {"members": 10, "hidden": [256, 32]},
+    },
     "inversion": {
         "arguments": {"images": 4},
         "ways": {name: {"psnr_db": 12.0, "seconds_per_image": 0.5} for name in ("average latent", "encoder")},
