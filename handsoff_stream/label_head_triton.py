@@ -192,27 +192,81 @@ def _unsuitable(device: torch.device) -> str | None:
     return None
 
 
-@torch.no_grad()
-def label_images(folded: FoldedLabelGenerator, pyramid: FeaturePyramid, size: Size) -> tuple[Tensor, Tensor]:
-    """Majority vote, int64 [B, H, W], and Jensen-Shannon divergence, float32 [B, H, W], of whole images.
+class FusedLabelHead:
+    """One ensemble that votes, prepared for pyramids of one geometry; calling it labels whole images.
 
-    Raises ValueError where `unsupported` gives a reason, and if the pyramid is of another generator.
+    Args:
+        folded: in float16, or float32.
+        example: a pyramid of that geometry.
+        size: (H, W) of the labels.
+
+    Raises:
+        ValueError: `unsupported` gives a reason, or the pyramid is of another generator.
     """
-    folded.check(pyramid)
-    problem = unsupported(folded, pyramid, size)
-    if problem is not None:
-        raise ValueError(f'The fused kernel cannot label this: {problem}; use kernel="auto" or kernel="torch".')
-    full, _ = pyramid.placement(size)
-    projected, resized = folded.levels(pyramid, full)
-    weights = _weights(folded, resized)
-    pixels = sum(h * w for h, w in table_natives(folded.base_hwD, projected))
-    group = max(1, TABLE_BYTES // (pixels * folded.weight1_CD.shape[1] * folded.weight1_CD.element_size()))
-    labels = torch.empty(pyramid.batch_size, *size, dtype=torch.int64, device=pyramid.device)
-    divergences = torch.empty(pyramid.batch_size, *size, device=pyramid.device)
-    for images in split(pyramid.batch_size, group):
-        some = replace(pyramid, maps=tuple(m[images] for m in pyramid.maps))
-        _launch(folded, weights, some, size, (labels[images], divergences[images]))
-    return labels, divergences
+
+    def __init__(self, folded: FoldedLabelGenerator, example: FeaturePyramid, size: Size) -> None:
+        folded.check(example)
+        problem = unsupported(folded, example, size)
+        if problem is not None:
+            raise ValueError(f'The fused kernel cannot label this: {problem}; use kernel="auto" or kernel="torch".')
+        self.folded, self.size = folded, size
+        self._rows, self._columns = _grids(example, size)
+        self._projected, self._resized = folded.levels(example, (self._rows.full, self._columns.full))
+        self._weights = _weights(folded, self._resized)
+        pixels = sum(h * w for h, w in table_natives(folded.base_hwD, self._projected))
+        image_bytes = pixels * folded.weight1_CD.shape[1] * folded.weight1_CD.element_size()
+        self._images_at_once = max(1, TABLE_BYTES // image_bytes)
+
+    @torch.no_grad()
+    def __call__(self, pyramid: FeaturePyramid) -> tuple[Tensor, Tensor]:
+        """Majority vote, int64 [B, H, W], and Jensen-Shannon divergence, float32 [B, H, W]."""
+        labels = torch.empty(pyramid.batch_size, *self.size, dtype=torch.int64, device=pyramid.device)
+        divergences = torch.empty(pyramid.batch_size, *self.size, device=pyramid.device)
+        for images in split(pyramid.batch_size, self._images_at_once):
+            some = replace(pyramid, maps=tuple(m[images] for m in pyramid.maps))
+            self._launch(some, labels[images], divergences[images])
+        return labels, divergences
+
+    def _launch(self, pyramid: FeaturePyramid, labels_BHW: Tensor, divergences_BHW: Tensor) -> None:
+        folded, weights, rows, columns = self.folded, self._weights, self._rows, self._columns
+        table = ProjectedRows(pyramid, self._projected, folded.weight1_CD, folded.base_hwD, rows, columns, whole=True)
+        table_RD, slots_5N = table.finish(), _padded_slots(table)
+        features_PC = self._features(pyramid)
+        members, inner, _ = folded.weight2_MIO.shape
+        hidden = weights.bias2_MO.shape[1]
+        _label_head[(rows.tiles * columns.tiles, pyramid.batch_size)](
+            *(table_RD, features_PC, weights.weight1_CD, slots_5N, weights.weight2_DO, weights.bias2_MO),
+            *(weights.weight3_OK, weights.bias3_MK, labels_BHW, divergences_BHW),
+            *(*self.size, rows.full, columns.full, rows.start, columns.start, columns.tiles, pyramid.batch_size),
+            M=members,
+            H1=inner,
+            H2=hidden,
+            K=weights.bias3_MK.shape[1],
+            C0=weights.channels[0],
+            C1=weights.channels[1],
+            N=slots_5N.shape[1],
+            BLOCK=math.gcd(inner, 64),
+            TH=TILE_ROWS,
+            TW=TILE_COLUMNS,
+            num_warps=8,
+            num_stages=3 if hidden <= 32 and sum(weights.channels) <= 192 else 2,
+        )
+
+    def _features(self, pyramid: FeaturePyramid) -> Tensor:
+        """The channels at output resolution [P, C], one column of tiles after the other, padded as the weights are."""
+        every, whole = slice(0, pyramid.batch_size), replace(self._rows, length=self._rows.count)
+        dtype = self.folded.weight1_CD.dtype
+        levels = [
+            resized_rows(pyramid, level, whole, self._columns, every, dtype).flatten(0, 1) for level in self._resized
+        ]
+        pixels = pyramid.batch_size * self._columns.tiles * self._columns.length * self._rows.count
+        none = torch.empty(pixels, 0, dtype=dtype, device=pyramid.device)
+        return _pad(torch.cat([none, *levels], dim=1), sum(self._weights.channels), dim=1)
+
+
+def label_images(folded: FoldedLabelGenerator, pyramid: FeaturePyramid, size: Size) -> tuple[Tensor, Tensor]:
+    """`FusedLabelHead`, prepared for this pyramid alone."""
+    return FusedLabelHead(folded, pyramid, size)(pyramid)
 
 
 def _grids(pyramid: FeaturePyramid, size: Size) -> tuple[Grid, Grid]:
@@ -243,41 +297,6 @@ def _weights(folded: FoldedLabelGenerator, resized: Sequence[Level]) -> _Weights
     bias3_MK = _pad(folded.bias3_M1K.flatten(1).float(), outputs, dim=1, value=-1e30)
     return _Weights(
         channels, _pad(weight1_CD, sum(channels), dim=0), weight2_DO, bias2_MO, weight3_MOK.flatten(0, 1), bias3_MK
-    )
-
-
-def _launch(
-    folded: FoldedLabelGenerator, weights: _Weights, pyramid: FeaturePyramid, size: Size, out: tuple[Tensor, Tensor]
-) -> None:
-    rows, columns = _grids(pyramid, size)
-    projected, resized = folded.levels(pyramid, (rows.full, columns.full))
-    table = ProjectedRows(pyramid, projected, folded.weight1_CD, folded.base_hwD, rows, columns, whole=True)
-    table_RD = table.finish()
-    every = slice(0, pyramid.batch_size)
-    whole = replace(rows, length=rows.count)
-    dtype = folded.weight1_CD.dtype
-    levels = [resized_rows(pyramid, level, whole, columns, every, dtype).flatten(0, 1) for level in resized]
-    pixels = pyramid.batch_size * columns.tiles * columns.length * rows.count
-    features_PC = _pad(torch.cat([table_RD.new_empty(pixels, 0), *levels], dim=1), sum(weights.channels), dim=1)
-    members, inner, _ = folded.weight2_MIO.shape
-    hidden = weights.bias2_MO.shape[1]
-    slots_5N = _padded_slots(table)
-    _label_head[(rows.tiles * columns.tiles, pyramid.batch_size)](
-        *(table_RD, features_PC, weights.weight1_CD, slots_5N, weights.weight2_DO, weights.bias2_MO),
-        *(weights.weight3_OK, weights.bias3_MK, *out, *size, rows.full, columns.full, rows.start, columns.start),
-        *(columns.tiles, pyramid.batch_size),
-        M=members,
-        H1=inner,
-        H2=hidden,
-        K=weights.bias3_MK.shape[1],
-        C0=weights.channels[0],
-        C1=weights.channels[1],
-        N=slots_5N.shape[1],
-        BLOCK=math.gcd(inner, 64),
-        TH=TILE_ROWS,
-        TW=TILE_COLUMNS,
-        num_warps=8,
-        num_stages=3 if hidden <= 32 and sum(weights.channels) <= 192 else 2,
     )
 
 

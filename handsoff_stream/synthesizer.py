@@ -7,7 +7,7 @@ Does not know streams, filters, shards or files. The same indices in the same ch
 Shape letters: B batch, M ensemble members, P pixels, K outputs, H W image size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol, get_args
@@ -26,6 +26,8 @@ from handsoff_stream.seeding import latents, noise_maps
 from handsoff_stream.tasks import Segmentation, Task
 from handsoff_stream.uncertainty import ScoreKind, image_score
 
+Labeller = Callable[[FeaturePyramid], tuple[Tensor, Tensor]]
+"""Feature maps => labels and uncertainty of one head."""
 NOISES = ("const", "none", "random")
 KERNELS = ("auto", "triton", "torch")
 
@@ -119,6 +121,7 @@ class Synthesizer:
             for name, head in checkpoint.heads.items()
         }
         self._joined: dict[tuple[str, ...], JoinedLabelGenerators] = {}
+        self._kernels: dict[str, Labeller | None] = {}
         self._triton = device.type == "cuda" and self._dtype == torch.float16 and find_spec("triton") is not None
 
     @torch.no_grad()
@@ -174,17 +177,12 @@ class Synthesizer:
     def labels(self, features: FeaturePyramid, names: Sequence[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """`label` of some heads, or of all, in the order of the checkpoint; they share their first layer's product."""
         names = [name for name in self.tasks if names is None or name in names]
-        fused = [name for name in names if self._fused(name, features)]
-        found = {name: self._fused_label(name, features) for name in fused}
-        others = tuple(name for name in names if name not in fused)
+        kernels = {name: self._kernel(name, features) for name in names}
+        found = {name: kernel(features) for name, kernel in kernels.items() if kernel is not None}
+        others = tuple(name for name in names if name not in found)
         if others:
             found |= self._tiled_labels(others, features)
         return {name: found[name] for name in names}
-
-    def _fused_label(self, name: str, features: FeaturePyramid) -> tuple[Tensor, Tensor]:
-        from handsoff_stream.label_head_triton import label_images
-
-        return label_images(self._folded[name], features, self.size)
 
     def _tiled_labels(self, names: tuple[str, ...], features: FeaturePyramid) -> dict[str, tuple[Tensor, Tensor]]:
         if names not in self._joined:
@@ -200,17 +198,22 @@ class Synthesizer:
                 uncertainty[name].append(self.tasks[name].disagreement(outputs_MPK).unflatten(0, shape))
         return {name: (_whole_label(labels[name]), torch.cat(uncertainty[name], dim=1)) for name in names}
 
-    def _fused(self, name: str, features: FeaturePyramid) -> bool:
-        """Whether the fused kernel labels this head; Triton is imported only where it may."""
-        if not isinstance(self.tasks[name], Segmentation):
-            return False
-        if self.options.kernel != "auto":
-            return self.options.kernel == "triton"
-        if not self._triton:
-            return False
-        from handsoff_stream.label_head_triton import unsupported
+    def _kernel(self, name: str, features: FeaturePyramid) -> Labeller | None:
+        """The fused kernel that labels this head, None if there is none; prepared for the first features that come."""
+        if name not in self._kernels:
+            self._kernels[name] = self._prepare_kernel(name, features)
+        return self._kernels[name]
 
-        return unsupported(self._folded[name], features, self.size) is None
+    def _prepare_kernel(self, name: str, features: FeaturePyramid) -> Labeller | None:
+        """Imports Triton only where it may run."""
+        wanted, auto = self.options.kernel == "triton", self.options.kernel == "auto" and self._triton
+        if not isinstance(self.tasks[name], Segmentation) or not (wanted or auto):
+            return None
+        from handsoff_stream.label_head_triton import FusedLabelHead, unsupported
+
+        if auto and unsupported(self._folded[name], features, self.size) is not None:
+            return None
+        return FusedLabelHead(self._folded[name], features, self.size)
 
 
 def _whole_label(strips: list[Tensor]) -> Tensor:

@@ -62,11 +62,38 @@ def divergences_of_nan() -> list[bool]:
     return found
 
 
+def streamed() -> dict[str, Any]:
+    """A synthesizer with the kernel against one without it, over chunks of two sizes, two heads that vote and one that
+    does not."""
+    from conftest import make_checkpoint
+    from test_label_generator import randomised
+
+    from handsoff_stream.synthesizer import Head, SynthesisOptions, Synthesizer
+    from handsoff_stream.tasks import Depth
+
+    checkpoint = make_checkpoint(num_calibration=1)
+    channels, task = checkpoint.generator.feature_channels, checkpoint.heads["segmentation"].task
+    checkpoint.heads.clear()
+    for seed, name in enumerate(("parts", "others")):
+        checkpoint.heads[name] = Head(task, randomised(channels, seed, hidden=(16, 8), num_outputs=3, members=3))
+    checkpoint.heads["depth"] = Head(Depth(), randomised(channels, 2, hidden=(16, 8), num_outputs=1, members=3))
+    kernels, plain = (
+        Synthesizer(checkpoint, SynthesisOptions(kernel=kernel), torch.device("cpu")) for kernel in ("triton", "torch")
+    )
+    errors = []
+    for indices in (range(3), range(3, 5)):
+        one, other = kernels(indices), plain(indices)
+        errors += [float((one.labels[name] != other.labels[name]).float().mean()) for name in ("parts", "others")]
+        errors.append(float((one.labels["depth"] - other.labels["depth"]).abs().max()))
+        errors.append(float((one.uncertainty - other.uncertainty).abs().max()))
+    return {"errors": errors, "kernels": [name for name, kernel in kernels._kernels.items() if kernel is not None]}
+
+
 def everything() -> dict[str, Any]:
     """All that needs the interpreter, in one process: starting it takes longer than the kernels."""
     variants = (("float32", False), ("float16", True))
     compared = {f"{n} {d}": compare(n, c, getattr(torch, d)) for n in CASES for d, c in variants}
-    return {**compared, "reasons": reasons(), "nan": divergences_of_nan()}
+    return {**compared, "reasons": reasons(), "nan": divergences_of_nan(), "streamed": streamed()}
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +142,11 @@ def test_what_does_not_fit_on_the_chip_is_refused_with_the_reason(results: dict[
     channels, hidden1, hidden2, classes, dtype, nothing = results["reasons"]
     assert "300 channels" in channels and "20 hidden units" in hidden1 and "256 units" in hidden2
     assert "65 classes" in classes and "bfloat16" in dtype and nothing is None
+
+
+def test_a_synthesizer_gives_the_heads_that_vote_to_the_kernel(results: dict[str, Any]) -> None:
+    assert results["streamed"]["kernels"] == ["parts", "others"]
+    assert max(results["streamed"]["errors"]) < 1e-5
 
 
 def test_nan_in_any_layer_is_not_hidden(results: dict[str, Any]) -> None:
