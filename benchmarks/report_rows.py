@@ -102,15 +102,22 @@ def label_head_charts(result: Result) -> list[Chart]:
 
 def synthesis_rows(result: Result) -> list[Row]:
     formats = {"exact": "float32", "fast": result["fast"]}
+
+    def way(case: Result, name: str) -> str:
+        kind, *compiled = name.split(", ")
+        first_call = f", torch.compile (first call {case['first_call_compiled_s'][kind]:.0f} s)" if compiled else ""
+        return f"{formats[kind]}{first_call}"
+
     return [
         Row(
-            f"synthesis of {_geometry(case)}, {formats[name]}",
+            f"synthesis of {_geometry(case)}, {way(case, name)}",
             f"{case['images_per_s'][name]:.3g} images/s",
             f"per-sample weights, float32: {case['images_per_s']['plain']:.3g} images/s",
             case["times_plain"][name],
         )
         for case in result["speed"]
-        for name in formats
+        for name in case["times_plain"]
+        if name != "plain"
     ]
 
 

@@ -2,12 +2,14 @@
 
     python benchmarks/synthesis.py
     python benchmarks/synthesis.py --geometries 1024 --samples 0
+    python benchmarks/synthesis.py --compile
 
 Three ways to the same images, on the same weights and latents, taking turns in one process, the shortest time of each:
 
 - plain: per-sample weights and grouped convolutions, float32, `plain_stylegan2.py`;
 - exact: the folded network in float32 (convolutions on CUDA without TF32);
-- fast: the folded network in half precision, float16 on CUDA, bfloat16 on a CPU.
+- fast: the folded network in half precision, float16 on CUDA, bfloat16 on a CPU;
+- with `--compile`, exact and fast through `torch.compile` as well, and the seconds that their first calls take.
 
 A geometry is the name or path of a checkpoint, or the size of a config-F generator with random weights. Precision is
 measured on a checkpoint, `fast` against `exact`: PSNR of the 8-bit images, errors of the feature maps, and the share of
@@ -15,6 +17,7 @@ label pixels that change although both are labelled in float32. Last line of std
 """
 
 import argparse
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -87,12 +90,22 @@ def speed(geometry: str, args: argparse.Namespace, device: torch.device, half: t
         "fast": lambda: fast(w_plus),
     }
     difference = max_difference(ways["exact"](), ways["plain"]())
+    compile_s: dict[str, float] = {}
+    if args.compile:
+        for name, folded in (("exact", exact), ("fast", fast)):
+            compiled = torch.compile(folded)
+            ways[f"{name}, compiled"] = functools.partial(compiled, w_plus)
+            start = time.perf_counter()
+            compiled(w_plus)
+            synchronize(device)
+            compile_s[name] = time.perf_counter() - start
     seconds = take_turns(ways, device=device, repeats=args.repeats)
     return {
         "geometry": geometry,
         "images_per_s": {name: args.batch / s for name, s in seconds.items()},
         "times_plain": {name: seconds["plain"] / s for name, s in seconds.items()},
         "exact_max_difference": difference,
+        "first_call_compiled_s": compile_s,
     }
 
 
@@ -146,6 +159,7 @@ def main() -> None:
     parser.add_argument("--geometries", nargs="+", default=["faces", "256", "512"], help="checkpoints, or sizes")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="torch.compile too")
     parser.add_argument("--checkpoint", default="faces", help="for the precision")
     parser.add_argument("--samples", type=int, default=50, help="for the precision; 0 leaves it out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -154,12 +168,14 @@ def main() -> None:
     device = torch.device(args.device)
     torch.backends.cudnn.allow_tf32 = False
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
-    table = Table("geometry", "plain", "exact", "fast", title="images/s (times plain)")
+    compiled = ("exact, compiled", "fast, compiled") if args.compile else ()
+    names = ("plain", "exact", "fast", *compiled)
+    table = Table("geometry", *names, title="images/s (times plain)")
     speeds = []
     for geometry in args.geometries:
         speeds.append(speed(geometry, args, device, half))
         rate, ratio = speeds[-1]["images_per_s"], speeds[-1]["times_plain"]
-        table.add_row(geometry, *(f"{rate[way]:.2f} ({ratio[way]:.2f})" for way in ("plain", "exact", "fast")))
+        table.add_row(geometry, *(f"{rate[way]:.2f} ({ratio[way]:.2f})" for way in names))
     Console().print(table)
     record = {"arguments": vars(args), "fast": str(half).removeprefix("torch."), "speed": speeds, "precision": None}
     if args.samples:

@@ -55,10 +55,10 @@ class ImageFolder(Dataset[Tensor]):
 
 
 class Renders(Dataset[Tensor]):
-    """The generator-training split of the embedded domain."""
+    """The generator-training split of the embedded domain; `rare`: probability of glasses, and of a hat."""
 
-    def __init__(self, resolution: int):
-        self.faces = RenderedFaces("generator", num_images=RENDERED_IMAGES, size=resolution)
+    def __init__(self, resolution: int, rare: float):
+        self.faces = RenderedFaces("generator", num_images=RENDERED_IMAGES, size=resolution, glasses=rare, hat=rare)
 
     def __len__(self) -> int:
         return len(self.faces)
@@ -87,9 +87,9 @@ class RandomOrder(Sampler[int]):
                 yield int(index)
 
 
-def open_data(data: str | None, resolution: int) -> Dataset[Tensor]:
-    """Rendered faces if `data` is None, else a `.npy` array (of any resolution) or a folder."""
+def open_data(data: str | None, resolution: int, *, rare: float) -> Dataset[Tensor]:
+    """Rendered faces (see `Renders`) if `data` is None, else a `.npy` array (of any resolution) or a folder."""
     if data is None:
-        return Renders(resolution)
+        return Renders(resolution, rare)
     path = Path(data)
     return ImageArray(path) if path.suffix == ".npy" else ImageFolder(path, resolution)

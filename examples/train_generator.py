@@ -111,7 +111,7 @@ def train(settings: Settings, out: Path, args: argparse.Namespace) -> None:
 
 def train_stage(trainer: Trainer, until: int, out: Path, args: argparse.Namespace, stop: Stop) -> bool:
     """Train one stage; True if it was finished, False if it was stopped first."""
-    data = cast(Any, open_data(trainer.settings.data, trainer.resolution))
+    data = cast(Any, open_data(trainer.settings.data, trainer.resolution, rare=trainer.settings.rare))
     rank, world = trainer.rank, trainer.world
     order = RandomOrder(len(data), trainer.settings.seed, trainer.num_images, rank=rank, world=world)
     loader = DataLoader(data, trainer.settings.batch // world, sampler=order, num_workers=args.workers)
@@ -160,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the run; an existing run is resumed")
     parser.add_argument("--data", help="image folder, or uint8 [N,3,H,W] .npy; default: rendered faces")
+    parser.add_argument("--rare", type=float, default=0.05, help="rendered faces: share with glasses, and with hats")
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--images", type=int, default=400_000, help="images to train on in all")
     parser.add_argument("--stages", type=stage, nargs="*", help="RESOLUTION:UNTIL_IMAGES ...; overrides the two above")
@@ -188,7 +189,7 @@ def main() -> None:
         parser.error(f"--channels names {len(args.channels)} resolutions; {stages[-1][0]} needs one for each from 4 on")
     names = [
         *("data", "batch", "z_dim", "mapping_layers", "lr", "r1", "r1_every", "mixing", "ema_images", "seed"),
-        *("autoencode", "autoencode_first", "kl", "start_from", "discriminator_first"),
+        *("autoencode", "autoencode_first", "kl", "start_from", "discriminator_first", "rare"),
     ]
     settings = Settings(stages=stages, channels=tuple(args.channels), **{name: getattr(args, name) for name in names})
     if "RANK" in os.environ:  # torchrun

@@ -18,8 +18,9 @@ sys.path.insert(0, str(EXAMPLES))
 
 from discriminator import Discriminator, Encoder, grow, minibatch_standard_deviation  # noqa: E402
 from gan_trainer import Settings, Trainer, average, feature_distance, pyramid_distance  # noqa: E402
-from generator_images import ImageArray, ImageFolder, RandomOrder  # noqa: E402
+from generator_images import ImageArray, ImageFolder, RandomOrder, open_data  # noqa: E402
 
+from handsoff_stream.datasets.rendered_faces import RenderedFaces  # noqa: E402
 from handsoff_stream.generators import load_generator  # noqa: E402
 from handsoff_stream.generators.layers import filter_fir, fir_kernel  # noqa: E402
 from handsoff_stream.generators.stylegan2 import StyleGAN2  # noqa: E402
@@ -303,3 +304,11 @@ def test_the_script_trains_resumes_and_writes_a_generator_that_loads(tmp_path):
     assert Image.open(tmp_path / "run" / "samples_00000024.png").size == (128, 128)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows and {"images", "loss_d", "loss_g"} <= rows[0].keys()
+
+
+@pytest.mark.parametrize("rare", [0.0, 1.0])
+def test_rendered_faces_wear_glasses_and_hats_as_often_as_asked(rare):
+    images = open_data(None, 16, rare=rare)
+    wanted = RenderedFaces("generator", num_images=5, size=16, glasses=rare, hat=rare)
+    for i in range(5):
+        assert torch.equal(images[i], wanted[i][0].mul(255).round().to(torch.uint8))
