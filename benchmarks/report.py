@@ -1,6 +1,6 @@
-"""The committed results => the table in README.md, and a plot beside each result.
+"""The committed results => the tables in README.md and results/README.md, and a plot beside each result.
 
-    python benchmarks/report.py            # rewrites the part of README.md between the markers, and results/*.svg
+    python benchmarks/report.py            # rewrites the part of README.md between the markers, and files of results/
     python benchmarks/report.py --check    # writes nothing; fails if either is out of date
 
 Everything shown comes from `benchmarks/results/*.json`: the numbers, the hardware, the date. What is said of a kind of
@@ -23,6 +23,7 @@ KINDS = STREAM | OFFLINE
 
 BEGIN = "<!-- measured: written by benchmarks/report.py -->"
 END = "<!-- end of measured -->"
+HEADER = "Written by `python benchmarks/report.py` from the files in this folder."
 
 
 def load(folder: Path) -> dict[Path, dict[str, Any]]:
@@ -54,22 +55,30 @@ def rows_of(path: Path, result: dict[str, Any]) -> list[Row]:
 
 def hardware(machine: dict[str, Any]) -> str:
     """Where and when, in a few words."""
-    where = machine["gpu"] or f"{machine['cpu_cores']} cores of {machine['cpu']}"
+    cores = machine["cpu_cores"]
+    where = machine["gpu"] or f"{cores} core{'s' if cores > 1 else ''} of {machine['cpu']}"
     return f"{where}, {machine['date'][:10]}"
 
 
-def markdown(results: dict[Path, dict[str, Any]], root: Path) -> str:
-    """The table and what must be said with it."""
+def markdown(results: dict[Path, dict[str, Any]], root: Path, all_rows: Path | None = None) -> str:
+    """The table and what must be said with it; links start at `root`.
+
+    `all_rows`: the file that shows every row, where this table has the headlines; None: it shows every row itself.
+    """
     lines = ["| | handsoff_stream | compared with | ratio | on |", "|---|---|---|---|---|"]
     for path, result in results.items():
         place = f"[{hardware(result['machine'])}]({path.relative_to(root).as_posix()})"
         for row in rows_of(path, result):
+            if all_rows is not None and not row.headline:
+                continue
             ratio = "" if row.ratio is None else f"{row.ratio:.3g}x"
             lines.append(f"| {row.what} | {row.ours} | {row.other} | {ratio} | {place} |")
     notes = [
         "The two numbers of a row come from one run on one machine, unless the row names whose the second is. Each row",
         "links to its result file, which holds command, settings and versions; its plot lies beside it.",
     ]
+    if all_rows is not None:
+        notes.append(f"[All rows]({all_rows.relative_to(root).as_posix()}).")
     if not any(result["machine"]["gpu"] for result in results.values()):
         notes.append(
             "**None of this has run on a GPU yet**; `benchmarks/README.md` has the commands that will measure it."
@@ -90,9 +99,14 @@ def between_markers(text: str, content: str) -> str:
     return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
 
 
-def wanted(readme: Path, results: dict[Path, dict[str, Any]]) -> dict[Path, str]:
+def wanted(readme: Path, folder: Path, results: dict[Path, dict[str, Any]]) -> dict[Path, str]:
     """What each generated file should hold."""
-    files = {readme: between_markers(readme.read_text(), markdown(results, readme.parent))}
+    all_rows = folder / "README.md"
+    table = markdown(results, readme.parent, all_rows)
+    files = {
+        readme: between_markers(readme.read_text(), table),
+        all_rows: f"# Results\n\n{HEADER}\n\n{markdown(results, folder)}\n",
+    }
     for path, result in results.items():
         if charts := KINDS[kind(path)].charts(result):
             files[path.with_suffix(".svg")] = svg(charts)
@@ -107,7 +121,7 @@ def main() -> int:
     args = options.parse_args()
     stale = {
         path: content
-        for path, content in wanted(args.readme, load(args.results)).items()
+        for path, content in wanted(args.readme, args.results, load(args.results)).items()
         if not path.exists() or path.read_text() != content
     }
     names = [path.name for path in stale]

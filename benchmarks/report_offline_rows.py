@@ -17,6 +17,7 @@ def fitting_rows(result: Result) -> list[Row]:
             f"{result['ours_s']:.3g} s",
             f"published training: {result['published_s']:.3g} s",
             result["time_ratio"],
+            True,
         ),
         Row(
             f"{what}: peak memory of the process",
@@ -44,6 +45,7 @@ def fitting_memory_rows(result: Result) -> list[Row]:
             f"{measured['fit_peak_mb'] / 1e3:,.3g} GB of the process",
             "what DatasetGAN's authors name for 16 images: 160 GB",
             None,
+            True,
         )
     ]
 
@@ -98,7 +100,7 @@ def downstream_rows(result: Result) -> list[Row]:
     if "stream" not in arms:
         return []
     return [
-        Row(f"{what}: the stream", _miou(arms["stream"]), f"{ARMS[name]}: {_miou(arm)}", None)
+        Row(f"{what}: the stream", _miou(arms["stream"]), f"{ARMS[name]}: {_miou(arm)}", None, True)
         for name, arm in arms.items()
         if name != "stream"
     ]

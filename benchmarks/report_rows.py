@@ -1,4 +1,4 @@
-"""What is said of each kind of result about the stream: the rows of README's table, and the bars of its plot.
+"""What is said of each kind of result about the stream: the rows of the tables, and the bars of its plot.
 
 A new kind is two functions and a line in `STREAM`; the name of a result file up to the first "-" is its kind. Knows
 what the benchmarks write. Does not know files or Markdown.
@@ -24,6 +24,8 @@ class Row:
     other: str
     ratio: float | None
     """How many times better ours is; None where that means nothing."""
+    headline: bool = False
+    """Whether README shows it too; the table beside the results has all rows."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,18 @@ def throughput_rows(result: Result) -> list[Row]:
     scaled = sides[loop]["measured_candidates"]
     slow = f"{loop}: {_rate(sides[loop])}" + (f", from {scaled} pairs" if scaled is not None else "")
     rows = [
-        Row(f"{place}: {name}", _rate(sides[name]), slow, ratios[f"{name} against {loop}"]["all_batches"])
+        Row(f"{place}: {name}", _rate(sides[name]), slow, ratios[f"{name} against {loop}"]["all_batches"], True)
         for name in streams
     ]
     best = max(streams, key=lambda name: sides[name]["pairs_per_s"])
     megabytes = sides[export]["bytes_on_disk"] / 1e6
     rest = f"{export}: {sides[export]['first_batch_s']:.3g} s, {megabytes:.3g} MB on disk"
     pair, first = ratios[f"{best} against {export}"], f"{sides[best]['first_batch_s']:.3g} s, nothing on disk"
+    embedded = result["settings"]["checkpoint"] == "faces"
     return [
         *rows,
         Row(f"{place}: {best}", _rate(sides[best]), f"{export}: {_rate(sides[export])}", pair["all_batches"]),
-        Row(f"{place}: first batch after", first, rest, pair["first_batch"]),
+        Row(f"{place}: first batch after", first, rest, pair["first_batch"], embedded),
     ]
 
 
@@ -85,6 +88,7 @@ def _label_paths(case: Result) -> list[Row]:
             f"{ours['seconds']:.3g} s, {ours['peak_mb']:,.0f} MB, {ours['labels_changed']:.2%} of labels changed",
             other,
             ours["ratio"],
+            True,
         )
         for name, ours in paths.items()
         if name != "published"
@@ -179,7 +183,7 @@ def memory_rows(result: Result) -> list[Row]:
             f"published loop, one pair: {theirs:,.0f} MB",
             theirs / ours,
         ),
-        Row("growth of the host's memory", _slope(growth, "MB per 1000 pairs"), "flat: 0", None),
+        Row(f"growth of the host's memory over {length}", _slope(growth, "MB per 1000 pairs"), "flat: 0", None, True),
     ]
     if result["seconds"] >= LONG_ENOUGH_S:
         rows.append(Row("change of throughput", _slope(speed, "% an hour"), "steady: 0", None))

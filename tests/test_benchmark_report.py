@@ -34,12 +34,15 @@ RESULT = {
 @pytest.fixture
 def house(tmp_path, monkeypatch):
     """A README with markers, one result below it, and the report run on both."""
-    readme, file = tmp_path / "README.md", tmp_path / "throughput.json"
+    readme, file = tmp_path / "README.md", tmp_path / "results" / "throughput.json"
+    file.parent.mkdir()
     readme.write_text(f"before\n{report.BEGIN}\nstale table\n{report.END}\nafter\n")
     file.write_text(json.dumps(RESULT))
 
     def report_on(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["report.py", "--readme", str(readme), "--results", str(tmp_path), *arguments])
+        monkeypatch.setattr(
+            sys, "argv", ["report.py", "--readme", str(readme), "--results", str(file.parent), *arguments]
+        )
         return report.main()
 
     return types.SimpleNamespace(readme=readme, file=file, result=copy.deepcopy(RESULT), report=report_on)
@@ -49,10 +52,22 @@ def test_the_table_shows_every_number_with_its_hardware_and_date(house):
     assert house.report() == 0
     text = house.readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale table" not in text
-    place = "[2 cores of Some CPU, 2026-11-20](throughput.json)"
+    place = "[2 cores of Some CPU, 2026-11-20](results/throughput.json)"
     loop = "published loop: 0.5 pairs/s, from 2 pairs"
     assert f"| faces, 128 x 128: stream, 0 workers | 8 pairs/s | {loop} | 16x | {place} |" in text
     assert "None of this has run on a GPU yet" in text
+
+
+def test_the_readme_has_the_headlines_and_the_folder_of_the_results_has_every_row(house):
+    house.result["settings"]["checkpoint"] = "mine"
+    house.file.write_text(json.dumps(house.result))
+    house.report()
+    text, everything = house.readme.read_text(), (house.file.parent / "README.md").read_text()
+    assert "[All rows](results/README.md)" in text and "[All rows]" not in everything
+    for row in report.rows_of(house.file, house.result):
+        line = f"| {row.what} | {row.ours} | {row.other} |"
+        assert (line in text) == row.headline and line in everything
+    assert "(throughput.json)" in everything
 
 
 def test_the_check_fails_as_soon_as_a_result_and_the_readme_differ(house, capsys):
@@ -62,7 +77,7 @@ def test_the_check_fails_as_soon_as_a_result_and_the_readme_differ(house, capsys
     house.result["sides"]["stream, 0 workers"]["pairs_per_s"] *= 2
     house.file.write_text(json.dumps(house.result))
     assert house.report("--check") == 1
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["stale"] == ["README.md", "throughput.svg"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["stale"] == ["README.md", "README.md", "throughput.svg"]
 
 
 def test_once_something_has_run_on_a_gpu_the_readme_names_it(house):
