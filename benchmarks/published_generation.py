@@ -65,6 +65,8 @@ class PublishedGeneration:
     """
 
     def __init__(self, checkpoint: Checkpoint, *, device: torch.device, seed: int = 0, host_buffer: bool = False):
+        if checkpoint.crop is not None:
+            raise ValueError("this loop labels whole images, the checkpoint streams a part; compare without its crop")
         self.generator = checkpoint.generator.to(device)
         self.synthesis = _one_by_one(self.generator)
         self.members = [member.to(device) for member in member_networks(_only_head(checkpoint))]

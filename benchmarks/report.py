@@ -124,7 +124,7 @@ def main() -> int:
         for path, content in wanted(args.readme, args.results, load(args.results)).items()
         if not path.exists() or path.read_text() != content
     }
-    names = [path.name for path in stale]
+    names = [path.relative_to(args.readme.parent).as_posix() for path in stale]
     left_out = sorted(path.name for path in args.results.glob("*.json") if kind(path) not in KINDS)
     if args.check:
         if stale:

@@ -21,6 +21,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def max_difference(a: Synthesis, b: Synthesis) -> float:
 @torch.inference_mode()
 def precision(name: str, samples: int, device: torch.device, half: torch.dtype) -> dict[str, Any]:
     """What half precision changes in a checkpoint's images, feature maps and labels of its first head."""
-    synthesizer = Synthesizer(load_checkpoint(name), SynthesisOptions(seed=SEED), device)
+    synthesizer = Synthesizer(replace(load_checkpoint(name), crop=None), SynthesisOptions(seed=SEED), device)
     generator = synthesizer.generator
     exact, fast = generator.fold(), generator.fold(half)
     batches = []

@@ -54,12 +54,14 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the parts come from: source files with sha256, command, versions."""
     crop: Window | None = None
-    """The part of the generator's image that is streamed, in its pixels; None means all of it. StyleGAN2's cars fill
-    rows 64 to 448 of 512, the rest is black bars."""
+    """The part of the generator's image that is streamed, (top, bottom, left, right) in its pixels; None means all of
+    it. StyleGAN2's cars fill rows 64 to 448 of 512, the rest is black bars."""
 
     def __post_init__(self) -> None:
         if self.crop is not None:
+            object.__setattr__(self, "crop", Window(*self.crop))
             self.crop.check(self.generator.resolution)
+            self.crop.placement(self.size, self.generator.resolution)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -71,13 +73,16 @@ class Checkpoint:
 
         Raises ValueError if this one is cropped already, or the part's edges cut output pixels.
         """
-        whole = self.generator.resolution
         if self.crop is not None:
             raise ValueError(f"this checkpoint streams {self.crop} of its images already; crop the original")
-        scaled = [side * output / full for side, output, full in zip(part.size, self.size, whole, strict=True)]
-        size = (round(scaled[0]), round(scaled[1]))
-        part.placement(size, whole)
-        return replace(self, crop=part, output_size=size, calibration=None)
+        part, whole = Window(*part), self.generator.resolution
+        height, width = (side * out / full for side, out, full in zip(part.size, self.size, whole, strict=True))
+        if not (height.is_integer() and width.is_integer()):
+            raise ValueError(
+                f"{part} of {whole[0]} x {whole[1]} pixels would cut output pixels of {self.size[0]} x {self.size[1]}; "
+                "move its edges between them"
+            )
+        return replace(self, crop=part, output_size=(int(height), int(width)), calibration=None)
 
     def tensors(self) -> dict[str, Tensor]:
         """All weights by name: `generator.*` and `heads.<name>.*`."""

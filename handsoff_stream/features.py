@@ -116,17 +116,19 @@ class FeaturePyramid:
     @property
     def resolution(self) -> Size:
         """(H, W) of the finest map, or of its crop: the output size whose pixels are those of the image."""
-        return self._window.size
+        return self.part.size
 
     @property
-    def _window(self) -> Window:
+    def part(self) -> Window:
+        """`window`, or that of the whole image."""
         if self.window is not None:
             return self.window
-        height, width = self._finest
+        height, width = self.finest
         return Window(0, height, 0, width)
 
     @property
-    def _finest(self) -> Size:
+    def finest(self) -> Size:
+        """(H, W) of the finest map: the pixels in which windows count."""
         return max(m.shape[2] for m in self.maps), max(m.shape[3] for m in self.maps)
 
     def crop(self, rows: Size, columns: Size) -> FeaturePyramid:
@@ -141,7 +143,7 @@ class FeaturePyramid:
         Raises ValueError if the part is empty or reaches beyond the image.
         """
         Window(*rows, *columns).check(self.resolution)
-        top, left = self._window.top, self._window.left
+        top, left = self.part.top, self.part.left
         window = Window(top + rows[0], top + rows[1], left + columns[0], left + columns[1])
         return replace(self, window=window)
 
@@ -150,7 +152,7 @@ class FeaturePyramid:
 
         Raises ValueError if the crop does not fall on whole output pixels.
         """
-        return self._window.placement(size, self._finest)
+        return self.part.placement(size, self.finest)
 
     def hypercolumn(self, size: Size) -> Tensor:
         """All of it, [B, C, H, W]: obvious and enormous. For references and tests."""

@@ -158,10 +158,18 @@ class JoinedLabelGenerators:
 
 
 def join(folded: Sequence[FoldedLabelGenerator]) -> JoinedLabelGenerators:
-    """One first layer for several label generators of one generator, folded alike."""
+    """One first layer for several label generators of one generator, folded alike.
+
+    Raises ValueError if they are of different generators, or were folded differently.
+    """
     first, *others = folded
     if not others:
         return JoinedLabelGenerators(first, (first,))
+    kinds = {(part.feature_channels, part.base_hwD.shape[:2], part.weight1_CD.dtype) for part in folded}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"Heads of one checkpoint read the same maps, these read {kinds}; each needs its own checkpoint."
+        )
     widths = [part.weight1_CD.shape[1] for part in folded]
     weight1_CD = torch.cat([part.weight1_CD for part in folded], dim=1)
     base_hwD = torch.cat([part.base_hwD for part in folded], dim=2)

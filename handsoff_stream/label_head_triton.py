@@ -206,6 +206,7 @@ class FusedLabelHead:
 
     def __init__(self, folded: FoldedLabelGenerator, example: FeaturePyramid, size: Size) -> None:
         folded.check(example)
+        self._geometry = _geometry(example)
         problem = unsupported(folded, example, size)
         if problem is not None:
             raise ValueError(f'The fused kernel cannot label this: {problem}; use kernel="auto" or kernel="torch".')
@@ -219,7 +220,12 @@ class FusedLabelHead:
 
     @torch.no_grad()
     def __call__(self, pyramid: FeaturePyramid) -> tuple[Tensor, Tensor]:
-        """Majority vote, int64 [B, H, W], and Jensen-Shannon divergence, float32 [B, H, W]."""
+        """Majority vote, int64 [B, H, W], and Jensen-Shannon divergence, float32 [B, H, W].
+
+        Raises ValueError if the pyramid has another geometry than the example.
+        """
+        if _geometry(pyramid) != self._geometry:
+            raise ValueError(f"Prepared for maps and crop {self._geometry}, got {_geometry(pyramid)}; prepare another.")
         labels = torch.empty(pyramid.batch_size, *self.size, dtype=torch.int64, device=pyramid.device)
         divergences = torch.empty(pyramid.batch_size, *self.size, device=pyramid.device)
         for images in split(pyramid.batch_size, self._images_at_once):
@@ -262,6 +268,10 @@ class FusedLabelHead:
         pixels = pyramid.batch_size * self._columns.tiles * self._columns.length * self._rows.count
         none = torch.empty(pixels, 0, dtype=dtype, device=pyramid.device)
         return _pad(torch.cat([none, *levels], dim=1), sum(self._weights.channels), dim=1)
+
+
+def _geometry(pyramid: FeaturePyramid) -> tuple[object, ...]:
+    return tuple(m.shape[1:] for m in pyramid.maps), pyramid.window
 
 
 def label_images(folded: FoldedLabelGenerator, pyramid: FeaturePyramid, size: Size) -> tuple[Tensor, Tensor]:

@@ -109,8 +109,9 @@ class Synthesizer:
         self.device = device
         self.size = checkpoint.size
         height, width = checkpoint.generator.resolution
-        self.crop = checkpoint.crop or Window(0, height, 0, width)
-        self._whole_size, self._corner = self.crop.placement(self.size, (height, width))
+        self.crop = checkpoint.crop
+        part = self.crop or Window(0, height, 0, width)
+        self._whole_size, self._corner = part.placement(self.size, (height, width))
         self._dtype = label_dtype(options.precision, device)
         self.generator = checkpoint.generator.to(device)
         self._synthesis = self.generator.fold(self._dtype)
@@ -161,9 +162,12 @@ class Synthesizer:
 
     def _output(self, images_BCHW: Tensor, features: FeaturePyramid) -> tuple[Tensor, FeaturePyramid]:
         """What is streamed of an image in [-1, 1], and the features of that part."""
+        images_BCHW = quantize(images_BCHW, self._whole_size)
+        if self.crop is None:
+            return images_BCHW, features
         (top, left), (height, width) = self._corner, self.size
-        images_BCHW = quantize(images_BCHW, self._whole_size)[..., top : top + height, left : left + width]
-        return images_BCHW.contiguous(), features.crop(self.crop[:2], self.crop[2:])
+        images_BCHW = images_BCHW[..., top : top + height, left : left + width].contiguous()
+        return images_BCHW, features.crop(self.crop[:2], self.crop[2:])
 
     def _upload(self, tensor: Tensor) -> Tensor:
         """To the device without making the host wait: only from pinned memory is a copy asynchronous."""
@@ -175,8 +179,11 @@ class Synthesizer:
 
     @torch.no_grad()
     def labels(self, features: FeaturePyramid, names: Sequence[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """`label` of some heads, or of all, in the order of the checkpoint; they share their first layer's product."""
-        names = [name for name in self.tasks if names is None or name in names]
+        """`label` of some heads, by default of all; they share their first layer's product.
+
+        Raises KeyError for a head that the checkpoint does not have.
+        """
+        names = list(self.tasks) if names is None else names
         kernels = {name: self._kernel(name, features) for name in names}
         found = {name: kernel(features) for name, kernel in kernels.items() if kernel is not None}
         others = tuple(name for name in names if name not in found)
@@ -185,13 +192,14 @@ class Synthesizer:
         return {name: found[name] for name in names}
 
     def _tiled_labels(self, names: tuple[str, ...], features: FeaturePyramid) -> dict[str, tuple[Tensor, Tensor]]:
-        if names not in self._joined:
-            self._joined[names] = join([self._folded[name] for name in names])
+        joined = self._joined.get(names) or join([self._folded[name] for name in names])
+        if len(names) > 1 and names not in self._joined:
             # The same weights as before, now as a share of the joint ones: none are held twice.
-            self._folded |= zip(names, self._joined[names].parts, strict=True)
+            self._joined = {names: joined}
+            self._folded |= zip(names, joined.parts, strict=True)
         labels: dict[str, list[Tensor]] = {name: [] for name in names}
         uncertainty: dict[str, list[Tensor]] = {name: [] for name in names}
-        for rows, outputs in self._joined[names].tiles(features, self.size):
+        for rows, outputs in joined.tiles(features, self.size):
             shape = (features.batch_size, rows.stop - rows.start, self.size[1])
             for name, outputs_MPK in zip(names, outputs, strict=True):
                 labels[name].append(self.tasks[name].decide(outputs_MPK).unflatten(0, shape))

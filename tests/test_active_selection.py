@@ -131,3 +131,10 @@ def test_a_generator_alone_has_no_uncertainty_to_select_by(checkpoint):
 def test_too_few_candidates_are_refused_with_the_number_that_suffices(checkpoint, num, candidates):
     with pytest.raises(ValueError, match=f"pass {10 * num} or more"):
         select_actively(synthesizer(checkpoint), num, candidates=candidates)
+
+
+def test_the_mean_of_a_crop_is_that_of_the_native_pixels_it_touches():
+    pyramid = FeaturePyramid((torch.arange(8.0).view(1, 1, 4, 2), torch.arange(32.0).view(1, 1, 8, 4)))
+    assert mean_hypercolumn(pyramid).tolist() == [[3.5, 15.5]]
+    assert mean_hypercolumn(pyramid.crop((4, 8), (0, 4))).tolist() == [[5.5, 23.5]]
+    assert mean_hypercolumn(pyramid.crop((5, 6), (0, 2))).tolist() == [[4.0, 20.5]]

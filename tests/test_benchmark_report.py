@@ -77,7 +77,11 @@ def test_the_check_fails_as_soon_as_a_result_and_the_readme_differ(house, capsys
     house.result["sides"]["stream, 0 workers"]["pairs_per_s"] *= 2
     house.file.write_text(json.dumps(house.result))
     assert house.report("--check") == 1
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["stale"] == ["README.md", "README.md", "throughput.svg"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["stale"] == [
+        "README.md",
+        "results/README.md",
+        "results/throughput.svg",
+    ]
 
 
 def test_once_something_has_run_on_a_gpu_the_readme_names_it(house):

@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, plain sentences, exit codes, no tracebacks."""
 
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from handsoff_stream.checkpoint import load_checkpoint, save_checkpoint
 from handsoff_stream.cli import app
 from handsoff_stream.datasets.rendered_faces import RenderedFaces
+from handsoff_stream.synthesizer import quantize
 
 VERBS = (
     "convert", "demo", "export", "fit", "import-labels", "inspect", "invert", "preview", "sample", "train",
@@ -159,6 +161,35 @@ def test_images_wider_than_the_generators_are_padded_and_their_bars_are_not_stre
     fitted = load_checkpoint(out)
     assert fitted.crop == (2, 14, 0, 16) and fitted.size == (12, 16) and fitted.calibration is None
     assert "12 x 16, rows 2:14, columns 0:16 of the image" in " ".join(run("inspect", out)[1].split())
+
+
+def test_what_was_labelled_on_samples_of_a_cropped_checkpoint_keeps_its_crop(labelled, tmp_path):
+    """Latents z of two samples, in one array, as DatasetGAN kept them; the samples are whole images."""
+    source = make_checkpoint(seed=3).cropped((2, 14, 0, 16))
+    save_checkpoint(tmp_path / "cropped.safetensors", source)
+    z_ND = torch.randn(2, source.generator.z_dim, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "z.npy", z_ND.numpy())
+    w_plus = source.generator.truncate(source.generator.mapping(z_ND), 0.7, 1)
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(quantize(source.generator.synthesis(w_plus, "const").images, (16, 16))):
+        Image.fromarray(image.mul(255).byte().permute(1, 2, 0).numpy()).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "masks").mkdir()
+    for i in range(2):
+        shutil.copy(labelled / "masks" / f"{i}.png", tmp_path / "masks")
+    options = {
+        "--images": tmp_path / "images", "--labels": tmp_path / "masks", "--classes": "background,skin,rest",
+        "--out": tmp_path / "new" / "mine.safetensors", "--epochs": 1, "--device": "cpu", "--calibration-samples": 0,
+        "--latent-space": "z", "--latent-truncation": 0.7, "--latent-cutoff": 1,
+    }  # fmt: skip
+    arguments = ["fit", tmp_path / "cropped.safetensors", *(x for pair in options.items() for x in pair)]
+    code, text = run(*arguments)
+    assert code != 0 and "latents z, but none are given" in " ".join(text.split())
+    code, text = run(*arguments, "--given-latents", tmp_path / "z.npy")
+    assert code == 0, text
+    fitted = load_checkpoint(tmp_path / "new" / "mine.safetensors")
+    assert fitted.crop == (2, 14, 0, 16) and fitted.size == (12, 16)
+    assert fitted.provenance["latent_space"] == {"name": "z", "truncation": 0.7, "cutoff": 1}
+    assert min(fitted.provenance["given_latents"]["psnr"].values()) > 45  # 8 bits: these latents made these images
 
 
 def test_samples_are_written_annotated_and_fitted_without_inversion(labelled, tmp_path):

@@ -64,7 +64,7 @@ def test_what_no_image_fills_is_known():
     cars = Geometry((512, 512), fit="pad")
     assert cars.covered([(384, 512), (384, 512), (768, 1024)]) == (64, 0, 448, 512)
     assert cars.covered([(384, 512), (300, 512)]) == (64, 0, 448, 512)
-    assert cars.covered([(384, 512), (512, 384)]) is None
+    assert cars.covered([(384, 512), (512, 384)]) is None and cars.covered([]) is None
     for whole in (Geometry((512, 512), fit="crop"), Geometry()):
         assert whole.covered([(384, 512)]) is None
 

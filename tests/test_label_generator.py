@@ -285,6 +285,12 @@ def test_heads_that_share_their_first_product_give_what_each_gives_alone(memory:
         assert_equivalent(torch.cat(together, dim=2).permute(0, 1, 4, 2, 3), head.reference(pyramid, (32, 32)))
 
 
+def test_heads_of_different_generators_are_not_joined() -> None:
+    one, other = (randomised(channels).fold() for channels in ((5, 4, 3), (5, 3, 4)))
+    with pytest.raises(ValueError, match="read the same maps"):
+        join([one, other])
+
+
 @pytest.mark.parametrize("size", [(24, 32), (48, 64), (12, 16)])
 def test_tiles_of_a_crop_equal_the_region_of_the_uncropped_reference(size: tuple[int, int]) -> None:
     pyramid = random_pyramid([(40, 4, 4), (40, 8, 8), (30, 16, 16), (6, 32, 32)], batch=2)

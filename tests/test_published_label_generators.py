@@ -183,7 +183,7 @@ def test_the_order_of_names_does_not_matter_and_a_suffix_neither():
 @pytest.mark.parametrize(
     ("file", "names", "message"),
     [
-        ("restyle_latents.npy", ["image_0", "portrait"], r"no latent \[L, D\] for \['portrait'\]"),
+        ("restyle_latents.npy", ["image_0", "portrait"], r"no latent for \['portrait'\]"),
         ("latents_formatted.npy", ["image_3"], r"for \['image_3'\]"),
         ("latents_formatted.npy", ["portrait"], r"for \['portrait'\]"),
         ("latents_formatted.npy", ["image_1", "1_copy"], r"several images: \['1_copy', 'image_1'\]"),
@@ -225,6 +225,10 @@ def test_a_latent_space_that_cannot_be_is_refused(imported):
         LatentSpace(name="s")
     with pytest.raises(ValueError, match="used as they are"):
         LatentSpace(truncation=0.7)
+    with pytest.raises(ValueError, match="counts style inputs"):
+        LatentSpace(name="z", cutoff=-1)
+    with pytest.raises(ValueError, match=r"\['a'\] are single vectors, not w\+ \[L, D\]; say whether they are z or w"):
+        LatentSpace().w_plus(imported.generator, {"a": torch.zeros(28)})
     with pytest.raises(ValueError, match=r"latent 'a' is \[8, 28\], z of this generator has 28 numbers"):
         LatentSpace(name="z").w_plus(imported.generator, {"a": torch.zeros(8, 28)})
 

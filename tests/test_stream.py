@@ -210,8 +210,13 @@ def test_a_crop_that_does_not_fit_is_refused(checkpoint):
     with pytest.raises(ValueError, match="rows 4:17, columns 0:16 do not fit into 16 x 16 pixels"):
         checkpoint.cropped(Window(4, 17, 0, 16))
     half = dataclasses.replace(checkpoint, output_size=(8, 8))
-    with pytest.raises(ValueError, match="would cut pixels"):
+    with pytest.raises(ValueError, match="would cut output pixels"):
         half.cropped(Window(1, 14, 0, 16))
+    fine = dataclasses.replace(checkpoint, output_size=(10, 10))
+    with pytest.raises(ValueError, match="would cut output pixels of 10 x 10"):
+        fine.cropped(Window(0, 4, 0, 16))
+    with pytest.raises(ValueError, match="would cut pixels"):
+        dataclasses.replace(checkpoint, output_size=(7, 10), crop=(2, 14, 0, 16))
     with pytest.raises(ValueError, match="already"):
         checkpoint.cropped(Window(2, 14, 0, 16)).cropped(Window(0, 2, 0, 2))
 

@@ -21,7 +21,8 @@ RadiusOption = Annotated[
 FitOption = Annotated[str, typer.Option(help="Images of another size: exact (refuse), crop or pad.")]
 
 CalibrationOption = Annotated[
-    int, typer.Option(help="Samples whose scores a rolling filter starts from; 0: it starts with the stream's own.")
+    int,
+    typer.Option(min=0, help="Samples whose scores a rolling filter starts from; 0: it starts with the stream's own."),
 ]
 
 

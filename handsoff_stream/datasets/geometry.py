@@ -118,11 +118,12 @@ class Geometry:
 
     def covered(self, images: Iterable[Size]) -> Box | None:
         """The smallest part of the result, in whole label pixels, that holds all images of these sizes; None: all."""
-        if self.fit != "pad" or self.size is None:
+        targets = [self.place(image).target for image in images]
+        if self.fit != "pad" or self.size is None or not targets:
             return None
         height, width = self.label_size or self.size
         step_y, step_x = self.size[0] // math.gcd(self.size[0], height), self.size[1] // math.gcd(self.size[1], width)
-        tops, lefts, bottoms, rights = zip(*(self.place(image).target for image in images), strict=True)
+        tops, lefts, bottoms, rights = zip(*targets, strict=True)
         part = Box(
             math.floor(min(tops) / step_y) * step_y,
             math.floor(min(lefts) / step_x) * step_x,

@@ -74,8 +74,18 @@ def _squared_distance(features_NC: Tensor, center_C: Tensor) -> Tensor:
 
 
 def mean_hypercolumn(pyramid: FeaturePyramid) -> Tensor:
-    """float32 [B, C]: the mean of every feature map, which enlarging it by a whole factor would not change."""
-    return torch.cat([map_BChw.float().mean(dim=(2, 3)) for map_BChw in pyramid.maps], dim=1)
+    """float32 [B, C]: the mean of every feature map, which enlarging it by a whole factor would not change.
+
+    Of a cropped pyramid, the mean of the native pixels that the crop touches.
+    """
+    (top, bottom, left, right), (height, width) = pyramid.part, pyramid.finest
+    means = []
+    for map_BChw in pyramid.maps:
+        h, w = map_BChw.shape[2:]
+        rows = slice(top * h // height, -(-bottom * h // height))
+        columns = slice(left * w // width, -(-right * w // width))
+        means.append(map_BChw[:, :, rows, columns].float().mean(dim=(2, 3)))
+    return torch.cat(means, dim=1)
 
 
 def select_actively(

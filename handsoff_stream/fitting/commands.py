@@ -7,13 +7,20 @@ Does not know how any step works.
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from handsoff_stream.checkpoint import ASSETS, Checkpoint, import_generator, load_checkpoint, save_checkpoint
+from handsoff_stream.checkpoint import (
+    ASSETS,
+    Checkpoint,
+    import_generator,
+    load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+)
 from handsoff_stream.config import load_class_map
 from handsoff_stream.datasets.class_maps import ClassMap, distinct_colors
 from handsoff_stream.datasets.geometry import Geometry, Size
@@ -37,6 +44,7 @@ from handsoff_stream.fitting.perceptual import Perceptual, load_perceptual
 from handsoff_stream.fitting.presets import hidden_widths
 from handsoff_stream.fitting.published import read_label_generator, read_latents
 from handsoff_stream.generators import Generator, load_generator
+from handsoff_stream.generators.checkpoints import native
 from handsoff_stream.tasks import Segmentation
 
 Encodings = dict[str, Tensor] | None
@@ -70,6 +78,10 @@ class LabelledFiles:
             found = read_latents(self.given_latents, labelled.names)
         else:
             found = {entry.name: read_latent(entry.latent) for entry in labelled.entries if entry.latent is not None}
+        if self.latent_space.name != "w+" and not found:
+            raise ValueError(
+                f"latents {self.latent_space.name}, but none are given: pass their file, or a manifest that names them"
+            )
         return self.latent_space.w_plus(generator, found)
 
     def open(self, resolution: Size) -> LabelledImages:
@@ -109,6 +121,14 @@ def open_generator(name_or_path: str) -> Generator:
     """A generator file, or the generator of a checkpoint that ships; on the CPU."""
     shipped = ASSETS / f"{name_or_path}.safetensors"
     return load_generator(shipped if shipped.is_file() else name_or_path)
+
+
+def _crop_of(name_or_path: str) -> Window | None:
+    """Of a checkpoint, whose samples may have been labelled as whole images; None of any other generator file."""
+    shipped = ASSETS / f"{name_or_path}.safetensors"
+    path = shipped if shipped.is_file() else Path(name_or_path)
+    crop = read_manifest(path).get("crop") if native.is_safetensors(path) else None
+    return None if crop is None else Window(**crop)
 
 
 def open_perceptual(net: str | None, device: torch.device) -> Perceptual:
@@ -248,10 +268,15 @@ def fit_files(
         progress=True,
     )
     provenance = {**checkpoint.provenance, "class_map": files.class_map.config()}
+    if given:
+        provenance["latent_space"] = asdict(files.latent_space)
     checkpoint = replace(checkpoint, provenance=provenance)
+    crop = _crop_of(generator)
     if labelled.covered is not None:
         top, left, bottom, right = map(int, labelled.covered)
-        checkpoint = checkpoint.cropped(Window(top, bottom, left, right))
+        crop = Window(top, bottom, left, right)
+    if crop is not None:
+        checkpoint = checkpoint.cropped(crop)
     save_calibrated(checkpoint, out, chosen, calibration_samples, half=half)
     accuracy: float | None = checkpoint.provenance["fit"]["accuracy"]
     unseen = [n for n, count in zip(task.class_names, labelled.pixels_per_class, strict=True) if count == 0]
@@ -277,6 +302,7 @@ def import_label_generator(
         ValueError: another number of class names than the label generator has outputs.
     """
     chosen = resolve_device(device)
+    out.parent.mkdir(parents=True, exist_ok=True)
     base = import_generator(generator, average_latent=average_latent)
     read = read_label_generator(experiment, base.generator.feature_channels, folder=members)
     names = tuple(class_names or (f"class {i}" for i in range(read.label_generator.num_outputs)))

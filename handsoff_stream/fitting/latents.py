@@ -51,17 +51,22 @@ class LatentSpace:
     def __post_init__(self) -> None:
         if self.name not in SPACES:
             raise ValueError(f"latent space {self.name!r} is unknown; pass one of {', '.join(SPACES)}")
+        if self.cutoff is not None and self.cutoff < 0:
+            raise ValueError(f"cutoff={self.cutoff}; it counts style inputs")
         if self.name == "w+" and (self.truncation != 1.0 or self.cutoff is not None):
             raise ValueError("latents w+ are used as they are; truncation and cutoff are for z and w")
 
     @torch.no_grad()
     def w_plus(self, generator: Generator, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name => latent [D], or [L, D] of w+, to name => w+ float32 [L, D], on the generator's device.
+        """Name => latent [D], or [L, D] of w+, to name => w+ float32 [L, D].
 
         Raises:
             ValueError: a latent of another shape than this space has.
         """
         if self.name == "w+":
+            vectors = sorted(name for name, latent in latents.items() if latent.ndim != 2)
+            if vectors:
+                raise ValueError(f"latents of {vectors} are single vectors, not w+ [L, D]; say whether they are z or w")
             return dict(latents)
         size = generator.z_dim if self.name == "z" else generator.w_dim
         found: dict[str, Tensor] = {}

@@ -176,7 +176,7 @@ def read_latents(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
     shared = sorted(name for name in names if list(keys.values()).count(keys[name]) > 1)
     if lost or shared:
         raise CheckpointError(
-            f"{path}: no latent [L, D] for {lost}, one for several images: {shared}; an image is found by its name, "
+            f"{path}: no latent for {lost}, one for several images: {shared}; an image is found by its name, "
             "or by the first integer in it where the file has no names"
         )
     return {name: torch.from_numpy(np.array(latents[keys[name]], dtype=np.float32)) for name in names}
