@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--latents", type=Path, help="folder of the inversions; default: OUT.latents")
     parser.add_argument("--num-labelled", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=150, help="of the inversion")
+    parser.add_argument("--steps", type=int, default=200, help="of the inversion")
     parser.add_argument("--hidden", type=int, nargs=2, default=(128, 32))
     parser.add_argument("--epochs", type=int, default=FitSettings().epochs)
     parser.add_argument("--calibration-samples", type=int, default=2000)
@@ -88,7 +88,7 @@ def main() -> None:
         w = generator.mapping(networks["encoder"](images)[0])
         encodings = dict(zip(names, w[:, None].expand(-1, generator.num_ws, -1), strict=True))
     # The distance has pixels in it already.
-    inversion = InversionSettings(steps=args.steps, learning_rate=0.02, pixel_weight=0, radius=None)
+    inversion = InversionSettings(steps=args.steps, learning_rate=0.05, pixel_weight=0, radius=None)
     checkpoint = fit_checkpoint(
         generator.to(args.device),
         [(name, image) for name, (image, _) in zip(names, pairs, strict=True)],
