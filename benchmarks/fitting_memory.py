@@ -112,7 +112,7 @@ def main() -> None:
     if args.images < IMAGES:
         record["extrapolated"] = extrapolate(measured, args, memory_gb)
         console.print(f"extrapolated to {IMAGES} images: {record['extrapolated']}")
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
     write_result(args.name, {"settings": settings, **record})
 
 
