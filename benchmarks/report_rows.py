@@ -48,11 +48,11 @@ def throughput_rows(result: Result) -> list[Row]:
     loop, export = "published loop", "export, then read"
     scaled = sides[loop]["measured_candidates"]
     slow = f"{loop}: {_rate(sides[loop])}" + (f", from {scaled} pairs" if scaled is not None else "")
+    best = max(streams, key=lambda name: sides[name]["pairs_per_s"])
     rows = [
-        Row(f"{place}: {name}", _rate(sides[name]), slow, ratios[f"{name} against {loop}"]["all_batches"], True)
+        Row(f"{place}: {name}", _rate(sides[name]), slow, ratios[f"{name} against {loop}"]["all_batches"], name == best)
         for name in streams
     ]
-    best = max(streams, key=lambda name: sides[name]["pairs_per_s"])
     megabytes = sides[export]["bytes_on_disk"] / 1e6
     rest = f"{export}: {sides[export]['first_batch_s']:.3g} s, {megabytes:.3g} MB on disk"
     pair, first = ratios[f"{best} against {export}"], f"{sides[best]['first_batch_s']:.3g} s, nothing on disk"
