@@ -119,7 +119,7 @@ class JoinedLabelGenerators:
         """As `FoldedLabelGenerator.tiles`, with the outputs of every part; maps are read once for all of them."""
         self.first.check(pyramid)
         memory = working_set(pyramid.device) if memory is None else memory
-        strips, image_groups, member_groups = self._groups(size, pyramid.batch_size, memory)
+        strips, image_groups, member_groups = self._plan(size, pyramid.batch_size, memory)
         walk = _Walk(self.first, pyramid, size, strips[0].stop)
         for number, rows in enumerate(strips):
             height = rows.stop - rows.start
@@ -132,7 +132,7 @@ class JoinedLabelGenerators:
                     outputs[n][members, images] = strip.in_rows(outputs_MPK, size[1])
             yield rows, [outputs_MBSWK.flatten(1, 3) for outputs_MBSWK in outputs]
 
-    def _groups(
+    def _plan(
         self, size: Size, images: int, memory: int
     ) -> tuple[list[slice], list[slice], list[tuple[int, slice, slice]]]:
         """Groups of rows, of images, and of members as (part, members, their hidden units of the first layer)."""

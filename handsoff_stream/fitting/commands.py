@@ -119,15 +119,21 @@ def open_class_map(name_or_path: str | None, class_names: str | None) -> ClassMa
 
 def open_generator(name_or_path: str) -> Generator:
     """A generator file, or the generator of a checkpoint that ships; on the CPU."""
-    shipped = ASSETS / f"{name_or_path}.safetensors"
-    return load_generator(shipped if shipped.is_file() else name_or_path)
+    return load_generator(_generator_file(name_or_path))
 
 
-def _crop_of(name_or_path: str) -> Window | None:
-    """Of a checkpoint, whose samples may have been labelled as whole images; None of any other generator file."""
+def _generator_file(name_or_path: str) -> Path:
     shipped = ASSETS / f"{name_or_path}.safetensors"
-    path = shipped if shipped.is_file() else Path(name_or_path)
-    crop = read_manifest(path).get("crop") if native.is_safetensors(path) else None
+    return shipped if shipped.is_file() else Path(name_or_path)
+
+
+def _part_to_stream(generator: Path, labelled: LabelledImages) -> Window | None:
+    """What the labelled images fill; if that is all, what the generator's file streams, where it is a checkpoint whose
+    samples were labelled; None for whole images."""
+    if labelled.covered is not None:
+        top, left, bottom, right = map(int, labelled.covered)
+        return Window(top, bottom, left, right)
+    crop = read_manifest(generator).get("crop") if native.is_safetensors(generator) else None
     return None if crop is None else Window(**crop)
 
 
@@ -271,12 +277,9 @@ def fit_files(
     if given:
         provenance["latent_space"] = asdict(files.latent_space)
     checkpoint = replace(checkpoint, provenance=provenance)
-    crop = _crop_of(generator)
-    if labelled.covered is not None:
-        top, left, bottom, right = map(int, labelled.covered)
-        crop = Window(top, bottom, left, right)
-    if crop is not None:
-        checkpoint = checkpoint.cropped(crop)
+    part = _part_to_stream(_generator_file(generator), labelled)
+    if part is not None:
+        checkpoint = checkpoint.cropped(part)
     save_calibrated(checkpoint, out, chosen, calibration_samples, half=half)
     accuracy: float | None = checkpoint.provenance["fit"]["accuracy"]
     unseen = [n for n, count in zip(task.class_names, labelled.pixels_per_class, strict=True) if count == 0]
