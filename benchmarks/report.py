@@ -30,7 +30,10 @@ def load(folder: Path) -> dict[Path, dict[str, Any]]:
     """Every result file of a known kind, by path, in the order of `KINDS`, small geometries first (shorter names)."""
     known = [path for path in sorted(folder.glob("*.json")) if kind(path) in KINDS]
     order = list(KINDS)
-    return {path: json.loads(path.read_text()) for path in sorted(known, key=lambda p: (order.index(kind(p)), len(p.stem), p.stem))}
+    return {
+        path: json.loads(path.read_text())
+        for path in sorted(known, key=lambda p: (order.index(kind(p)), len(p.stem), p.stem))
+    }
 
 
 def kind(path: Path) -> str:
