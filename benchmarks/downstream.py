@@ -9,12 +9,16 @@ test faces, which no training saw.
     plain      the same pairs as they are
     labelled   the labelled images themselves, again and again, with ordinary augmentation
     mixed      half of each batch from `stream`, half from `labelled`
+    judged     the stream's images, labelled by a network trained on `--judge-steps` batches of labelled renders
     rendered   fresh faces from the same source as the labelled ones, never the same twice: unlimited annotation
+
+What `stream` lacks to `judged` is the labels' fault, what `judged` lacks to `rendered` the images' (and the judge's).
 """
 
 import argparse
 import multiprocessing
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -23,10 +27,12 @@ from typing import Any
 
 import torch
 from common import write_result
+from generator import train_judge
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
+from torchvision import tv_tensors
 
 from handsoff_stream.checkpoint import read_manifest
 from handsoff_stream.datasets.labelled_faces import labelled_faces
@@ -68,20 +74,52 @@ class Outcome:
         }
 
 
-def stream_loader(args: argparse.Namespace, seed: int, *, batch: int | None = None, augmented: bool = True) -> Loader:
+class Relabelled:
+    """A joint transform: the label is the judge's, then ordinary augmentation.
+
+    Args:
+        weights: file of the judge's.
+    """
+
+    def __init__(self, weights: str):
+        self.judge = build_judge(weights)
+        self.augmentation = ordinary_augmentation()
+
+    @torch.inference_mode()
+    def __call__(self, image_3HW: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        label_HW = self.judge(image_3HW[None].as_subclass(Tensor)).argmax(dim=1)[0]
+        relabelled: tuple[Tensor, Tensor] = self.augmentation(image_3HW, tv_tensors.Mask(label_HW))
+        return relabelled
+
+
+def build_judge(weights: str) -> torch.nn.Module:
+    judge = build_deeplab(len(CLASS_NAMES), backbone="resnet18")
+    judge.load_state_dict(torch.load(weights, weights_only=True))
+    return judge.eval()
+
+
+def loader(args: argparse.Namespace, seed: int, transforms: Callable[..., Any] | None, batch: int) -> Loader:
     stream = HandsOffStream(
         args.checkpoint,
-        batch_size=batch or args.batch,
+        batch_size=batch,
         seed=seed,
         truncation=args.truncation,
         precision=fastest_precision(resolve_device(None)),
-        transforms=ordinary_augmentation() if augmented else None,
+        transforms=transforms,
     )
     return DataLoader(stream, batch_size=None)
 
 
+def stream_loader(args: argparse.Namespace, seed: int) -> Loader:
+    return loader(args, seed, ordinary_augmentation(), args.batch)
+
+
 def plain_loader(args: argparse.Namespace, seed: int) -> Loader:
-    return stream_loader(args, seed, augmented=False)
+    return loader(args, seed, None, args.batch)
+
+
+def judged_loader(args: argparse.Namespace, seed: int) -> Loader:
+    return loader(args, seed, Relabelled(args.judge), args.batch)
 
 
 def labelled_loader(args: argparse.Namespace, seed: int, *, batch: int | None = None) -> Loader:
@@ -92,8 +130,9 @@ def labelled_loader(args: argparse.Namespace, seed: int, *, batch: int | None = 
 
 def mixed_loader(args: argparse.Namespace, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     half = args.batch // 2
+    stream = loader(args, seed, ordinary_augmentation(), half)
     real = labelled_loader(args, seed, batch=args.batch - half)
-    for (images, labels), (more_images, more_labels) in zip(stream_loader(args, seed, batch=half), real, strict=False):
+    for (images, labels), (more_images, more_labels) in zip(stream, real, strict=False):
         yield torch.cat([images, more_images]), torch.cat([labels, more_labels])
 
 
@@ -109,6 +148,7 @@ ARMS: dict[str, Callable[[argparse.Namespace, int], Iterable[Any]]] = {
     "plain": plain_loader,
     "labelled": labelled_loader,
     "mixed": mixed_loader,
+    "judged": judged_loader,
     "rendered": rendered_loader,
 }
 
@@ -172,6 +212,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--labelled", type=int, default=16, help="labelled images the checkpoint was fitted on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--judge-steps", type=int, default=1000, help="steps that the judge of the arm `judged` trains")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--test-images", type=int, default=200)
     parser.add_argument("--backbone", choices=BACKBONES, default="resnet18")
@@ -187,9 +228,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = arguments()
-    console = Console(stderr=True)
+def train(args: argparse.Namespace, console: Console) -> list[Outcome]:
+    """Every arm with every seed."""
     threads = max(1, torch.get_num_threads() // args.processes)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, context, torch.set_num_threads, (threads,)) as pool:
@@ -199,13 +239,34 @@ def main() -> None:
                 done = training.result()
                 seconds = done.training.seconds
                 console.print(f"{done.arm}, seed {done.seed}: mIoU {done.scores.miou:.3f} in {seconds:.0f} s")
-        outcomes = [training.result() for training in trainings]
+        return [training.result() for training in trainings]
+
+
+def train_and_save_judge(args: argparse.Namespace) -> SegmentationScores:
+    """Writes the weights to `args.judge`; returns the judge's scores on test renders."""
+    size = read_manifest(args.checkpoint)["output_size"][0]
+    judge = train_judge(size, args.judge_steps, resolve_device(None))
+    torch.save(judge.state_dict(), args.judge)
+    return evaluate(judge, RenderedFaces("test", num_images=args.test_images), CLASS_NAMES)
+
+
+def main() -> None:
+    args = arguments()
+    console = Console(stderr=True)
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        args.judge = f"{folder}/judge.pt"
+        if "judged" in args.arms:
+            scores = train_and_save_judge(args)
+            console.print(f"judge: mIoU {scores.miou:.3f}")
+            result["judge_on_renders"] = scores.record()
+        outcomes = train(args, console)
     Console().print(table(args, outcomes))
-    settings = {**vars(args), "checkpoint": Path(args.checkpoint).name}
-    if {"stream", "plain", "mixed"} & set(args.arms):
+    settings = {k: v for k, v in vars(args).items() if k != "judge"} | {"checkpoint": Path(args.checkpoint).name}
+    if {"stream", "plain", "mixed", "judged"} & set(args.arms):
         settings["fingerprint"] = read_manifest(args.checkpoint)["fingerprint"]
     runs = [outcome.record() for outcome in outcomes]
-    write_result(args.name, {"settings": settings, "summary": summary(outcomes), "runs": runs})
+    write_result(args.name, {"settings": settings, "summary": summary(outcomes), "runs": runs, **result})
 
 
 if __name__ == "__main__":

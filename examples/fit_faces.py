@@ -22,7 +22,7 @@ from torch import Tensor
 from handsoff_stream import load_checkpoint
 from handsoff_stream.datasets.labelled_faces import labelled_faces
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, PALETTE
-from handsoff_stream.fitting import FitSettings, InversionSettings, Perceptual, fit_checkpoint
+from handsoff_stream.fitting import FitSettings, InversionSettings, Perceptual, ViewSettings, fit_checkpoint, with_views
 from handsoff_stream.fitting.commands import save_calibrated, sha256
 from handsoff_stream.generators import Generator
 from handsoff_stream.tasks import Segmentation
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--latents", type=Path, help="folder of the inversions; default: OUT.latents")
     parser.add_argument("--num-labelled", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200, help="of the inversion")
+    parser.add_argument("--views", type=int, default=2, help="of each image; more of those with glasses or hat")
     parser.add_argument("--hidden", type=int, nargs=2, default=(128, 32))
     parser.add_argument("--epochs", type=int, default=FitSettings().epochs)
     parser.add_argument("--calibration-samples", type=int, default=2000)
@@ -82,17 +83,21 @@ def main() -> None:
     faces = labelled_faces(args.num_labelled, size=generator.resolution[0])
     pairs = [faces[i] for i in range(len(faces))]
     names = [f"train-{i:02d}" for i in range(len(pairs))]
-    images = torch.stack([image for image, _ in pairs]) * 2 - 1
+    classes = [CLASS_NAMES.index(name) for name in ("glasses", "hat")]
+    views = ViewSettings(per_image=args.views, flip=True, any_color=tuple(classes))
+    named = [(name, image) for name, (image, _) in zip(names, pairs, strict=True)]
+    named, masks = with_views(named, torch.stack([mask for _, mask in pairs]), len(CLASS_NAMES), views)
+    images = torch.stack([image for _, image in named]) * 2 - 1
     encodings = None
     if "encoder" in networks:
         w = generator.mapping(networks["encoder"](images)[0])
-        encodings = dict(zip(names, w[:, None].expand(-1, generator.num_ws, -1), strict=True))
+        encodings = dict(zip((name for name, _ in named), w[:, None].expand(-1, generator.num_ws, -1), strict=True))
     # The distance has pixels in it already.
     inversion = InversionSettings(steps=args.steps, learning_rate=0.05, pixel_weight=0, radius=None)
     checkpoint = fit_checkpoint(
         generator.to(args.device),
-        [(name, image) for name, (image, _) in zip(names, pairs, strict=True)],
-        torch.stack([mask for _, mask in pairs]),
+        named,
+        masks,
         Segmentation(CLASS_NAMES, PALETTE),
         args.latents or args.out.with_suffix(".latents"),
         inversion=inversion,
@@ -103,7 +108,7 @@ def main() -> None:
         sources={"generator.safetensors": sha256(args.run / "generator.safetensors")},
         progress=True,
     )
-    provenance = {**checkpoint.provenance, "generator_training": training}
+    provenance = {**checkpoint.provenance, "views": views.config(), "generator_training": training}
     device = torch.device(args.device)
     save_calibrated(replace(checkpoint, provenance=provenance), args.out, device, args.calibration_samples, half=True)
     accuracy, psnr = provenance["fit"]["accuracy"], provenance["inversion"]["psnr"]

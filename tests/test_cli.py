@@ -120,6 +120,27 @@ def test_fit_goes_from_folders_to_a_checkpoint_that_streams(labelled, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:LPIPS has no trained backbone")
+def test_fit_learns_from_views_of_the_images_too(labelled, tmp_path):
+    out = tmp_path / "mine.safetensors"
+    views = {"views": 1, "any-color": "skin", "calibration-samples": 0}
+    code, text = run(*fit_arguments(labelled, out, **views), "--flip-views")
+    assert code == 0, text
+    provenance = load_checkpoint(out).provenance
+    assert provenance["views"]["any_color"] == [1] and provenance["views"]["flip"]
+    assert provenance["images"][4:] == [f"{i}.view-00" for i in range(4)]
+    assert len(list((tmp_path / "mine.latents").iterdir())) == 8
+
+
+def test_settings_of_views_that_mean_nothing_are_refused(labelled, tmp_path):
+    out = tmp_path / "mine.safetensors"
+    code, text = run(*fit_arguments(labelled, out, views=2), "--any-color", "skin,hat")
+    assert code == 2 and "no class is named 'hat'; there are background, skin, rest" in " ".join(text.split())
+    code, text = run(*fit_arguments(labelled, out), "--flip-views")
+    assert code == 2 and "there are no views to mirror" in " ".join(text.split())
+    assert not out.exists()
+
+
+@pytest.mark.filterwarnings("ignore:LPIPS has no trained backbone")
 def test_colour_masks_of_another_size_and_a_class_map_of_ones_own(labelled, tmp_path):
     """Images of 24 x 20 and masks in colours, cropped to the generator's 16 x 16; one class never occurs."""
     images, masks = tmp_path / "images", tmp_path / "masks"

@@ -54,7 +54,10 @@ def test_a_run_becomes_a_checkpoint_that_streams_and_tells_its_history(run, tmp_
     assert f"wrote {out}; inversions" in text
     provenance = load_checkpoint(out).provenance
     assert provenance["perceptual"].startswith("pixels and discriminator features")
-    assert provenance["inversion"]["radius"] is None and len(provenance["inversion"]["psnr"]) == 3
+    assert provenance["views"]["per_image"] == 2 and provenance["images"][:3] == ["train-00", "train-01", "train-02"]
+    assert sum(".view-" in name for name in provenance["images"]) == len(provenance["images"]) - 3 >= 6
+    assert provenance["inversion"]["radius"] is None
+    assert len(provenance["inversion"]["psnr"]) == len(provenance["images"])
     assert provenance["generator_training"]["images"] == 8
     image, label = HandsOffStream(out, device="cpu")[5]
     assert image.shape == (3, 16, 16) and label.shape == (16, 16)

@@ -159,6 +159,13 @@ def fit(
     crop_box: Annotated[str | None, typer.Option(help="TOP,LEFT,BOTTOM,RIGHT in pixels, cut out first.")] = None,
     label_size: Annotated[int | None, typer.Option(help="Height of the labels; default: the generator's.")] = None,
     smallest_region: Annotated[int, typer.Option(help="Smaller specks in masks become unlabelled; HandsOff: 30.")] = 0,
+    views: Annotated[
+        int, typer.Option(help="Views of each image, inverted and learnt from too; more where classes are rare.")
+    ] = 0,
+    flip_views: Annotated[bool, typer.Option("--flip-views", help="Mirror half of them.")] = False,
+    any_color: Annotated[
+        str | None, typer.Option(help="Classes that views recolour at will, with commas, such as hat.")
+    ] = None,
     domain: DomainOption = None,
     latents: Annotated[Path | None, typer.Option(help="Folder of inversions; default: OUT.latents/.")] = None,
     given_latents: Annotated[Path | None, typer.Option(help="Published .npy of latents, instead of inversion.")] = None,
@@ -185,6 +192,7 @@ def fit(
         fit_settings,
         inversion_settings,
         open_class_map,
+        view_settings,
     )
 
     files = LabelledFiles(
@@ -206,6 +214,7 @@ def fit(
         inversion=inversion_settings(domain, steps, radius),
         encoder=encoder,
         settings=fit_settings(hidden=hidden, epochs=epochs, patience=patience),
+        views=view_settings(files.class_map, views=views, flip=flip_views, any_color=any_color),
         widths_of=domain if hidden is None else None,
         net=net,
         memory_gb=memory_gb,

@@ -25,6 +25,7 @@ from handsoff_stream.fitting.restyle import encode_images
 from handsoff_stream.fitting.restyle_files import load_restyle
 from handsoff_stream.fitting.sample_for_annotation import write_samples
 from handsoff_stream.fitting.train_encoder import EncoderSettings, train_encoder
+from handsoff_stream.fitting.views import ViewSettings, with_views
 from handsoff_stream.generators import Generator
 from handsoff_stream.synthesizer import Head
 from handsoff_stream.tasks import Task
@@ -38,6 +39,7 @@ __all__ = [
     "InversionSettings",
     "LatentSpace",
     "Perceptual",
+    "ViewSettings",
     "calibrate",
     "encode_images",
     "fit_checkpoint",
@@ -48,6 +50,7 @@ __all__ = [
     "load_restyle",
     "read_latent",
     "train_encoder",
+    "with_views",
     "write_samples",
 ]
 

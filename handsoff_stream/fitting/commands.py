@@ -32,6 +32,7 @@ from handsoff_stream.fitting import (
     FitSettings,
     InversionSettings,
     LatentSpace,
+    ViewSettings,
     calibrate,
     encode_images,
     fit_checkpoint,
@@ -39,6 +40,7 @@ from handsoff_stream.fitting import (
     load_restyle,
     read_latent,
     train_encoder,
+    with_views,
 )
 from handsoff_stream.fitting.perceptual import Perceptual, load_perceptual
 from handsoff_stream.fitting.presets import hidden_widths
@@ -157,6 +159,22 @@ def fit_settings(*, hidden: tuple[int, int] | None, epochs: int | None, patience
     return replace(settings, hidden=hidden or settings.hidden, epochs=epochs or settings.epochs, patience=patience)
 
 
+def view_settings(class_map: ClassMap, *, views: int, flip: bool, any_color: str | None) -> ViewSettings | None:
+    """None for no views. `any_color`: names of classes, separated by commas.
+
+    Raises:
+        ValueError: a name that the class map lacks, or settings of views without views.
+    """
+    names = [name.strip() for name in any_color.split(",")] if any_color else []
+    unknown = [name for name in names if name not in class_map.class_names]
+    if unknown:
+        raise ValueError(f"no class is named {unknown[0]!r}; there are {', '.join(class_map.class_names)}")
+    if views == 0 and (flip or names):
+        raise ValueError("there are no views to mirror or recolour; pass --views N, or leave the rest out")
+    ids = tuple(class_map.class_names.index(name) for name in names)
+    return ViewSettings(per_image=views, flip=flip, any_color=ids) if views else None
+
+
 def encodings(encoder: Path | None, generator: Generator, images: Sequence[tuple[str, Tensor]]) -> Encodings:
     """Name => w_e of an encoder's file; None without one."""
     if encoder is None:
@@ -215,6 +233,7 @@ def fit_files(
     inversion: InversionSettings,
     encoder: Path | None = None,
     settings: FitSettings,
+    views: ViewSettings | None = None,
     widths_of: str | None = None,
     net: str | None = None,
     memory_gb: float | None = None,
@@ -230,6 +249,7 @@ def fit_files(
         out: checkpoint to write.
         latents: folder of the inversions; None means beside `out`.
         inversion, settings: how to invert and fit.
+        views: of the images, inverted and learnt from beside them; None for none.
         encoder: a ReStyle encoder's file, to start from and stay near.
         widths_of: domain whose published hidden widths replace those of `settings`.
         net: LPIPS backbone.
@@ -254,12 +274,18 @@ def fit_files(
     if widths_of is not None:
         settings = replace(settings, hidden=hidden_widths(widths_of, num_images=len(labelled)))
     task = Segmentation(files.class_map.class_names, files.class_map.palette)
-    images = [(name, image) for name, image, _ in labelled]
+    images, masks = [(name, image) for name, image, _ in labelled], torch.stack([mask for _, _, mask in labelled])
+    if views is not None:
+        if given:
+            raise ValueError(
+                "views are inverted, images with given latents are not; leave out the views or the latents"
+            )
+        images, masks = with_views(images, masks, task.num_outputs, views)
     network.to(chosen)
     checkpoint = fit_checkpoint(
         network,
         images,
-        torch.stack([mask for _, _, mask in labelled]),
+        masks,
         task,
         latents or out.with_suffix(".latents"),
         inversion=inversion,
@@ -274,6 +300,8 @@ def fit_files(
         progress=True,
     )
     provenance = {**checkpoint.provenance, "class_map": files.class_map.config()}
+    if views is not None:
+        provenance["views"] = views.config()
     if given:
         provenance["latent_space"] = asdict(files.latent_space)
     checkpoint = replace(checkpoint, provenance=provenance)
