@@ -90,6 +90,7 @@ ARMS = {
     "plain": "the stream without augmentation",
     "labelled": "the labelled images",
     "mixed": "half stream, half labelled images",
+    "judged": "its images, labelled by a network trained on renders",
     "rendered": "unlimited labelled images",
 }
 
