@@ -12,7 +12,8 @@ test faces, which no training saw.
     judged     the stream's images, labelled by a network trained on `--judge-steps` batches of labelled renders
     rendered   fresh faces from the same source as the labelled ones, never the same twice: unlimited annotation
 
-What `stream` lacks to `judged` is the labels' fault, what `judged` lacks to `rendered` the images' (and the judge's).
+What `stream` lacks to `judged` is the labels' fault, what `judged` lacks to `rendered` the images', as far as the judge
+is right.
 """
 
 import argparse
@@ -78,24 +79,24 @@ class Relabelled:
     """A joint transform: the label is the judge's, then ordinary augmentation.
 
     Args:
-        weights: file of the judge's.
+        weights: file of the judge's weights.
     """
 
     def __init__(self, weights: str):
         self.judge = build_judge(weights)
         self.augmentation = ordinary_augmentation()
 
-    @torch.inference_mode()
     def __call__(self, image_3HW: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        label_HW = self.judge(image_3HW[None].as_subclass(Tensor)).argmax(dim=1)[0]
+        with torch.no_grad():
+            label_HW = self.judge(image_3HW[None].as_subclass(Tensor)).argmax(dim=1)[0]
         relabelled: tuple[Tensor, Tensor] = self.augmentation(image_3HW, tv_tensors.Mask(label_HW))
         return relabelled
 
 
 def build_judge(weights: str) -> torch.nn.Module:
     judge = build_deeplab(len(CLASS_NAMES), backbone="resnet18")
-    judge.load_state_dict(torch.load(weights, weights_only=True))
-    return judge.eval()
+    judge.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return judge.to(resolve_device(None)).eval()
 
 
 def loader(args: argparse.Namespace, seed: int, transforms: Callable[..., Any] | None, batch: int) -> Loader:
@@ -207,7 +208,9 @@ def table(args: argparse.Namespace, outcomes: list[Outcome]) -> Table:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--checkpoint", default="faces", help="name or path, for the arm `stream`")
+    parser.add_argument(
+        "--checkpoint", default="faces", help="name or path, for all arms but `labelled` and `rendered`"
+    )
     parser.add_argument("--truncation", type=float, help="psi of the stream; default: the checkpoint's")
     parser.add_argument("--labelled", type=int, default=16, help="labelled images the checkpoint was fitted on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -40,10 +40,11 @@ class TrainedDistance(Perceptual):
     """
 
     def __init__(self, discriminator: Discriminator, images: Tensor) -> None:
-        digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in discriminator.parameters()))
-        super().__init__(discriminator, f"pixels and discriminator features, {digest.hexdigest()[:16]}")
         with torch.no_grad():
             self.energies = [float(m.square().mean()) for m in discriminator.features(images)]
+        digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in discriminator.parameters()))
+        digest.update(repr(self.energies).encode())
+        super().__init__(discriminator, f"pixels and discriminator features, {digest.hexdigest()[:16]}")
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """float32 [B, N]; its squared differences sum to the trainer's loss, times ten."""
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--latents", type=Path, help="folder of the inversions; default: OUT.latents")
     parser.add_argument("--num-labelled", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200, help="of the inversion")
-    parser.add_argument("--views", type=int, default=2, help="of each image; more of those with glasses or hat")
+    parser.add_argument("--views", type=int, default=0, help="of each image; more of those with glasses or hat")
     parser.add_argument("--hidden", type=int, nargs=2, default=(128, 32))
     parser.add_argument("--epochs", type=int, default=FitSettings().epochs)
     parser.add_argument("--calibration-samples", type=int, default=2000)
@@ -108,7 +109,9 @@ def main() -> None:
         sources={"generator.safetensors": sha256(args.run / "generator.safetensors")},
         progress=True,
     )
-    provenance = {**checkpoint.provenance, "views": views.config(), "generator_training": training}
+    provenance = {**checkpoint.provenance, "generator_training": training}
+    if args.views:
+        provenance["views"] = views.config()
     device = torch.device(args.device)
     save_calibrated(replace(checkpoint, provenance=provenance), args.out, device, args.calibration_samples, half=True)
     accuracy, psnr = provenance["fit"]["accuracy"], provenance["inversion"]["psnr"]

@@ -162,9 +162,9 @@ def fit(
     views: Annotated[
         int, typer.Option(help="Views of each image, inverted and learnt from too; more where classes are rare.")
     ] = 0,
-    flip_views: Annotated[bool, typer.Option("--flip-views", help="Mirror half of them.")] = False,
+    flip_views: Annotated[bool, typer.Option("--flip-views", help="Mirror every other one.")] = False,
     any_color: Annotated[
-        str | None, typer.Option(help="Classes that views recolour at will, with commas, such as hat.")
+        str | None, typer.Option(help="Classes whose hue views turn freely, with commas, such as hat.")
     ] = None,
     domain: DomainOption = None,
     latents: Annotated[Path | None, typer.Option(help="Folder of inversions; default: OUT.latents/.")] = None,

@@ -2,13 +2,15 @@
 
 A label generator knows what it was shown. From one blue cap it learns that this blue, on top of a head, is a hat; from
 views of it in other colours, that a cap is. Views are inverted like the images themselves, so each costs an inversion.
-Not part of HandsOff; on the embedded faces it made labels more accurate (benchmarks/results/generator_training.md).
+Not part of HandsOff, and no sure gain: on the embedded faces they helped in one of two trials
+(benchmarks/results/generator_training.md).
 
 Knows images and id masks. Does not know generators, files or what classes mean.
 
 Shape letters: N images, H W image size, h w label size.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handsoff_stream.seeding import transform_seed
+from handsoff_stream.seeding import check_seed
 
 ANY_HUE = 0.5
 """Half a turn of the hue either way."""
@@ -31,9 +33,10 @@ class ViewSettings:
     per_image: int = 0
     """Views of an image whose classes all images show; one with rarer classes gets more, see `repeat_factors`."""
     flip: bool = False
-    """Mirror every other view. Not where left and right are classes of their own, or the generator never mirrors."""
+    """Mirror every other view, from the second. Not where left and right are classes of their own, or the generator
+    never mirrors."""
     any_color: tuple[int, ...] = ()
-    """Ids of classes that come in every colour, such as hats."""
+    """Ids of classes that come in every colour, such as hats: their hue turns freely. Black, grey and white stay so."""
     degrees: float = 6.0
     """Rotation, at most, either way."""
     shift: float = 0.04
@@ -49,13 +52,14 @@ class ViewSettings:
     def __post_init__(self) -> None:
         if self.per_image < 0:
             raise ValueError(f"per_image={self.per_image} is no count; pass 0 for no views, or how many")
-        if not (self.degrees >= 0 and 0 <= self.shift < 1 and self.zoom >= 1):
+        if not (0 <= self.degrees < math.inf and 0 <= self.shift < 1 and 1 <= self.zoom < math.inf):
             raise ValueError(
                 f"degrees={self.degrees}, shift={self.shift}, zoom={self.zoom}: rotation is 0 or more, the shift in "
                 "[0, 1), the zoom 1 or more"
             )
         if not (0 <= self.hue <= ANY_HUE and 0 <= self.light <= 1):
             raise ValueError(f"hue={self.hue}, light={self.light}: the hue is in [0, {ANY_HUE}], the light in [0, 1]")
+        check_seed(self.seed)
 
     def config(self) -> dict[str, Any]:
         """JSON-able."""
@@ -81,23 +85,27 @@ def with_views(
 ) -> tuple[list[tuple[str, Tensor]], Tensor]:
     """Images and masks, then their views: image `name` becomes `name.view-00`, `name.view-01`, ...
 
-    A view depends on the seed, the image's position and the view's number.
+    A view depends on the seed, the image's name and the view's number; like photographs, views have 8 bits a channel.
 
     Args:
         images: (name, float32 [3, H, W] in [0, 1]).
         masks_Nhw: int64, one for each image, of any size; an id outside [0, num_classes) is unlabelled and stays so.
 
     Raises:
-        ValueError: another number of masks.
+        ValueError: another number of masks, or a class of `any_color` that there is not.
     """
+    if not all(0 <= c < num_classes for c in settings.any_color):
+        raise ValueError(
+            f"any_color={settings.any_color} names classes that are not among {num_classes}; pass their ids"
+        )
     if len(masks_Nhw) != len(images):
         raise ValueError(f"{len(images)} images and {len(masks_Nhw)} masks; pass one mask for each image")
     more, masks = list(images), list(masks_Nhw)
     factors = repeat_factors(masks_Nhw, num_classes)
-    for position, ((name, image), mask, factor) in enumerate(zip(images, masks_Nhw, factors, strict=True)):
+    for (name, image), mask, factor in zip(images, masks_Nhw, factors, strict=True):
         for number in range(round(settings.per_image * factor)):
-            random = torch.Generator().manual_seed(transform_seed(settings.seed, position << 16 | number))
-            flip = settings.flip and number % 2 == 0
+            random = _random(settings.seed, name, number)
+            flip = settings.flip and number % 2 == 1
             view, moved = view_of(image, mask, settings, random, flip=flip)
             more.append((f"{name}.view-{number:02d}", view))
             masks.append(moved)
@@ -112,7 +120,7 @@ def view_of(
     motion = _motion(image_3HW.shape[1] / image_3HW.shape[2], settings, random)
     if flip:
         image_3HW, mask_hw = image_3HW.flip(2), mask_hw.flip(1)
-    image_3HW = _moved(image_3HW, motion, "bilinear").clamp(0, 1)
+    image_3HW = _moved(image_3HW, motion, "bilinear").clamp(0, 1).mul(255).round().div(255)
     return image_3HW, _moved(mask_hw[None].double(), motion, "nearest")[0].long()  # double holds every id
 
 
@@ -148,6 +156,11 @@ def _motion(aspect: float, settings: ViewSettings, random: torch.Generator) -> T
 def _moved(maps_CHW: Tensor, motion: Tensor, mode: str) -> Tensor:
     grid = F.affine_grid(motion.to(maps_CHW.dtype), [1, 1, *maps_CHW.shape[1:]], align_corners=False)
     return F.grid_sample(maps_CHW[None], grid, mode=mode, padding_mode="border", align_corners=False)[0]
+
+
+def _random(seed: int, name: str, number: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{number}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def _between(low: float, high: float, random: torch.Generator) -> float:
