@@ -87,10 +87,11 @@ def generator_charts(result: Result) -> list[Chart]:
 
 
 ARMS = {
+    "stream": "the stream",
     "plain": "the stream without augmentation",
     "labelled": "the labelled images",
     "mixed": "half stream, half labelled images",
-    "judged": "its images, labelled by a network trained on renders",
+    "judged": "the stream's images, labelled by a network trained on renders",
     "rendered": "unlimited labelled images",
 }
 
@@ -98,12 +99,10 @@ ARMS = {
 def downstream_rows(result: Result) -> list[Row]:
     settings, arms = result["settings"], result["summary"]
     what = f"mIoU of DeepLabV3-{settings['backbone']}, {settings['steps']} steps, {len(settings['seeds'])} seed(s)"
-    if "stream" not in arms:
-        return []
+    first, *others = sorted(arms, key=lambda name: name != "stream")
     return [
-        Row(f"{what}: the stream", _miou(arms["stream"]), f"{ARMS[name]}: {_miou(arm)}", None, True)
-        for name, arm in arms.items()
-        if name != "stream"
+        Row(f"{what}: {ARMS[first]}", _miou(arms[first]), f"{ARMS[name]}: {_miou(arms[name])}", None, first == "stream")
+        for name in others
     ]
 
 
