@@ -83,10 +83,9 @@ def main() -> None:
     generator, networks, training = open_run(args.run)
     faces = labelled_faces(args.num_labelled, size=generator.resolution[0])
     pairs = [faces[i] for i in range(len(faces))]
-    names = [f"train-{i:02d}" for i in range(len(pairs))]
-    classes = [CLASS_NAMES.index(name) for name in ("glasses", "hat")]
-    views = ViewSettings(per_image=args.views, flip=True, any_color=tuple(classes))
-    named = [(name, image) for name, (image, _) in zip(names, pairs, strict=True)]
+    named = [(f"train-{i:02d}", image) for i, (image, _) in enumerate(pairs)]
+    of_any_color = tuple(CLASS_NAMES.index(name) for name in ("glasses", "hat"))
+    views = ViewSettings(per_image=args.views, flip=True, any_color=of_any_color)
     named, masks = with_views(named, torch.stack([mask for _, mask in pairs]), len(CLASS_NAMES), views)
     images = torch.stack([image for _, image in named]) * 2 - 1
     encodings = None

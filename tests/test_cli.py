@@ -178,6 +178,8 @@ def test_images_wider_than_the_generators_are_padded_and_their_bars_are_not_stre
             Image.open(labelled / kind / f"{i}.png").crop((0, 2, 16, 14)).save(tmp_path / kind / f"{i}.png")
     out = tmp_path / "folder that is made" / "mine.safetensors"
     changes = {"images": tmp_path / "images", "labels": tmp_path / "masks", "fit": "pad", "calibration-samples": 0}
+    code, text = run(*fit_arguments(labelled, out, **changes, views=1))
+    assert code == 2 and "a view of a padded image would move the bars" in " ".join(text.split())
     assert run(*fit_arguments(labelled, out, **changes))[0] == 0
     fitted = load_checkpoint(out)
     assert fitted.crop == (2, 14, 0, 16) and fitted.size == (12, 16) and fitted.calibration is None
@@ -205,6 +207,8 @@ def test_what_was_labelled_on_samples_of_a_cropped_checkpoint_keeps_its_crop(lab
     arguments = ["fit", tmp_path / "cropped.safetensors", *(x for pair in options.items() for x in pair)]
     code, text = run(*arguments)
     assert code != 0 and "latents z, but none are given" in " ".join(text.split())
+    code, text = run(*arguments, "--given-latents", tmp_path / "z.npy", "--views", 1)
+    assert code == 2 and "images with given latents are not" in " ".join(text.split())
     code, text = run(*arguments, "--given-latents", tmp_path / "z.npy")
     assert code == 0, text
     fitted = load_checkpoint(tmp_path / "new" / "mine.safetensors")

@@ -224,6 +224,23 @@ def invert_folder(
     return list(zip(folder.names, found.perceptual.tolist(), found.psnr.tolist(), strict=True))
 
 
+def _to_learn_from(
+    labelled: LabelledImages, views: ViewSettings | None, num_classes: int, *, given: bool
+) -> tuple[list[tuple[str, Tensor]], Tensor]:
+    """(name, float32 [3, H, W]) of the images and of their views, and the int64 masks [N, h, w] of both."""
+    images, masks = [(name, image) for name, image, _ in labelled], torch.stack([mask for _, _, mask in labelled])
+    if views is None:
+        return images, masks
+    if given:
+        raise ValueError("views are inverted, images with given latents are not; leave out the views or the latents")
+    if labelled.covered is not None:
+        raise ValueError(
+            "a view of a padded image would move the bars, which the generator never does; leave out the views, or "
+            "crop the images instead"
+        )
+    return with_views(images, masks, num_classes, views)
+
+
 def fit_files(
     generator: str,
     files: LabelledFiles,
@@ -265,6 +282,7 @@ def fit_files(
     Raises:
         LabelledImagesError: anything wrong with the images or masks, all of it at once.
         CheckpointError: a generator, encoder or latent file that cannot be read.
+        ValueError: views of images with given latents, or of padded ones.
     """
     chosen = resolve_device(device)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -274,13 +292,7 @@ def fit_files(
     if widths_of is not None:
         settings = replace(settings, hidden=hidden_widths(widths_of, num_images=len(labelled)))
     task = Segmentation(files.class_map.class_names, files.class_map.palette)
-    images, masks = [(name, image) for name, image, _ in labelled], torch.stack([mask for _, _, mask in labelled])
-    if views is not None:
-        if given:
-            raise ValueError(
-                "views are inverted, images with given latents are not; leave out the views or the latents"
-            )
-        images, masks = with_views(images, masks, task.num_outputs, views)
+    images, masks = _to_learn_from(labelled, views, task.num_outputs, given=bool(given))
     network.to(chosen)
     checkpoint = fit_checkpoint(
         network,

@@ -74,6 +74,9 @@ def repeat_factors(masks_Nhw: Tensor, num_classes: int) -> list[float]:
 
     Args:
         masks_Nhw: int64; an id outside [0, num_classes) is unlabelled.
+
+    Returns:
+        N numbers, each 1 or more.
     """
     shows = torch.stack([(masks_Nhw == c).flatten(1).any(dim=1) for c in range(num_classes)], dim=1)
     rarity = (len(masks_Nhw) / shows.sum(dim=0).clamp(min=1)).sqrt()
