@@ -1,7 +1,7 @@
 """Rendered faces: labelled images of 3-D heads that need no download, each a pure function of (seed, index).
 
 Knows: the classes, the splits, the ground truth, and the torch Dataset. It does not know anatomy
-(`face_parts`), what heads wear (`face_wear`), distributions (`face_scene`), ray casting (`raycast`) or
+(`parts`), what heads wear (`wear`), distributions (`scene`), ray casting (`raycast`) or
 shading (`canvas`).
 
 The mask has the eight classes of CelebAMask-HQ-8 and two rare ones, glasses and hat. As there, neck and
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from handsoff_stream.datasets import face_parts, face_wear
+from handsoff_stream.datasets.rendered_faces import parts, wear
 from handsoff_stream.datasets.rendered_faces.parts import EYE_Y, MOUTH_Y, Stage
 from handsoff_stream.datasets.rendered_faces.raycast import Array
 from handsoff_stream.datasets.rendered_faces.scene import FaceScene, sample_scene
@@ -120,8 +120,8 @@ def _landmark_points(stage: Stage) -> Array:
     u = np.array([-eye, eye, 0, -corner, corner], np.float32)
     v = np.array([EYE_Y, EYE_Y, 0, MOUTH_Y, MOUTH_Y], np.float32)
     v[3:] += 0.5 * scene.smile
-    local = np.stack([u, v, face_parts.face_z(scene, u, v)], 1)
-    local[2] = face_parts.nose_tip(scene) + np.array([0, 0, 0.15], np.float32)
+    local = np.stack([u, v, parts.face_z(scene, u, v)], 1)
+    local[2] = parts.nose_tip(scene) + np.array([0, 0, 0.15], np.float32)
     return np.stack([stage.head.to_world((x, y, z)) for x, y, z in local.tolist()])
 
 
@@ -141,14 +141,14 @@ def _landmarks(stage: Stage, head_z: Array) -> tuple[Array, NDArray[np.bool_]]:
 
 def render_scene(scene: FaceScene, size: int) -> RenderedFace:
     """Renders one scene at size x size pixels."""
-    stage = face_parts.make_stage(scene, size)
-    face_parts.draw_head(stage)
+    stage = parts.make_stage(scene, size)
+    parts.draw_head(stage)
     pixels, visible = _landmarks(stage, stage.canvas.z.copy())
-    face_parts.draw_ears(stage)
-    face_parts.draw_body(stage)
-    face_wear.draw_hair(stage)
-    face_wear.draw_hat(stage)
-    face_wear.draw_glasses(stage)
+    parts.draw_ears(stage)
+    parts.draw_body(stage)
+    wear.draw_hair(stage)
+    wear.draw_hat(stage)
+    wear.draw_glasses(stage)
     return RenderedFace(
         image=stage.canvas.image(_background(scene, size)),
         mask=stage.canvas.mask(),

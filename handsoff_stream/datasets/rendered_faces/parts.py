@@ -1,7 +1,7 @@
 """Head, ears and body, each drawn onto a canvas, and the field that says where hair grows.
 
 Knows: the anatomy in the head's local frame and which class each part carries. It does not know what is worn
-on the head (`face_wear`), how a scene is drawn at random, nor files, datasets or torch.
+on the head (`wear`), how a scene is drawn at random, nor files, datasets or torch.
 
 Head frame: origin between the ears, x to the image's right in a frontal view, y up, z out of the face; one
 unit is a head radius. Flat features (eyes, brows, mouth) are painted onto the head: they are curves in the

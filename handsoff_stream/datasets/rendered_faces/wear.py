@@ -1,6 +1,6 @@
 """Hair, glasses and hats, drawn onto a canvas after the head.
 
-Knows: what sits on a head, in the head's local frame (see `face_parts`), and which class it carries. It does
+Knows: what sits on a head, in the head's local frame (see `parts`), and which class it carries. It does
 not know the face beneath, how a scene is drawn at random, nor files, datasets or torch.
 """
 
