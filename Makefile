@@ -13,7 +13,8 @@ TEST_PROCESSES ?= 2
 VENV := .venv
 LINT := .venv-lint
 OLDEST := .venv-oldest
-UV_VERSION := 0.9.0
+UV_VERSION := 0.13.9
+OLDEST_DATE := 2026-11-25
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest --numprocesses $(TEST_PROCESSES)
 
@@ -49,11 +50,13 @@ $(LINT)/.installed: requirements-lint.txt pyproject.toml
 	$(LINT)/bin/python $(PIP_INSTALL) --no-deps --editable .
 	touch $@
 
-# pip cannot choose the lowest version that a bound allows; uv can.
+# pip cannot choose the lowest version that a bound allows; uv can. What those versions need in their turn is as new as on
+# OLDEST_DATE, so the result does not change with the day.
 $(OLDEST)/.installed: pyproject.toml
 	$(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python $(PIP_INSTALL) uv==$(UV_VERSION)
-	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[test]"
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
+	    --exclude-newer $(OLDEST_DATE) --editable ".[test]"
 	touch $@
 
 clean:
