@@ -91,6 +91,11 @@ def test_the_reference_covers_the_public_packages_and_names_what_exists():
         assert resolve(path).__doc__, path
 
 
+def test_the_reference_of_the_stream_has_every_public_name():
+    listed = re.findall(r"^ +- (\w+)$", (ROOT / "docs/api/stream.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == handsoff_stream.__all__
+
+
 # References --------------------------------------------------------------------------------------------------------
 
 
