@@ -34,11 +34,12 @@ clean:
 
 # The documentation: strict, so a dead link or a docstring that the reference cannot read is an error. The tools are those
 # of the extra `docs`; the package itself is not installed, because the reference is read from the source text.
+# Without --quiet, because mkdocs does not count warnings that it does not print.
 DOCS := .venv-docs
 
 .PHONY: docs clean-docs
 docs: $(DOCS)/.installed
-	$(DOCS)/bin/mkdocs build --strict --quiet
+	$(DOCS)/bin/mkdocs build --strict
 
 $(DOCS)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(DOCS)
