@@ -1,20 +1,14 @@
 """The folded StyleGAN2 computes what the paper states, in every precision, without ever waiting for the device."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from plain_stylegan2 import filtered, plain_synthesis, zero_inserted  # noqa: E402
-
-from handsoff_stream.generators import StyleGAN1, StyleGAN2  # noqa: E402
-from handsoff_stream.generators.layers import upsample  # noqa: E402
-from handsoff_stream.generators.stylegan2.style_layers import FLOAT16_CLAMP, StyleLayer  # noqa: E402
+from benchmarks.reference.plain_stylegan2 import filtered, plain_synthesis, zero_inserted
+from handsoff_stream.generators import StyleGAN1, StyleGAN2
+from handsoff_stream.generators.layers import upsample
+from handsoff_stream.generators.stylegan2.style_layers import FLOAT16_CLAMP, StyleLayer
 
 HALVES = [torch.bfloat16, torch.float16]
 READS_ON_THE_HOST = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
