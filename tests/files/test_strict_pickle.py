@@ -3,6 +3,7 @@ memory. Pickles are written here by the standard pickler or by hand, opcode by o
 """
 
 import io
+import os
 import pickle
 import random
 import resource
