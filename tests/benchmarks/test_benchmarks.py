@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 
 def trained_like(checkpoint):
-    """A copy whose batch normalisations have statistics, as training leaves them."""
+    """A copy whose batch normalizations have statistics, as training leaves them."""
     copied, random = copy.deepcopy(checkpoint), torch.Generator().manual_seed(0)
     for name, tensor in copied.heads["segmentation"].label_generator.state_dict().items():
         if "norm" in name:

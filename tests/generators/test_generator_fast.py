@@ -90,7 +90,7 @@ def test_gradients_are_those_of_per_sample_weights():
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
 
 
-def test_noise_maps_can_be_optimised_while_all_else_is_frozen():
+def test_noise_maps_can_be_optimized_while_the_weights_are_frozen():
     generator = make_generator(conv_clamp=1.5)
     w_plus, maps = styles(generator), [n.clone().requires_grad_(True) for n in stored_noise(generator)]
     got = torch.autograd.grad(generator.synthesis(w_plus, maps).images.square().mean(), maps)
@@ -110,7 +110,7 @@ def test_a_style_layer_can_be_differentiated_twice(up):
     torch.autograd.gradgradcheck(lambda x, w: layer.fold(torch.float64)(x, w, noise), (x, w))
 
 
-def test_up_sampling_is_zero_insertion_and_filter():
+def test_upsampling_is_zero_insertion_and_filter():
     x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(upsample(x), filtered(zero_inserted(x), pad=(2, 1)))
 
