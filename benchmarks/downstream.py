@@ -271,13 +271,7 @@ def rows(result: Result) -> list[Row]:
     what = f"mIoU of DeepLabV3-{settings['backbone']}, {settings['steps']} steps, {len(settings['seeds'])} seed(s)"
     first, *others = sorted(arms, key=lambda name: name != "stream")
     return [
-        Row(
-            f"{what}: {ARM_NAMES[first]}",
-            _miou(arms[first]),
-            f"{ARM_NAMES[name]}: {_miou(arms[name])}",
-            None,
-            first == "stream",
-        )
+        Row(f"{what}: {ARM_NAMES[first]}", _miou(arms[first]), f"{ARM_NAMES[name]}: {_miou(arms[name])}", None)
         for name in others
     ]
 

@@ -200,7 +200,6 @@ def rows(result: Result) -> list[Row]:
             f"{result['ours_s']:.3g} s",
             f"published training: {result['published_s']:.3g} s",
             result["time_ratio"],
-            True,
         ),
         Row(
             f"{what}: peak memory of the process",

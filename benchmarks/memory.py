@@ -182,7 +182,7 @@ def rows(result: Result) -> list[Row]:
             f"published loop, one pair: {theirs:,.0f} MB",
             theirs / ours,
         ),
-        Row(f"growth of the host's memory over {length}", _slope(growth, "MB per 1000 pairs"), "none: 0", None, True),
+        Row(f"growth of the host's memory over {length}", _slope(growth, "MB per 1000 pairs"), "none: 0", None),
     ]
     if result["seconds"] >= MIN_SECONDS_FOR_RATE:
         found.append(Row(f"change of throughput over {length}", _slope(speed, "% per hour"), "none: 0", None))
