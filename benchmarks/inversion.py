@@ -32,7 +32,7 @@ from handsoff_stream.fitting.encoder.backbones import StyleEncoder
 from handsoff_stream.fitting.encoder.files import load_restyle
 from handsoff_stream.fitting.encoder.restyle import encode
 from handsoff_stream.fitting.encoder.train import EncoderSettings, train_encoder
-from handsoff_stream.fitting.inversion.descent import InversionSettings, invert
+from handsoff_stream.fitting.inversion.descent import InversionSettings, invert_batch
 from handsoff_stream.fitting.inversion.perceptual import Perceptual, load_perceptual
 from handsoff_stream.generators import Generator
 
@@ -60,7 +60,7 @@ def ways(
 
     def descend(encoding: Tensor | None, **settings: Any) -> Tensor:
         chosen = InversionSettings(steps=steps, **settings)
-        return invert(generator, images_BCHW, perceptual, chosen, encoding=encoding).w_plus
+        return invert_batch(generator, images_BCHW, perceptual, chosen, encoding=encoding).w_plus
 
     def encoded() -> Tensor:
         return encode(encoder, generator, images_BCHW).cpu()
@@ -82,7 +82,7 @@ def measure(
     w_plus_BLD = find()
     seconds = time.perf_counter() - started
     # No steps: the errors of these very latents.
-    found = invert(generator, images_BCHW, perceptual, InversionSettings(steps=0), encoding=w_plus_BLD)
+    found = invert_batch(generator, images_BCHW, perceptual, InversionSettings(steps=0), encoding=w_plus_BLD)
     return {
         "perceptual": found.perceptual.mean().item(),
         "mse": found.mse.mean().item(),

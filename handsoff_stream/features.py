@@ -14,7 +14,6 @@ Sampling is `F.interpolate(mode="bilinear", align_corners=False, antialias=False
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Size = tuple[int, int]
+from handsoff_stream.geometry import Rectangle, Size
 
 
 class Taps(NamedTuple):
@@ -45,39 +44,6 @@ def bilinear_taps(source: int, full: int, start: int, count: int, device: torch.
     return Taps(low.to(device), (low + 1).clamp(max=source - 1).to(device), (position - low).to(device))
 
 
-class Window(NamedTuple):
-    """The part of the image that is wanted, in pixels of the finest map; the ends are exclusive."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    @property
-    def size(self) -> Size:
-        """(H, W)."""
-        return self.bottom - self.top, self.right - self.left
-
-    def check(self, whole: Size) -> None:
-        """Raises ValueError if the part is empty or reaches beyond an image of (H, W) `whole`."""
-        height, width = whole
-        if not (0 <= self.top < self.bottom <= height and 0 <= self.left < self.right <= width):
-            raise ValueError(
-                f"Crop rows {self.top}:{self.bottom}, columns {self.left}:{self.right} do not fit into {height} x "
-                f"{width} pixels; give first < end within the image."
-            )
-
-    def placement(self, size: Size, whole: Size) -> tuple[Size, Size]:
-        """Where an output of `size` lies that shows this part of an image of (H, W) `whole`: (H, W) of all of the image
-        at the output's scale, and (top, left) in it.
-
-        Raises ValueError if the part does not fall on whole output pixels.
-        """
-        full_height, top = _place(size[0], whole[0], self.top, self.bottom)
-        full_width, left = _place(size[1], whole[1], self.left, self.right)
-        return (full_height, full_width), (top, left)
-
-
 @dataclass(frozen=True, eq=False)
 class FeaturePyramid:
     """Feature maps of a batch in hypercolumn order: the constant input, then each style block's output.
@@ -88,7 +54,7 @@ class FeaturePyramid:
     """
 
     maps: tuple[Tensor, ...]
-    window: Window | None = None
+    window: Rectangle | None = None
 
     def __post_init__(self) -> None:
         if not self.maps:
@@ -119,12 +85,12 @@ class FeaturePyramid:
         return self.part.size
 
     @property
-    def part(self) -> Window:
+    def part(self) -> Rectangle:
         """`window`, or that of the whole image."""
         if self.window is not None:
             return self.window
         height, width = self.finest
-        return Window(0, height, 0, width)
+        return Rectangle(0, 0, height, width)
 
     @property
     def finest(self) -> Size:
@@ -142,9 +108,10 @@ class FeaturePyramid:
 
         Raises ValueError if the part is empty or reaches beyond the image.
         """
-        Window(*rows, *columns).check(self.resolution)
+        (first_row, end_row), (first_column, end_column) = rows, columns
+        Rectangle(first_row, first_column, end_row, end_column).check(self.resolution)
         top, left = self.part.top, self.part.left
-        window = Window(top + rows[0], top + rows[1], left + columns[0], left + columns[1])
+        window = Rectangle(top + first_row, left + first_column, top + end_row, left + end_column)
         return replace(self, window=window)
 
     def placement(self, size: Size) -> tuple[Size, Size]:
@@ -157,18 +124,6 @@ class FeaturePyramid:
     def hypercolumn(self, size: Size) -> Tensor:
         """All of it, [B, C, H, W]: obvious and enormous. For references and tests."""
         return torch.cat([self._resize(_promote(feature_map), size) for feature_map in self.maps], dim=1)
-
-    def project(self, weight_OC: Tensor, size: Size | None = None) -> Tensor:
-        """`weight_OC @ hypercolumn`, [B, O, H, W], without the hypercolumn: maps are projected, then resized.
-
-        Exact, because resizing mixes pixels and projecting mixes channels. `size` is by default `resolution`.
-        """
-        size = self.resolution if size is None else size
-        projected = torch.zeros((), dtype=weight_OC.dtype, device=weight_OC.device)
-        for feature_map, weight_Oc in zip(self.maps, weight_OC.split(self.channels, dim=1), strict=True):
-            native = F.conv2d(feature_map.to(weight_OC.dtype), weight_Oc[:, :, None, None])
-            projected = projected + self._resize(native, size)
-        return projected
 
     def rows_at(self, pixels_P: Tensor, size: Size, sample: Tensor | None = None) -> Tensor:
         """Hypercolumns of a few pixels, [P, C]; no more than that is ever allocated.
@@ -210,17 +165,6 @@ class FeaturePyramid:
         full, (top, left) = self.placement(size)
         whole = F.interpolate(map_BCHW, full, mode="bilinear", align_corners=False, antialias=False)
         return whole[..., top : top + size[0], left : left + size[1]]
-
-
-def _place(count: int, source: int, first: int, end: int) -> tuple[int, int]:
-    """(full, start): `count` output pixels over pixels `first .. end - 1` are pixels `start ..` of `full`."""
-    step = (end - first) // math.gcd(source, first, end - first)
-    if count <= 0 or count % step:
-        raise ValueError(
-            f"{count} output pixels over pixels {first}:{end} of {source} would cut pixels at the edge of "
-            f"the crop; choose a positive multiple of {step}."
-        )
-    return count * source // (end - first), count * first // (end - first)
 
 
 def _promote(tensor: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ Shape letters: M members, N images, L number of style inputs, D latent size, C f
 size.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -21,10 +20,11 @@ from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint, Head
 from handsoff_stream.errors import CheckpointError
-from handsoff_stream.features import Size, Window
 from handsoff_stream.files.containers import read_content
 from handsoff_stream.files.strict_pickle import shown
+from handsoff_stream.geometry import Rectangle, Size
 from handsoff_stream.label_generator import LabelGenerator
+from handsoff_stream.provenance import sha256
 from handsoff_stream.tasks import Task
 
 MAX_MEMBERS = 1000
@@ -137,7 +137,7 @@ def read_label_generator(
         label_generator = LabelGenerator.from_published_state_dicts(states, feature_channels)
     except ValueError as error:
         raise CheckpointError(f"{files[0].parent}: {error}") from error
-    sources = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (path, *files)}
+    sources = {file.name: sha256(file) for file in (path, *files)}
     return PublishedLabelGenerator(label_generator.requires_grad_(False), read, sources)
 
 
@@ -203,7 +203,7 @@ def _read_member(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _middle_rows(size: Size, resolution: Size) -> Window | None:
+def _middle_rows(size: Size, resolution: Size) -> Rectangle | None:
     """The rows of the image that labels of `size` show, in the generator's pixels; None if they show all of it."""
     height, width = resolution
     if size[0] * width == height * size[1]:
@@ -214,4 +214,4 @@ def _middle_rows(size: Size, resolution: Size) -> Window | None:
             f"labels of {size[0]} x {size[1]} are not the middle rows of images of {height} x {width}; pass the "
             "generator and the experiment that belong together"
         )
-    return Window((height - rows) // 2, (height + rows) // 2, 0, width)
+    return Rectangle((height - rows) // 2, 0, (height + rows) // 2, width)

@@ -12,10 +12,9 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from handsoff_stream.class_ids import IGNORE_INDEX, Color
 from handsoff_stream.tasks.base import Task
 from handsoff_stream.uncertainty import jensen_shannon_divergence, majority_vote
-
-Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Segmentation(Task):
     """Display colour of each class, RGB, 0 to 255."""
 
     name: ClassVar[str] = "segmentation"
-    ignore_index: ClassVar[int] = 255
+    ignore_index: ClassVar[int] = IGNORE_INDEX
     """Pixels with this id are unlabelled: they do not count in the loss, and are never predicted."""
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handsoff_stream.checkpoint import load_checkpoint, save_checkpoint
-from handsoff_stream.fitting import FeatureTable, FitSettings, InversionSettings, fit_checkpoint
+from handsoff_stream.fitting import FeatureTable, FitSettings, InversionSettings, calibrate, fit_checkpoint, invert
 from handsoff_stream.fitting.feature_table import MEMORY_GB_ACCELERATOR, MEMORY_GB_CPU, keep_in_memory
 from handsoff_stream.fitting.fit import fit_label_generator
 from handsoff_stream.fitting.inversion.perceptual import Perceptual
@@ -355,7 +355,7 @@ def test_settings_without_sense_are_refused(wrong):
 # All of it
 
 
-class Grey(Perceptual):
+class Gray(Perceptual):
     """A perceptual distance in one line."""
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
@@ -364,21 +364,15 @@ class Grey(Perceptual):
 
 def test_images_and_labels_become_a_checkpoint_that_can_be_stored(generator, w_plus, targets, tmp_path):
     images = generator.synthesis(w_plus).images.add(1).div(2).clamp(0, 1)
-    checkpoint = fit_checkpoint(
-        generator,
-        [(f"{i}", image) for i, image in enumerate(images)],
-        targets,
-        segmentation(2),
-        tmp_path / "inversions",
-        inversion=InversionSettings(steps=2, candidates=4),
-        fit=SMALL,
-        perceptual=Grey(nn.Identity(), "grey"),
-        calibration_samples=6,
-        sources={"a.png": "00ff"},
-    )
+    named = [(f"{i}", image) for i, image in enumerate(images)]
+    distance, settings = Gray(nn.Identity(), "gray"), InversionSettings(steps=2, candidates=4)
+    latents = invert(generator, named, tmp_path / "inversions", settings, perceptual=distance)
+    about = {"sources": {"a.png": "00ff"}}
+    checkpoint = fit_checkpoint(generator, latents, targets, segmentation(2), SMALL, about=about)
+    checkpoint = calibrate(checkpoint, num_samples=6)
     save_checkpoint(tmp_path / "fitted.safetensors", checkpoint)
     loaded = load_checkpoint(tmp_path / "fitted.safetensors")
     assert json.dumps(loaded.manifest()) == json.dumps(checkpoint.manifest())
     assert loaded.calibration is not None and len(loaded.calibration.scores["sum"]) == 6
-    assert loaded.provenance["perceptual"] == "grey" and loaded.provenance["sources"] == {"a.png": "00ff"}
+    assert loaded.provenance["perceptual"] == "gray" and loaded.provenance["sources"] == {"a.png": "00ff"}
     assert len(list((tmp_path / "inversions").iterdir())) == IMAGES

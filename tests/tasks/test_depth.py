@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from handsoff_stream import HandsOffStream
 from handsoff_stream.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from handsoff_stream.datasets.rendered_faces import RenderedFaces
-from handsoff_stream.fitting import FitSettings, InversionSettings, fit_checkpoint, read_latent
+from handsoff_stream.fitting import FitSettings, InversionSettings, calibrate, fit_checkpoint, invert, read_latent
 from handsoff_stream.fitting.inversion.perceptual import Perceptual
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.synthesizer import Synthesizer
@@ -87,17 +87,13 @@ def inversions(tmp_path_factory) -> Path:
 def fitted(checkpoint, depths, inversions) -> Checkpoint:
     """Renders inverted, in a few steps, and their depth learnt."""
     faces = RenderedFaces("train", num_images=NUM_FACES, size=SIZE)
-    return fit_checkpoint(
-        checkpoint.generator,
-        [(str(i), faces[i][0]) for i in range(NUM_FACES)],
-        depths,
-        Depth(),
-        inversions,
-        inversion=InversionSettings(steps=3, candidates=8),
-        fit=FitSettings(hidden=(16, 8), members=3, epochs=40, pixels_per_image=256, learning_rate=1e-2, held_out=0.05),
-        perceptual=Grey(),
-        calibration_samples=8,
+    images = [(str(i), faces[i][0]) for i in range(NUM_FACES)]
+    inversion = InversionSettings(steps=3, candidates=8)
+    latents = invert(checkpoint.generator, images, inversions, inversion, perceptual=Grey())
+    settings = FitSettings(
+        hidden=(16, 8), members=3, epochs=40, pixels_per_image=256, learning_rate=1e-2, held_out=0.05
     )
+    return calibrate(fit_checkpoint(checkpoint.generator, latents, depths, Depth(), settings), num_samples=8)
 
 
 def test_depth_of_rendered_faces_is_learnt_where_it_is_known(fitted, depths, inversions):

@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from handsoff_stream.class_ids import IGNORE_INDEX, Color
 from handsoff_stream.datasets.labelled_images.pictures import RawMask
 
-IGNORE_INDEX = 255
-"""Class id of unlabelled pixels: not learned from, never predicted."""
 PALETTE_HUE_STEP = 0.618034  # golden ratio: neighbouring ids get distant hues
 
-Color = tuple[int, int, int]
 SourceValue = int | Color
 """What a mask holds at a pixel: an id, or a colour."""
 

@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from handsoff_stream.datasets.labelled_images.class_maps import IGNORE_INDEX, ClassMap, SourceValue, source_text
+from handsoff_stream.class_ids import IGNORE_INDEX
+from handsoff_stream.datasets.labelled_images.class_maps import ClassMap, SourceValue, source_text
 from handsoff_stream.datasets.labelled_images.cleanup import erase_small_regions
-from handsoff_stream.datasets.labelled_images.geometry import Geometry, Size, same_shape, size_text
+from handsoff_stream.datasets.labelled_images.geometry import Geometry, same_shape, size_text
 from handsoff_stream.datasets.labelled_images.listing import Listing, files_by_name, list_labelled
 from handsoff_stream.datasets.labelled_images.pictures import IMAGE_SUFFIXES, RawMask, read_image, read_mask
+from handsoff_stream.geometry import Size
 
-__all__ = ["ImageFolder", "LabelledImages", "LabelledImagesError", "list_labelled"]
+__all__ = ["UnlabelledImages", "LabelledImages", "LabelledImagesError", "list_labelled"]
 
 NUM_NAMED = 8  # unmapped values that a message lists
 Read = TypeVar("Read", NDArray[np.uint8], RawMask)
@@ -42,7 +44,7 @@ class LabelledImagesError(ValueError):
         super().__init__(f"{len(problems)} problem(s) with the labelled images:\n  " + "\n  ".join(lines))
 
 
-class ImageFolder(Dataset[tuple[str, Tensor]]):
+class UnlabelledImages(Dataset[tuple[str, Tensor]]):
     """Images without labels as (name, image), sorted by name; see `LabelledImages`.
 
     Raises:

@@ -51,7 +51,7 @@ def list_labelled(images: str | Path, labels: str | Path | None = None) -> Listi
     if labels is not None:
         return pair_folders(Path(images), Path(labels))
     if Path(images).suffix.lower() in (".csv", ".json"):
-        return read_manifest(Path(images))
+        return read_labelled_manifest(Path(images))
     return Listing(
         (), (f"{images}: no manifest (.csv, .json); if it is a folder of images, name that of the masks too",)
     )
@@ -92,8 +92,8 @@ def files_by_name(folder: Path, suffixes: tuple[str, ...], kind: str, problems: 
     return named
 
 
-def read_manifest(manifest: Path) -> Listing:
-    """See the module."""
+def read_labelled_manifest(manifest: Path) -> Listing:
+    """A CSV or JSON manifest, see the module."""
     problems: list[str] = []
     entries: dict[str, Entry] = {}
     unpaired: list[tuple[Path | None, Path | None]] = []

@@ -78,7 +78,7 @@ def mean_hypercolumn(pyramid: FeaturePyramid) -> Tensor:
 
     Of a cropped pyramid, the mean of the native pixels that the crop touches.
     """
-    (top, bottom, left, right), (height, width) = pyramid.part, pyramid.finest
+    (top, left, bottom, right), (height, width) = pyramid.part, pyramid.finest
     means = []
     for map_BChw in pyramid.maps:
         h, w = map_BChw.shape[2:]

@@ -17,7 +17,6 @@ Shape letters: L number of style inputs, D latent size.
 import csv
 import io
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,14 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from handsoff_stream.checkpoint import Checkpoint, import_generator, load_checkpoint
+from handsoff_stream.checkpoint import Checkpoint, open_checkpoint
 from handsoff_stream.device import check_device, resolve_device
 from handsoff_stream.files.atomic import whole_file
-from handsoff_stream.files.tensors import is_safetensors
 from handsoff_stream.fitting.annotation.active_selection import select_actively
 from handsoff_stream.generators import Generator
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.progress import progress_bar
+from handsoff_stream.provenance import versions
 from handsoff_stream.seeding import check_seed, latents
 from handsoff_stream.synthesizer import Synthesizer, quantize
 
@@ -76,7 +75,7 @@ def write_samples(
     """
     if num < 1:
         raise ValueError(f"num={num} samples leave nothing to annotate; pass at least 1")
-    checkpoint = source if isinstance(source, Checkpoint) else open_source(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     chosen_device = resolve_device(device)
     check_device(chosen_device, in_worker=False)
     psi = checkpoint.truncation if truncation is None else truncation
@@ -91,18 +90,6 @@ def write_samples(
     if not (folder / MANIFEST).exists():
         _write_all(checkpoint.generator.to(chosen_device), folder, record, progress)
     return folder / MANIFEST
-
-
-def open_source(name_or_path: str | Path) -> Checkpoint:
-    """A checkpoint, or a published generator file as a checkpoint without heads.
-
-    Raises:
-        CheckpointError: neither.
-    """
-    path = Path(name_or_path)
-    if path.is_file() and not is_safetensors(path):
-        return import_generator(path)
-    return load_checkpoint(name_or_path)
 
 
 def regenerate(generator: Generator, seed: int, index: int, truncation: float) -> tuple[Tensor, Tensor]:
@@ -154,12 +141,11 @@ def _selection(
     progress: bool,
 ) -> dict[str, Any]:
     """What is found out about a request: indices, their scores if they were selected by them."""
-    versions = {"handsoff_stream": version("handsoff_stream"), "torch": torch.__version__}
     if candidates is None:
-        return {"indices": list(range(num)), "scores": None, "versions": versions}
+        return {"indices": list(range(num)), "scores": None, "versions": versions()}
     synthesizer = Synthesizer(checkpoint, options, device)
     indices, scores = select_actively(synthesizer, num, candidates=candidates, progress=progress)
-    return {"indices": indices, "scores": scores, "versions": versions}
+    return {"indices": indices, "scores": scores, "versions": versions()}
 
 
 def _write_all(generator: Generator, folder: Path, record: dict[str, Any], progress: bool) -> None:

@@ -91,13 +91,13 @@ def iterate(
     with torch.no_grad():
         average_1CHW = generator.synthesis(encoder.latent_avg[None], "const").images
     w_plus_BLD = encoder.latent_avg.expand(len(images_BCHW), -1, -1)
-    shown_BCHW = view_of(encoder, average_1CHW).expand_as(target_BCHW)
+    shown_BCHW = resize_generated(encoder, average_1CHW).expand_as(target_BCHW)
     for _ in range(passes):
         step_BLD = encoder(torch.cat([target_BCHW, shown_BCHW], dim=1)[:, : encoder.config.input_channels])
         w_plus_BLD = w_plus_BLD + step_BLD
         made_BCHW = generator.synthesis(w_plus_BLD, "const").images
         yield w_plus_BLD, made_BCHW
-        w_plus_BLD, shown_BCHW = w_plus_BLD.detach(), view_of(encoder, made_BCHW.detach())
+        w_plus_BLD, shown_BCHW = w_plus_BLD.detach(), resize_generated(encoder, made_BCHW.detach())
 
 
 def crop_rows(images_BCHW: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ def crop_rows(images_BCHW: Tensor) -> Tensor:
     return images_BCHW[:, :, height // 8 : height - height // 8]
 
 
-def view_of(encoder: StyleEncoder, made_BCHW: Tensor) -> Tensor:
-    """Generated images as the encoder sees them: cropped, then resized to its size by averaging areas."""
+def resize_generated(encoder: StyleEncoder, made_BCHW: Tensor) -> Tensor:
+    """Generated images [B, 3, H, W] as the encoder sees them: cropped, then resized to its size by averaging areas."""
     cropped_BCHW = crop_rows(made_BCHW) if encoder.config.crop else made_BCHW
     return F.adaptive_avg_pool2d(cropped_BCHW, encoder.config.image_size)
 

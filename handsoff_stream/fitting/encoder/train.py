@@ -14,7 +14,6 @@ import hashlib
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,21 @@ from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.tensors import read_tensors, write_tensors
 from handsoff_stream.fitting.encoder.backbones import PUBLISHED_UNITS, EncoderConfig, StyleEncoder
-from handsoff_stream.fitting.encoder.files import FORMAT_VERSION, read_tensors, save_encoder, write_tensors
-from handsoff_stream.fitting.encoder.restyle import NamedImages, iterate, to_working_size, view_of
+from handsoff_stream.fitting.encoder.files import FORMAT_VERSION, save_encoder
+from handsoff_stream.fitting.encoder.restyle import NamedImages, iterate, resize_generated, to_working_size
 from handsoff_stream.fitting.inversion.descent import learning_rate_at
 from handsoff_stream.fitting.inversion.perceptual import Perceptual
 from handsoff_stream.generators import Generator
 from handsoff_stream.progress import progress_bar
+from handsoff_stream.provenance import versions
 from handsoff_stream.seeding import transform_seed
 
 STATE_KEY = "handsoff_stream_encoder_training"
 ENCODER, OPTIMIZER = "encoder.", "optimizer."
 # Size => (backbone, widths, units, longest side of its images). "small" is for CPUs and some hundred images.
-ARCHITECTURES: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], int]] = {
+ENCODER_ARCHITECTURES: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], int]] = {
     "small": ("resnet34", (32, 32, 64, 96, 128), (1, 1, 1, 1), 128),
     "resnet34": ("resnet34", (64, 64, 128, 256, 512), PUBLISHED_UNITS["resnet34"], 256),
     "ir_se50": ("ir_se50", (64, 64, 128, 256, 512), PUBLISHED_UNITS["ir_se50"], 256),
@@ -48,7 +49,7 @@ class EncoderSettings:
     """How to train."""
 
     architecture: str = "small"
-    """One of `ARCHITECTURES`; the larger ones are those of ReStyle, of some 200 million weights, for a GPU."""
+    """One of `ENCODER_ARCHITECTURES`; the larger ones are those of ReStyle, of some 200 million weights, for a GPU."""
     offsets: bool = True
     """Whether codes are offsets from the first (e4e) or independent (pSp)."""
     steps: int = 500
@@ -65,8 +66,10 @@ class EncoderSettings:
     """Of the first weights and of the order of the images."""
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture={self.architecture!r} is unknown; pass one of {sorted(ARCHITECTURES)}")
+        if self.architecture not in ENCODER_ARCHITECTURES:
+            raise ValueError(
+                f"architecture={self.architecture!r} is unknown; pass one of {sorted(ENCODER_ARCHITECTURES)}"
+            )
         for name in ("steps", "batch_size", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} trains nothing; pass 1 or more")
@@ -127,8 +130,7 @@ def train_encoder(
             update(step + 1, f"loss {loss:.4f}")
             if (step + 1) % save_every == 0:
                 training.save_state(state_path(out), identity, step + 1)
-    versions = {"handsoff_stream": version("handsoff_stream"), "torch": torch.__version__}
-    save_encoder(out, training.encoder, {**identity, "versions": versions})
+    save_encoder(out, training.encoder, {**identity, "versions": versions()})
     state_path(out).unlink(missing_ok=True)
     return training.encoder.eval().requires_grad_(False)
 
@@ -140,7 +142,7 @@ def state_path(out: str | Path) -> Path:
 
 def encoder_config(generator: Generator, settings: EncoderSettings) -> EncoderConfig:
     """Geometry of an encoder for a generator: its latents, its proportions."""
-    backbone, widths, units, longest = ARCHITECTURES[settings.architecture]
+    backbone, widths, units, longest = ENCODER_ARCHITECTURES[settings.architecture]
     scale = max(min(1.0, longest / max(generator.resolution)), MIN_SIDE / min(generator.resolution))
     height, width = (round(side * scale) for side in generator.resolution)
     return EncoderConfig(
@@ -177,7 +179,7 @@ class _Training:
         self.optimizer.zero_grad()
         total = torch.zeros((), device=images_BCHW.device)
         for _, made_BCHW in iterate(self.encoder, self.generator, images_BCHW):
-            seen_BCHW = view_of(self.encoder, made_BCHW)
+            seen_BCHW = resize_generated(self.encoder, made_BCHW)
             perceptual = (self.perceptual.embed(seen_BCHW) - embedding_BN).square().sum(dim=1).mean()
             pixel = (seen_BCHW - target_BCHW).square().mean()
             loss = settings.pixel_weight * pixel + settings.perceptual_weight * perceptual

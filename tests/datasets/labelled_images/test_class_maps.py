@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from handsoff_stream.class_ids import IGNORE_INDEX
 from handsoff_stream.config import class_map_names, load_class_map
 from handsoff_stream.datasets.labelled_images.class_maps import (
-    IGNORE_INDEX,
     ClassMap,
     MappedClass,
     Sources,

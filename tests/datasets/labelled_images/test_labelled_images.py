@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from handsoff_stream.datasets.labelled_images import (
-    ImageFolder,
     LabelledImages,
     LabelledImagesError,
+    UnlabelledImages,
     list_labelled,
 )
 from handsoff_stream.datasets.labelled_images.class_maps import ClassMap, MappedClass
@@ -219,15 +219,15 @@ def test_colour_arrays_and_sixteen_bit_arrays_are_masks_too(folders):
 
 
 def test_images_and_masks_of_another_size_are_brought_to_the_generators(folders):
-    cropped = labelled(folders, geometry=Geometry((8, 8), (4, 4), fit="crop"))
+    cropped = labelled(folders, geometry=Geometry((8, 8), (4, 4), resize="crop"))
     for _, image, mask in cropped:
         assert image.shape == (3, 8, 8) and image.dtype == torch.float32
         assert mask.shape == (4, 4) and mask.dtype == torch.int64
     assert torch.equal(cropped[1][1] * 255, torch.from_numpy(PIXELS[2:10]).permute(2, 0, 1).float())
-    padded = labelled(folders, geometry=Geometry((12, 12), fit="pad"))
+    padded = labelled(folders, geometry=Geometry((12, 12), resize="pad"))
     assert torch.equal(padded[0][2][:, 2:10], torch.from_numpy(IDS).long()) and (padded[0][2][:, :2] == 255).all()
     assert sum(padded.pixels_per_class) == 2 * IDS.size
-    assert [tuple(image.shape) for _, image in ImageFolder(folders[0], Geometry((12, 12), fit="pad"))] == [
+    assert [tuple(image.shape) for _, image in UnlabelledImages(folders[0], Geometry((12, 12), resize="pad"))] == [
         (3, 12, 12)
     ] * 2
 
@@ -279,11 +279,14 @@ def test_photographs_are_turned_upright(folders):
 
 
 def test_a_folder_of_images_alone_is_read_and_checked_alike(folders):
-    assert [(name, image.shape) for name, image in ImageFolder(folders[0])] == [("a", (3, 12, 8)), ("b", (3, 12, 8))]
+    assert [(name, image.shape) for name, image in UnlabelledImages(folders[0])] == [
+        ("a", (3, 12, 8)),
+        ("b", (3, 12, 8)),
+    ]
     (folders[0] / "a.png").write_bytes(b"not a picture")
     with pytest.raises(LabelledImagesError, match="a.png: cannot be read") as caught:
-        ImageFolder(folders[0], size=(64, 64))
+        UnlabelledImages(folders[0], size=(64, 64))
     assert len(caught.value.problems) == 2
     (folders[0] / "empty").mkdir()
     with pytest.raises(LabelledImagesError, match="one is needed"):
-        ImageFolder(folders[0] / "empty")
+        UnlabelledImages(folders[0] / "empty")
