@@ -268,7 +268,11 @@ def _load_head(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> 
 
 
 class CheckpointSource:
-    """A checkpoint given by name, by path or loaded: checked at once, its weights read on first use in each process."""
+    """A checkpoint given by name, by path or loaded: checked at once, its weights read on first use in each process.
+
+    Raises:
+        CheckpointError: a file that cannot be read, or a checkpoint without heads.
+    """
 
     def __init__(self, source: str | Path | Checkpoint):
         self._loaded = source if isinstance(source, Checkpoint) else None

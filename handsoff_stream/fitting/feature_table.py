@@ -1,12 +1,12 @@
 """Feature maps of all inverted images, and the hypercolumns of a few of their pixels at a time.
 
-Maps are kept at native resolution in float16, one table of rows per resolution: 3 MB an image at 128 x 128,
-0.16 GB at 1024 x 1024 with labels of 512 x 512, against 6.4 GB for its hypercolumns. A pixel's row is four weighted
-rows of every table. Coarse tables stay in memory as long as they fit a budget; the others lie in files without a name,
-which the operating system caches and which vanish with the process.
+Maps are kept at native resolution in float16, one table of rows per resolution: 3 MB per image at 128 x 128,
+0.16 GB at 1024 x 1024 with labels of 512 x 512, where its hypercolumns take 6.4 GB. A pixel's row is four weighted
+rows of every table. Coarse tables stay in memory as long as they fit a budget. The others lie in temporary files without a
+name, which the operating system caches and which disappear with the process.
 
 Knows generators, pyramids and where rows are kept. Does not know labels. Sampling is that of `features`, up to
-float16; where rows are kept does not change a bit of them.
+rounding to float16; where rows are kept does not change their bits.
 
 Shape letters: N images, P pixels, C feature channels, L number of style inputs, D latent size, H W label
 size, h w native size.
@@ -128,7 +128,7 @@ class FeatureTable:
     ) -> "FeatureTable":
         """Run the generator on all latents, one image at a time: no more than one pyramid exists at once.
 
-        Neighbouring maps of one resolution share a group. Maps finer than the labels are reduced to their size
+        Neighboring maps of one resolution share a group. Maps finer than the labels are reduced to their size
         (HandsOff, section 3.2, caps at 512 x 512): hypercolumns take nothing else from them.
 
         Args:

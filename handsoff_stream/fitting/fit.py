@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handsoff_stream.checkpoint import DEFAULT_TRUNCATION, Checkpoint, Head
+from handsoff_stream.checkpoint import Checkpoint, Head
 from handsoff_stream.fitting.feature_table import FeatureTable
 from handsoff_stream.fitting.inversion.latents import FoundLatents
 from handsoff_stream.fitting.pixel_sampler import PixelSampler
@@ -110,7 +110,6 @@ def fit_checkpoint(
     task: Task,
     settings: FitSettings | None = None,
     *,
-    truncation: float = DEFAULT_TRUNCATION,
     memory_gb: float | None = None,
     cache_dir: str | Path | None = None,
     about: Mapping[str, Any] | None = None,
@@ -124,7 +123,6 @@ def fit_checkpoint(
         targets: [N, H, W] or [N, H, W, K], one per image: whatever `task.loss` takes for a pixel.
         task: becomes the head named `task.name`.
         settings: how to fit.
-        truncation: psi that the checkpoint's streams use by default.
         memory_gb, cache_dir: for the features of the images; see `FeatureTable.collect`.
         about: JSON-able; what the caller knows of the images and labels, for the checkpoint's provenance.
         progress: show a bar.
@@ -144,7 +142,7 @@ def fit_checkpoint(
         "versions": versions(),
     }
     heads = {task.name: Head(task, label_generator)}
-    return Checkpoint(generator, heads, size, truncation=truncation, provenance=provenance)
+    return Checkpoint(generator, heads, size, provenance=provenance)
 
 
 def fit_label_generator(
@@ -180,20 +178,7 @@ def fit_label_generator(
             "numbers per pixel"
         )
     started = time.perf_counter()
-    sampler = PixelSampler(
-        targets,
-        task.num_outputs,
-        members=settings.members,
-        pixels_per_image=settings.pixels_per_image,
-        batch_size=settings.batch_size,
-        held_out=settings.held_out,
-        seed=settings.seed,
-    )
-    if settings.patience is not None and len(sampler.held_out) == 0:
-        raise ValueError(
-            f"held_out={settings.held_out} of {len(sampler.pool)} labelled pixels leaves none to measure the loss on, "
-            "which patience needs; raise held_out, or leave patience out"
-        )
+    sampler = _sampler(targets, task, settings)
     label_generator = LabelGenerator(
         table.feature_channels,
         settings.hidden,
@@ -209,6 +194,25 @@ def fit_label_generator(
     return label_generator, FitReport(
         training.losses, training.held_out_losses, epoch, held_out_loss, accuracy, seconds
     )
+
+
+def _sampler(targets: Tensor, task: Task, settings: FitSettings) -> PixelSampler:
+    """Which pixels are drawn and held out; some must be, if `patience` is to measure a loss on them."""
+    sampler = PixelSampler(
+        targets,
+        task.num_outputs,
+        members=settings.members,
+        pixels_per_image=settings.pixels_per_image,
+        batch_size=settings.batch_size,
+        held_out=settings.held_out,
+        seed=settings.seed,
+    )
+    if settings.patience is not None and len(sampler.held_out) == 0:
+        raise ValueError(
+            f"held_out={settings.held_out} of {len(sampler.pool)} labelled pixels leaves none to measure the loss on, "
+            "which patience needs; raise held_out, or leave patience out"
+        )
+    return sampler
 
 
 class _Training:

@@ -1,7 +1,7 @@
 """Label generators and latents as HandsOff and DatasetGAN published them => ours.
 
-An experiment is a JSON file and a folder of `model_0.pth`, `model_1.pth`, ..., one a member. Knows their names and
-layout. Does not know containers (`containers`, which executes nothing), class names, or how the members were trained.
+An experiment is a JSON file and a folder of `model_0.pth`, `model_1.pth`, ..., one per member. Knows their names and
+layout. Does not know containers (`files.containers`, which executes nothing), class names, or how the members were trained.
 
 Shape letters: M members, N images, L number of style inputs, D latent size, C feature channels, K outputs, H W label
 size.
@@ -32,7 +32,7 @@ MAX_MEMBERS = 1000
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment's JSON says about its label generator."""
+    """What an experiment's JSON states about its label generator."""
 
     size: Size
     """(H, W) of the labels; `dim[:2]`."""
@@ -65,7 +65,7 @@ class PublishedLabelGenerator:
             task: what the K outputs mean, such as `Segmentation` with K classes.
 
         Raises:
-            ValueError: a task of another number of outputs, or labels of a shape that is no part of whole rows.
+            ValueError: a task of another number of outputs, or labels of a shape that whole rows in the middle of the image do not have.
         """
         num_outputs = self.label_generator.num_outputs
         if task.num_outputs != num_outputs:
@@ -145,7 +145,7 @@ def read_latents(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
     """Published latents of some images: name => float32 [L, D] (w+), or [D] (z or w, see `LatentSpace`).
 
     Three kinds of `.npy` file exist. ReStyle writes {file name: [latent of each iteration]}: an image gets the last
-    iteration of the entry of its name. HandsOff's formatted and optimised latents are one array [N, L, D], those of
+    iteration of the entry of its name. HandsOff's formatted and optimized latents are one array [N, L, D], those of
     DatasetGAN's annotated samples one array [N, D]: an image gets the row of the first integer in its name.
 
     Args:
@@ -187,7 +187,7 @@ def _first_integer(name: str) -> int | None:
 
 
 def _last(iterations: Any) -> np.ndarray | None:
-    """The last iteration's latent; None for anything that is none."""
+    """The latent of the last iteration; None if the value is not a list of latents."""
     if not isinstance(iterations, (list, np.ndarray)) or len(iterations) == 0:
         return None
     last = iterations[-1]

@@ -142,8 +142,8 @@ def test_settings_of_augmentations_that_mean_nothing_are_refused(labelled, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:LPIPS has no trained backbone")
-def test_colour_masks_of_another_size_and_a_class_map_of_ones_own(labelled, tmp_path):
-    """Images of 24 x 20 and masks in colours, cropped to the generator's 16 x 16; one class never occurs."""
+def test_color_masks_of_another_size_and_a_class_map_of_ones_own(labelled, tmp_path):
+    """Images of 24 x 20 and masks in colors, cropped to the generator's 16 x 16; one class never occurs."""
     images, masks = tmp_path / "images", tmp_path / "masks"
     images.mkdir()
     masks.mkdir()
@@ -224,8 +224,8 @@ def test_samples_are_written_annotated_and_fitted_without_inversion(labelled, tm
     )
     assert code == 0 and "draw masks into" in text
     for image in (tmp_path / "to_annotate" / "images").iterdir():
-        grey = np.asarray(Image.open(image).convert("L"))
-        Image.fromarray((grey > np.median(grey)).astype(np.uint8)).save(tmp_path / "to_annotate" / "masks" / image.name)
+        gray = np.asarray(Image.open(image).convert("L"))
+        Image.fromarray((gray > np.median(gray)).astype(np.uint8)).save(tmp_path / "to_annotate" / "masks" / image.name)
     code, text = run(
         "fit", labelled / "generator.safetensors", "--images", tmp_path / "to_annotate" / "manifest.csv",
         "--classes", "dark,bright", "--out", tmp_path / "mine.safetensors", "--epochs", 1, "--device", "cpu",

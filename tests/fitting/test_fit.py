@@ -1,4 +1,4 @@
-"""Fitting: what is sampled, what is learnt, and that learning together is learning alone."""
+"""Fitting: what is sampled, what is learned, and that learning together is learning alone."""
 
 import json
 import shutil
@@ -117,7 +117,7 @@ def test_feature_files_have_no_name_that_could_stay_behind(generator, w_plus, tm
 
 
 class CountingGenerator(StyleGAN2):
-    """Notes how many images are synthesised at once."""
+    """Notes how many images are synthesized at once."""
 
     batches: ClassVar[list[int]] = []
 
@@ -229,7 +229,7 @@ def test_too_few_pixels_for_the_regions_are_refused(targets):
 # Learning
 
 
-def test_a_threshold_of_a_feature_is_learnt(table, targets):
+def test_a_threshold_of_a_feature_is_learned(table, targets):
     settings = replace(SMALL, epochs=16, learning_rate=1e-2, held_out=0.1)
     label_generator, report = fit_label_generator(table, targets, segmentation(2), settings)
     assert report.accuracy is not None and report.accuracy > 0.95
@@ -245,7 +245,7 @@ def test_the_fitted_label_generator_labels_pyramids(generator, w_plus, table, ta
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
-def test_float_targets_are_learnt_without_change(table, outputs):
+def test_float_targets_are_learned_without_change(table, outputs):
     rows = table.rows(torch.arange(IMAGES * 32 * 32))
     values = rows[:, 50 : 50 + outputs].view(IMAGES, *SIZE, outputs)
     values = values.squeeze(-1) if outputs == 1 else values

@@ -1,4 +1,4 @@
-"""Depth: one number a pixel, learnt where it is known, from images to a stream."""
+"""Depth: one number a pixel, learned where it is known, from images to a stream."""
 
 import json
 from pathlib import Path
@@ -21,11 +21,11 @@ from handsoff_stream.tasks import Depth, task_from_config
 NUM_FACES, SIZE = 6, 16
 
 
-class Grey(Perceptual):
+class Gray(Perceptual):
     """A perceptual distance in one line."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Identity(), "grey")
+        super().__init__(nn.Identity(), "gray")
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         return F.avg_pool2d(images_BCHW.mean(dim=1, keepdim=True), 2).flatten(1) / 16
@@ -85,18 +85,18 @@ def inversions(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def fitted(checkpoint, depths, inversions) -> Checkpoint:
-    """Renders inverted, in a few steps, and their depth learnt."""
+    """Renders inverted, in a few steps, and their depth learned."""
     faces = RenderedFaces("train", num_images=NUM_FACES, size=SIZE)
     images = [(str(i), faces[i][0]) for i in range(NUM_FACES)]
     inversion = InversionSettings(steps=3, candidates=8)
-    latents = invert(checkpoint.generator, images, inversions, inversion, perceptual=Grey())
+    latents = invert(checkpoint.generator, images, inversions, inversion, perceptual=Gray())
     settings = FitSettings(
         hidden=(16, 8), members=3, epochs=40, pixels_per_image=256, learning_rate=1e-2, held_out=0.05
     )
     return calibrate(fit_checkpoint(checkpoint.generator, latents, depths, Depth(), settings), num_samples=8)
 
 
-def test_depth_of_rendered_faces_is_learnt_where_it_is_known(fitted, depths, inversions):
+def test_depth_of_rendered_faces_is_learned_where_it_is_known(fitted, depths, inversions):
     valid = depths.isfinite()
     assert 0.2 < valid.float().mean() < 0.9
     w_plus = torch.stack([read_latent(inversions / f"{i}.safetensors") for i in range(NUM_FACES)])

@@ -41,11 +41,11 @@ SMALL = FitSettings(hidden=(8, 4), members=2, epochs=1, pixels_per_image=128, ba
 TASK = Segmentation(("a", "b"), ((0, 0, 0), (255, 255, 255)))
 
 
-class Grey(Perceptual):
+class Gray(Perceptual):
     """A perceptual distance in one line."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Identity(), "grey")
+        super().__init__(nn.Identity(), "gray")
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         return F.avg_pool2d(images_BCHW.mean(dim=1, keepdim=True), 2).flatten(1) / 16
@@ -234,8 +234,8 @@ def annotated(folder: Path) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor]
     """Named images, their latents, and masks that follow the images' brightness."""
     images = list(UnlabelledImages(folder / "images"))
     given = {name: read_latent(folder / "latents" / f"{name}.safetensors") for name, _ in images}
-    grey = torch.stack([image.mean(dim=0) for _, image in images])
-    return images, given, (grey > grey.median()).long()
+    gray = torch.stack([image.mean(dim=0) for _, image in images])
+    return images, given, (gray > gray.median()).long()
 
 
 def test_given_latents_are_fitted_on_without_any_inversion(checkpoint, written, tmp_path, monkeypatch):
@@ -259,7 +259,7 @@ def test_images_without_a_latent_are_inverted_among_those_with_one(checkpoint, w
     missing = given.pop("7-000001")
     settings = InversionSettings(steps=1, candidates=4)
     folder = tmp_path / "inverted"
-    found = invert(checkpoint.generator, images, folder, settings, given=given, perceptual=Grey())
+    found = invert(checkpoint.generator, images, folder, settings, given=given, perceptual=Gray())
     assert [f.name for f in (tmp_path / "inverted").iterdir()] == ["7-000001.safetensors"]
     assert torch.equal(found.w_plus[0], given["7-000000"]) and torch.equal(found.w_plus[2], given["7-000002"])
     assert torch.equal(found.w_plus[1], read_latent(tmp_path / "inverted" / "7-000001.safetensors"))
@@ -270,7 +270,7 @@ def test_images_without_a_latent_are_inverted_among_those_with_one(checkpoint, w
 
 def test_a_stored_inversion_can_be_given_as_a_latent(checkpoint, written, tmp_path):
     images, _, _ = annotated(written)
-    found = invert_images(checkpoint.generator, images[:1], tmp_path, Grey(), InversionSettings(steps=1, candidates=4))
+    found = invert_images(checkpoint.generator, images[:1], tmp_path, Gray(), InversionSettings(steps=1, candidates=4))
     assert torch.equal(read_latent(tmp_path / "7-000000.safetensors"), found.w_plus[0])
 
 

@@ -134,9 +134,9 @@ def test_without_a_radius_an_encoding_is_only_the_start(generator):
 
 
 def test_projection_is_the_nearest_point_and_leaves_the_inside_alone():
-    centre = torch.zeros(2, 3, 4)
+    center = torch.zeros(2, 3, 4)
     w = torch.stack([torch.full((3, 4), 2.0), torch.full((3, 4), 0.01)])
-    projected = project_to_ball(w, centre, 0.5)
+    projected = project_to_ball(w, center, 0.5)
     assert torch.equal(projected[1], w[1])
     torch.testing.assert_close(projected[0], w[0] / w[0].norm() * math.sqrt(0.5))
 
