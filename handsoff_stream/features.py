@@ -131,7 +131,7 @@ class FeaturePyramid:
         return self.part.placement(size, self.finest)
 
     def hypercolumn(self, size: Size) -> Tensor:
-        """Hypercolumns of all pixels, float32 [B, C, H, W]: simple and enormous, for the reference path and for tests."""
+        """Hypercolumns of all pixels, float32 [B, C, H, W]: enormous; for the reference path and for tests."""
         return torch.cat([self._resize(_promote(feature_map), size) for feature_map in self.maps], dim=1)
 
     def rows_at(self, pixels_P: Tensor, size: Size, sample: Tensor | None = None) -> Tensor:

@@ -2,8 +2,8 @@
 
 Maps are kept at native resolution in float16, one table of rows per resolution: 3 MB per image at 128 x 128,
 0.16 GB at 1024 x 1024 with labels of 512 x 512, where its hypercolumns take 6.4 GB. A pixel's row is four weighted
-rows of every table. Coarse tables stay in memory as long as they fit a budget. The others lie in temporary files without a
-name, which the operating system caches and which disappear with the process.
+rows of every table. Coarse tables stay in memory as long as they fit a budget. The others lie in temporary files
+without a name, which the operating system caches and which disappear with the process.
 
 Knows generators, pyramids and where rows are kept. Does not know labels. Sampling is that of `features`, up to
 rounding to float16; where rows are kept does not change their bits.

@@ -1,7 +1,8 @@
 """Label generators and latents as HandsOff and DatasetGAN published them => ours.
 
 An experiment is a JSON file and a folder of `model_0.pth`, `model_1.pth`, ..., one per member. Knows their names and
-layout. Does not know containers (`files.containers`, which executes nothing), class names, or how the members were trained.
+layout. Does not know containers (`files.containers`, which executes nothing), class names, or how members were
+trained.
 
 Shape letters: M members, N images, L number of style inputs, D latent size, C feature channels, K outputs, H W label
 size.
@@ -65,7 +66,7 @@ class PublishedLabelGenerator:
             task: what the K outputs mean, such as `Segmentation` with K classes.
 
         Raises:
-            ValueError: a task of another number of outputs, or labels of a shape that whole rows in the middle of the image do not have.
+            ValueError: a task of another number of outputs, or labels of a shape that no block of whole rows has.
         """
         num_outputs = self.label_generator.num_outputs
         if task.num_outputs != num_outputs:

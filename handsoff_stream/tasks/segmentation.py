@@ -39,7 +39,7 @@ class Segmentation(Task):
         palette = tuple(tuple(int(channel) for channel in color) for color in self.palette)
         if not 2 <= len(names) <= self.ignore_index:
             raise ValueError(
-                f"{len(names)} classes do not make a segmentation, since id {self.ignore_index} marks unlabelled pixels; "
+                f"{len(names)} classes are too few or too many, since id {self.ignore_index} marks unlabelled pixels; "
                 f"pass 2 to {self.ignore_index} classes"
             )
         if len(palette) != len(names):

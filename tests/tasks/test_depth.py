@@ -55,7 +55,7 @@ def test_a_minibatch_of_invalid_pixels_has_loss_and_gradient_zero():
 
 
 def test_a_row_of_targets_is_not_taken_for_a_column_of_another_length():
-    with pytest.raises(ValueError, match="as many numbers a pixel"):
+    with pytest.raises(ValueError, match="as many numbers per pixel"):
         Depth().loss(torch.zeros(3, 1), torch.zeros(4))
 
 

@@ -112,7 +112,7 @@ def test_a_minibatch_without_labels_has_loss_and_gradient_zero():
 
 def test_targets_of_another_shape_are_refused_instead_of_broadcast():
     for shape in ((4,), (4, 1), (3, 4)):
-        with pytest.raises(ValueError, match="as many numbers a pixel"):
+        with pytest.raises(ValueError, match="as many numbers per pixel"):
             TASK.loss(torch.zeros(4, 3), torch.zeros(shape))
 
 

@@ -40,9 +40,7 @@ def uncertainty_band(scores_N: Tensor) -> Tensor:
         ValueError: scores that are not finite.
     """
     if not scores_N.isfinite().all():
-        raise ValueError(
-            "some scores are NaN or infinite, so samples cannot be ranked; check the weights of the checkpoint"
-        )
+        raise ValueError("some scores are NaN or infinite, so samples cannot be ranked; check the checkpoint")
     order_N = scores_N.argsort(descending=True, stable=True)
     first = len(order_N) * DROPPED_PERCENT // 100
     return order_N[first : len(order_N) * (DROPPED_PERCENT + BAND_PERCENT) // 100]
@@ -52,8 +50,8 @@ def k_center_greedy(features_NC: Tensor, num_centers: int) -> Tensor:
     """Indices int64 [num_centers] of different samples that cover all of them: none is far from its nearest center.
 
     The first center is the sample nearest to the mean of all. Each further one is the sample that is farthest from its
-    nearest center, the first of equally far ones. The largest distance of a sample to the nearest center is at most twice what
-    the best choice reaches (Sener and Savarese, algorithm 1).
+    nearest center, the first of equally far ones. The largest distance of a sample to its nearest center is at most
+    twice that of the best choice (Sener and Savarese, algorithm 1).
 
     Raises:
         ValueError: more centers than samples, or none.

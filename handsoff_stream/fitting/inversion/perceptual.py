@@ -69,8 +69,8 @@ def load_perceptual(net: str | None = None) -> Perceptual:
     """LPIPS with a backbone of torchvision's cache, `torch.hub.get_dir()`/checkpoints; on the CPU.
 
     Without backbone weights there, a backbone of random weights and a fixed seed stands in, with a warning. It sees
-    edges and colors at all scales, but not what they belong to. Of the random ones "squeeze" inverts best in a given time: on 16
-    renders of 32 x 32, 60 steps with "vgg" gave 21.8 dB in 80 s, 200 steps with "squeeze" 23.2 dB in 56 s.
+    edges and colors at all scales, but not what they belong to. Of the random ones "squeeze" inverts best in a given
+    time: on 16 renders of 32 x 32, 60 steps with "vgg" gave 21.8 dB in 80 s, 200 steps with "squeeze" 23.2 dB in 56 s.
 
     Args:
         net: "vgg" (what the paper uses), "alex" or "squeeze". None: "vgg" where its weights are, else

@@ -127,7 +127,7 @@ def test_every_mistake_is_named():
     text = problems({"from_ids": (1, 2)}, {"from_ids": (2,)}, {}, others="sky")
     assert "3 problem(s)" in text
     assert "id 2 is mapped twice: to class 0 (c0) and to class 1 (c1)" in text
-    assert "class 2 (c2) is made of nothing" in text and "others: 'sky' is no class" in text
+    assert "class 2 (c2) is made of nothing" in text and "others: 'sky' is not a class" in text
 
 
 def test_a_source_cannot_be_a_class_and_ignored():
@@ -138,8 +138,8 @@ def test_a_source_cannot_be_a_class_and_ignored():
 
 
 def test_colors_and_ids_have_ranges():
-    assert "[0, 0, 256] is no color" in problems({"from_colors": ((0, 0, 256),)}, {"from_ids": (1,)})
-    assert "[-1, 0, 0] is no color" in problems({"color": (-1, 0, 0)}, {})
+    assert "[0, 0, 256] is not a color" in problems({"from_colors": ((0, 0, 256),)}, {"from_ids": (1,)})
+    assert "[-1, 0, 0] is not a color" in problems({"color": (-1, 0, 0)}, {})
     assert "at most 32 bits" in problems({"from_ids": (2**31,)}, {"from_ids": (1,)})
 
 
