@@ -150,7 +150,7 @@ class FeaturePyramid:
         if sample is None:
             if self.batch_size != 1:
                 raise ValueError(
-                    f"the pyramid holds {self.batch_size} images, so pixels are ambiguous; pass `sample`, the image of each"
+                    f"the pyramid holds {self.batch_size} images, so pixels are ambiguous; pass the image of each pixel"
                 )
             sample = torch.zeros_like(pixels_P)
         (full_height, full_width), (top, left) = self.placement(size)

@@ -10,7 +10,7 @@ Shape letters: N images, L number of style inputs, D latent size, H W image size
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,11 @@ from handsoff_stream.files.containers import read_content
 from handsoff_stream.files.tensors import is_safetensors, read_tensors
 from handsoff_stream.fitting.inversion.descent import InversionSettings
 from handsoff_stream.fitting.inversion.perceptual import Perceptual, load_perceptual
-from handsoff_stream.fitting.inversion.store import invert_images
+from handsoff_stream.fitting.inversion.store import ImageList, invert_images
 from handsoff_stream.generators import Generator
 
 SPACES = ("w+", "w", "z")
-Named = Sequence[tuple[str, Tensor]]
-"""(name, image) pairs."""
-Encode = Callable[[Named], Mapping[str, Tensor]]
+Encode = Callable[[ImageList], Mapping[str, Tensor]]
 """Images => an encoder's latent of each, by name."""
 
 
@@ -132,7 +130,7 @@ def _stored_w_plus(path: Path) -> Tensor:
 
 def invert(
     generator: Generator,
-    images: Named,
+    images: ImageList,
     folder: str | Path,
     settings: InversionSettings | None = None,
     *,
@@ -181,7 +179,7 @@ def invert(
     return FoundLatents(names, torch.stack([latents[name] for name in names]), provenance)
 
 
-def _check(generator: Generator, images: Named, given: Mapping[str, Tensor]) -> None:
+def _check(generator: Generator, images: ImageList, given: Mapping[str, Tensor]) -> None:
     names = [name for name, _ in images]
     stray, twice = sorted(set(given) - set(names)), sorted({name for name in names if names.count(name) > 1})
     if not names or stray or twice:
@@ -204,7 +202,7 @@ def _check(generator: Generator, images: Named, given: Mapping[str, Tensor]) -> 
             )
 
 
-def _fidelity(generator: Generator, images: Named, given: Mapping[str, Tensor]) -> dict[str, float]:
+def _fidelity(generator: Generator, images: ImageList, given: Mapping[str, Tensor]) -> dict[str, float]:
     """Name => PSNR in dB of the image that the given latent makes; warns of latents that do not match their images."""
     average_LD = generator.w_avg.expand(generator.num_ws, -1)
     psnr: dict[str, float] = {}

@@ -27,12 +27,13 @@ from handsoff_stream.progress import progress_bar
 
 MANIFEST_KEY = "handsoff_stream_inversion"
 FIELDS = ("w_plus", "loss", "perceptual", "mse")
-Named = Sequence[tuple[str, Tensor]]
+ImageList = Sequence[tuple[str, Tensor]]
+"""(name, float32 [3, H, W] in [0, 1]) of each image."""
 
 
 def invert_images(
     generator: Generator,
-    images: Named,
+    images: ImageList,
     folder: str | Path,
     perceptual: Perceptual,
     settings: InversionSettings | None = None,
@@ -97,7 +98,7 @@ def _check_names(names: Sequence[str], encodings: Mapping[str, Tensor] | None) -
 
 def _manifests(
     generator: Generator,
-    images: Named,
+    images: ImageList,
     perceptual: Perceptual,
     settings: InversionSettings,
     encodings: Mapping[str, Tensor] | None,

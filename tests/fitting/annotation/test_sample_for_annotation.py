@@ -268,6 +268,21 @@ def test_images_without_a_latent_are_inverted_among_those_with_one(checkpoint, w
     assert found.provenance["given_latents"]["psnr"].keys() == given.keys()
 
 
+def test_an_encoder_sees_only_the_images_that_are_inverted(checkpoint, written, tmp_path):
+    images, given, _ = annotated(written)
+    start = given.pop("7-000001")
+    asked: list[str] = []
+
+    def encode(pending):
+        asked.extend(name for name, _ in pending)
+        return {"7-000001": start}
+
+    settings = InversionSettings(steps=0)
+    found = invert(checkpoint.generator, images, tmp_path, settings, given=given, perceptual=Gray(), encode=encode)
+    assert asked == ["7-000001"] and torch.equal(found.w_plus[1], start)
+    assert found.names == tuple(name for name, _ in images)
+
+
 def test_a_stored_inversion_can_be_given_as_a_latent(checkpoint, written, tmp_path):
     images, _, _ = annotated(written)
     found = invert_images(checkpoint.generator, images[:1], tmp_path, Gray(), InversionSettings(steps=1, candidates=4))
