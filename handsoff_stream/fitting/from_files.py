@@ -48,6 +48,7 @@ class InversionOptions:
     """How images get their latents."""
 
     settings: InversionSettings = InversionSettings()
+    """How to descend."""
     encoder: Path | None = None
     """A ReStyle encoder's file, whose latents inversion starts from and stays near; None: see `invert`."""
     net: str | None = None
@@ -69,9 +70,11 @@ class FitOptions:
     """How labelled files become a checkpoint; everything but the files."""
 
     inversion: InversionOptions = InversionOptions()
+    """Of the images whose latents are not given."""
     latents_folder: Path | None = None
     """Where inversions are kept; None: beside the checkpoint, as `<checkpoint>.latents/`."""
     fit: FitSettings = FitSettings()
+    """How the label generator is fitted."""
     widths_of: str | None = None
     """Domain whose published hidden widths replace those of `fit`; see `presets`."""
     augmentation: AugmentationSettings | None = None
@@ -81,7 +84,7 @@ class FitOptions:
     half: bool = False
     """Store weights as float16."""
     calibration_samples: int = 2000
-    """0: no calibration."""
+    """Samples whose image scores are stored, see `calibrate`; 0: no calibration."""
     device: str | None = None
     """Where to compute; None means CUDA if there is one."""
 

@@ -8,8 +8,8 @@ from handsoff_stream.datasets.labelled_images.listing import list_labelled
 __all__ = [
     "ClassMap",
     "Geometry",
-    "UnlabelledImages",
     "LabelledImages",
     "LabelledImagesError",
+    "UnlabelledImages",
     "list_labelled",
 ]

@@ -26,7 +26,7 @@ from handsoff_stream.datasets.labelled_images.listing import Listing, files_by_n
 from handsoff_stream.datasets.labelled_images.pictures import IMAGE_SUFFIXES, RawMask, read_image, read_mask
 from handsoff_stream.geometry import Size
 
-__all__ = ["UnlabelledImages", "LabelledImages", "LabelledImagesError", "list_labelled"]
+__all__ = ["LabelledImages", "LabelledImagesError", "UnlabelledImages", "list_labelled"]
 
 NUM_NAMED = 8  # unmapped values that a message lists
 Read = TypeVar("Read", NDArray[np.uint8], RawMask)
