@@ -240,7 +240,8 @@ def import_generator(path: str | Path, *, average_latent: str | Path | None = No
     """Checkpoint without heads of a published generator file; its provenance names the file and its sha256.
 
     Args:
-        path, average_latent: see `generators.load_generator`.
+        path: see `generators.load_generator`.
+        average_latent: see `generators.load_generator`.
 
     Raises:
         CheckpointError: a file that cannot be read, or one that is a handsoff_stream checkpoint already.

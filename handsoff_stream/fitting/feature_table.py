@@ -112,7 +112,7 @@ class FeatureTable:
 
     @property
     def bytes_in_files(self) -> int:
-        """Bytes of features that lie in files."""
+        """Bytes of features that lie in temporary files because they did not fit into memory."""
         return sum(group.rows.num_bytes for group in self._groups if isinstance(group.rows, FileRows))
 
     @classmethod

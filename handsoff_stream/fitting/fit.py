@@ -123,7 +123,8 @@ def fit_checkpoint(
         targets: [N, H, W] or [N, H, W, K], one per image: whatever `task.loss` takes for a pixel.
         task: becomes the head named `task.name`.
         settings: how to fit.
-        memory_gb, cache_dir: for the features of the images; see `FeatureTable.collect`.
+        memory_gb: for the features of the images; see `FeatureTable.collect`.
+        cache_dir: for features that do not fit; see `FeatureTable.collect`.
         about: JSON-able; what the caller knows of the images and labels, for the checkpoint's provenance.
         progress: show a bar.
 

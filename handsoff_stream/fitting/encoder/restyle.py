@@ -36,7 +36,8 @@ def encode_images(
 
     Args:
         encoder: moved to the generator's device.
-        generator, images: see `encode`.
+        generator: see `encode`.
+        images: see `encode`; with names.
         batch_size: images encoded together. With more than one, the last bits depend on which images share a batch, so
             that `invert_images` inverts finished images again when the list has changed.
         progress: show a bar.
@@ -116,7 +117,8 @@ def to_working_size(encoder: StyleEncoder, generator: Generator, images_BCHW: Te
     """Real images as the encoder sees them: cropped if whole, then resized bilinearly with antialiasing.
 
     Args:
-        encoder, generator: decide the size and the crop.
+        encoder: decides the size and the crop.
+        generator: decides the proportions.
         images_BCHW: float32 [B, 3, H, W] in [0, 1].
 
     Returns:

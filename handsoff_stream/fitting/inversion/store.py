@@ -45,9 +45,11 @@ def invert_images(
     """Invert the images that `folder` has no result of yet.
 
     Args:
-        generator, perceptual, settings: as for `invert_batch`.
+        generator: as for `invert_batch`.
         images: (name, float32 [3, H, W] in [0, 1]); names are unique and become file names.
         folder: of the results; created if missing. A file is written when its batch is done, whole or not at all.
+        perceptual: as for `invert_batch`.
+        settings: as for `invert_batch`.
         encodings: name => w_e, float32 [L, D], of an encoder; for all images or none.
         batch_size: images inverted together. It decides memory, speed and the last bits of the results. A batch that
             lacks a result is inverted as a whole, so that interruptions do not change these bits.
