@@ -1,8 +1,9 @@
-# Four commands do everything on a fresh machine with Python 3.11 or later:
+# Five commands do everything on a fresh machine with Python 3.11 or later:
 #   make demo         sets up, then runs the main job on the embedded faces; leaves demo/preview.png and two mIoU tables
 #   make test         sets up, then runs the tests in two processes
-#   make lint         ruff, mypy and a user's script under strict type checkers; the versions are those of requirements-lint.txt
+#   make lint         ruff, mypy and a user's script under strict type checkers; the versions are those of requirements/lint.txt
 #   make test-oldest  the same tests with the oldest versions that pyproject.toml allows; needs Python 3.11
+#   make docs         builds the documentation into site/
 # Each environment is a folder of its own, so no command depends on what another one installed.
 
 PYTHON ?= python3
@@ -13,12 +14,13 @@ TEST_PROCESSES ?= 2
 VENV := .venv
 LINT := .venv-lint
 OLDEST := .venv-oldest
+DOCS := .venv-docs
 UV_VERSION := 0.13.9
 OLDEST_DATE := 2026-11-25
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest --numprocesses $(TEST_PROCESSES)
 
-.PHONY: demo test lint test-oldest setup clean
+.PHONY: demo test lint test-oldest docs setup clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/handsoff-stream demo --out demo $(DEMO_ARGS)
@@ -35,6 +37,11 @@ lint: $(LINT)/.installed
 	$(LINT)/bin/mypy
 	$(LINT)/bin/python -m pytest --quiet --confcutdir tests/typing tests/typing
 
+# Strict: a dead link or a docstring that the reference cannot read is an error. Without --quiet, because mkdocs does not
+# count warnings that it does not print.
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict
+
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
@@ -44,10 +51,16 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 # Nothing but what the file lists, so torch comes without the CUDA libraries: its type stubs are read, it is never imported.
-$(LINT)/.installed: requirements-lint.txt pyproject.toml
+$(LINT)/.installed: requirements/lint.txt pyproject.toml
 	$(PYTHON) -m venv $(LINT)
-	$(LINT)/bin/python $(PIP_INSTALL) --no-deps --requirement requirements-lint.txt
+	$(LINT)/bin/python $(PIP_INSTALL) --no-deps --requirement requirements/lint.txt
 	$(LINT)/bin/python $(PIP_INSTALL) --no-deps --editable .
+	touch $@
+
+# Without the package itself: the reference is read from the source text.
+$(DOCS)/.installed: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python $(PIP_INSTALL) --requirement requirements/docs.txt
 	touch $@
 
 # pip cannot choose the lowest version that a bound allows; uv can. What those versions need in their turn is as new as on
@@ -60,4 +73,4 @@ $(OLDEST)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LINT) $(OLDEST) demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LINT) $(OLDEST) $(DOCS) demo site .mypy_cache .pytest_cache .ruff_cache .hypothesis
