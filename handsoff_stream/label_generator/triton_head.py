@@ -27,7 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from handsoff_stream.features import FeaturePyramid, Size
+from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.geometry import Size
 from handsoff_stream.label_generator.folded import FoldedLabelGenerator
 from handsoff_stream.label_generator.rows import ProjectedRows, resized_rows, table_natives
 from handsoff_stream.label_generator.tiles import TILE_COLUMNS, TILE_ROWS, Grid, MapGroup, slots, split
