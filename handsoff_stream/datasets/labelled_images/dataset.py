@@ -23,10 +23,12 @@ from handsoff_stream.datasets.labelled_images.cleanup import erase_small_regions
 from handsoff_stream.datasets.labelled_images.geometry import Geometry, Size, same_shape, size_text
 from handsoff_stream.datasets.labelled_images.listing import Listing, files_by_name, list_labelled
 from handsoff_stream.datasets.labelled_images.pictures import IMAGE_SUFFIXES, RawMask, read_image, read_mask
+from handsoff_stream.errors import printable
 
 __all__ = ["ImageFolder", "LabelledImages", "LabelledImagesError", "list_labelled"]
 
 NUM_NAMED = 8  # unmapped values that a message lists
+MAX_LINES = 100  # problems that a message lists
 Read = TypeVar("Read", NDArray[np.uint8], RawMask)
 
 
@@ -38,7 +40,11 @@ class LabelledImagesError(ValueError):
         """One line each."""
         self.unmapped = dict(unmapped or {})
         """Of the ids and colours that the class map does not know: the number of pixels in each mask that has any."""
-        lines = [*problems, _unmapped_summary(self.unmapped)] if self.unmapped else problems
+        lines = [printable(problem) for problem in problems[:MAX_LINES]]
+        if len(problems) > MAX_LINES:
+            lines.append(f"and {len(problems) - MAX_LINES} more")
+        if self.unmapped:
+            lines.append(printable(_unmapped_summary(self.unmapped)))
         super().__init__(f"{len(problems)} problem(s) with the labelled images:\n  " + "\n  ".join(lines))
 
 
