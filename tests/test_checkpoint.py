@@ -8,9 +8,9 @@ import torch
 from conftest import assert_same, make_checkpoint, take
 from safetensors.torch import load_file, save_file
 
-from handsoff_stream import checkpoint as module
 from handsoff_stream.checkpoint import Checkpoint, load_checkpoint, read_manifest, save_checkpoint
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files import tensors as files_module
 from handsoff_stream.generators import load_generator
 from handsoff_stream.generators.published.native import MANIFEST_KEY
 from handsoff_stream.stream import HandsOffStream
@@ -81,7 +81,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(checkpoint, tmp_path, 
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(module, "save_file", fail)
+    monkeypatch.setattr(files_module, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(path, checkpoint)
     assert path.read_bytes() == b"old"
@@ -100,7 +100,7 @@ def test_nan_weights_are_neither_written_nor_read(checkpoint, checkpoint_path, t
         tmp_path / "nan.safetensors",
         change_tensors=lambda t: t["generator.constant"].fill_(float("inf")),
     )
-    with pytest.raises(CheckpointError, match="'generator.constant' holds NaN or infinite"):
+    with pytest.raises(CheckpointError, match="constant holds NaN or infinite"):
         load_checkpoint(tmp_path / "nan.safetensors")
 
 
@@ -126,7 +126,7 @@ def test_foreign_files_are_refused(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     with pytest.raises(CheckpointError, match="damaged safetensors file"):
         load_checkpoint(tmp_path / "text.safetensors")
-    with pytest.raises(CheckpointError, match="without a handsoff_stream manifest"):
+    with pytest.raises(CheckpointError, match="without a readable handsoff_stream manifest"):
         load_checkpoint(tmp_path / "foreign.safetensors")
 
 
@@ -138,7 +138,7 @@ def test_foreign_files_are_refused(tmp_path):
         (lambda m: m["generator"]["config"].update(channels=[6, 5]), "tensors do not fit the geometry"),
         (lambda m: m["generator"]["config"].update(colour="red"), "cannot be rebuilt"),
         (lambda m: m["heads"]["segmentation"]["task"].update(name="normals"), "Unknown task 'normals'"),
-        (lambda m: m["heads"]["segmentation"]["label_generator"].update(members=2), "size mismatch"),
+        (lambda m: m["heads"]["segmentation"]["label_generator"].update(members=2), "do not fit the geometry"),
         (lambda m: m.pop("truncation"), "truncation"),
     ],
 )

@@ -114,7 +114,10 @@ def read_latent(path: str | Path) -> Tensor:
         raise ValueError(
             f"{path}: holds {found}, not the float latent [L, D] or [D] of one image; keep one latent a file"
         )
-    return w_plus.float().reshape(w_plus.shape[-2:])
+    latent = w_plus.float().reshape(w_plus.shape[-2:])
+    if not latent.isfinite().all():
+        raise ValueError(f"{path}: holds NaN or infinite values, which make no image; invert that image again")
+    return latent
 
 
 def _stored_w_plus(path: Path) -> Tensor:

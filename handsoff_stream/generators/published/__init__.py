@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from handsoff_stream.errors import CheckpointError
+from handsoff_stream.errors import CheckpointError, printable
+from handsoff_stream.files.budget import MAX_LEVELS, MAX_WIDTH, check_count
 from handsoff_stream.files.containers import read_content
 from handsoff_stream.files.strict_pickle import shown
 from handsoff_stream.files.tensors import is_safetensors
@@ -68,7 +69,8 @@ def read_generator(path: str | Path, *, average_latent: str | Path | None = None
             raise CheckpointError(f"{path}: {error}") from error
         except Exception as error:  # a damaged file may hold anything where an adapter expects a tensor
             raise CheckpointError(
-                f"{path}: damaged generator ({type(error).__name__}: {str(error)[:200]}); copy or download it again"
+                f"{path}: damaged generator ({type(error).__name__}: {printable(str(error), 100)}); copy or download it "
+                "again"
             ) from error
         read = GeneratorFile(generator, f"{source}, {content.container}")
     if average_latent is not None:
@@ -93,6 +95,7 @@ def _set_centre(generator: Generator, path: Path) -> None:
     array = read_content(path).value
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim < 1:
         raise CheckpointError(f"{path}: no array of real numbers; an average latent is a .npy file of [D] or [L, D]")
+    check_count(array.size, MAX_WIDTH * 2 * MAX_LEVELS, f"numbers in the average latent {path}")
     try:
         w_avg = centre(torch.from_numpy(array.astype(np.float32)), generator.w_dim)
     except CheckpointError as error:

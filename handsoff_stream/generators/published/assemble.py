@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.budget import MAX_LAYERS, MAX_LEVELS, MAX_SIDE, check_count
+from handsoff_stream.files.schema import arguments_of, validated
 from handsoff_stream.files.weights import build
 from handsoff_stream.generators.base import Generator
 
-MAX_SIDE = 4096  # pixels; the largest published generator has 1024
-MAX_WIDTH = 8192  # of anything in a geometry; published ones have at most 512, and some thousand classes
 # Latents averaged for the truncation centre when the file stores none, as the published sampling scripts do.
 NUM_MEAN_LATENTS = 4096
 MEAN_LATENT_SEED = 0
@@ -30,11 +30,12 @@ def assemble(family: type[G], config: Mapping[str, Any], state: Mapping[str, Ten
         CheckpointError: a geometry that cannot be built or is absurdly large; weights that are missing, superfluous,
             of another shape, NaN or infinite.
     """
+    config = validated(arguments_of(family), dict(config), "its geometry").model_dump(exclude_unset=True)
     _check_sizes(config)
     try:
         with torch.device("meta"):
             expected = family(**config)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"its geometry describes no {family.family} generator ({error})") from error
     if max(expected.resolution) > MAX_SIDE:
         raise CheckpointError(f"images of {expected.resolution}; up to {MAX_SIDE} pixels a side are supported")
@@ -44,8 +45,10 @@ def assemble(family: type[G], config: Mapping[str, Any], state: Mapping[str, Ten
 def centre(w_avg: Tensor, w_dim: int) -> Tensor:
     """Average latent as files store it, [D], [L, D] or [1, L, D] with equal rows => [D]."""
     rows = w_avg.reshape(-1, w_avg.shape[-1]).float()
-    if not len(rows) or rows.shape[1] != w_dim:
-        raise CheckpointError(f"an average latent {list(w_avg.shape)} for a generator whose w has {w_dim} numbers")
+    if not len(rows) or rows.shape[1] != w_dim or not rows.isfinite().all():
+        raise CheckpointError(
+            f"an average latent {list(w_avg.shape)}, for a generator whose w has {w_dim} finite numbers"
+        )
     if (rows - rows[0]).abs().max() > 1e-3:
         raise CheckpointError("an average latent that differs between style inputs, but the mapping gives one for all")
     return rows[0]
@@ -60,7 +63,9 @@ def estimate_centre(generator: Generator) -> None:
 
 
 def _check_sizes(config: Mapping[str, Any]) -> None:
+    """Numbers of modules, which take memory and time of their own even on the meta device."""
     for name, value in config.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if len(values) > MAX_WIDTH or any(isinstance(v, int) and abs(v) > MAX_WIDTH for v in values):
-            raise CheckpointError(f"its geometry has {name} beyond {MAX_WIDTH}, which no StyleGAN has")
+        if isinstance(value, list):
+            check_count(len(value), MAX_LEVELS, f"{name} in its geometry")
+        elif name.endswith("layers"):
+            check_count(value, MAX_LAYERS, f"{name} in its geometry")

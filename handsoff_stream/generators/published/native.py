@@ -6,16 +6,16 @@ Knows the checkpoint's manifest and the generator's part of it. Does not know he
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.files import tensors as container
+from handsoff_stream.files.schema import validated
 from handsoff_stream.generators.base import Generator
 from handsoff_stream.generators.families import FAMILIES
 from handsoff_stream.generators.published.assemble import assemble
+from handsoff_stream.manifest import FORMAT_VERSION, Manifest
 
-FORMAT_VERSION = 1
 MANIFEST_KEY = "handsoff_stream"
 PREFIX = "generator."
 
@@ -24,16 +24,10 @@ def read(path: Path, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor
     """Manifest and all tensors whose name begins with `prefix`.
 
     Raises:
-        CheckpointError: damaged container, foreign manifest, newer format version, NaN or infinite weights.
+        CheckpointError: damaged container, foreign manifest, newer format version.
     """
     manifest, tensors = container.read_tensors(path, MANIFEST_KEY, wanted=lambda name: name.startswith(prefix))
     _check(path, manifest)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{path}: tensor {name!r} holds NaN or infinite values, so every image would be garbage; "
-                "use an earlier snapshot of the training that wrote it"
-            )
     return manifest, tensors
 
 
@@ -55,6 +49,7 @@ def _check(path: Path, manifest: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{path}: format version {version}, this release reads up to {FORMAT_VERSION}; upgrade handsoff_stream"
         )
+    validated(Manifest, manifest, f"{path}: its manifest")
 
 
 def build_generator(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> Generator:
@@ -62,7 +57,7 @@ def build_generator(path: Path, manifest: dict[str, Any], tensors: dict[str, Ten
     family = manifest["generator"].get("family")
     if family not in FAMILIES:
         raise CheckpointError(f"{path}: generator family {family!r} is unknown; this release has {sorted(FAMILIES)}")
-    state = {name.removeprefix(PREFIX): t.float() for name, t in tensors.items() if name.startswith(PREFIX)}
+    state = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
     try:
         return assemble(FAMILIES[family], manifest["generator"]["config"], state)
     except CheckpointError as error:
