@@ -17,6 +17,7 @@ from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.features import Window
+from handsoff_stream.files.digest import sha256
 from handsoff_stream.files.schema import arguments_of, validated
 from handsoff_stream.files.tensors import is_safetensors, write_tensors
 from handsoff_stream.files.weights import build
@@ -256,12 +257,6 @@ def import_generator(path: str | Path, *, average_latent: str | Path | None = No
         "versions": {"handsoff_stream": version("handsoff_stream"), "torch": torch.__version__},
     }
     return Checkpoint(read.generator, provenance=provenance)
-
-
-def sha256(path: Path) -> str:
-    """Digest of a file's bytes, which are read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load_head(name: str, entry: dict[str, Any], tensors: dict[str, Tensor], generator: Generator) -> Head:

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
 
-from handsoff_stream.checkpoint import load_checkpoint
+from handsoff_stream.checkpoint import load_checkpoint, resolve
 from handsoff_stream.datasets.labelled_images import LabelledImages, list_labelled
 from handsoff_stream.datasets.labelled_images.class_maps import ClassMap
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
@@ -33,7 +33,7 @@ from handsoff_stream.downstream import (
     train_segmentation,
 )
 from handsoff_stream.errors import CheckpointError
-from handsoff_stream.files.atomic import whole_file
+from handsoff_stream.files.atomic import check_file, whole_file, write_file
 from handsoff_stream.precision import Precision, fastest_precision
 from handsoff_stream.preview import preview_sheet
 from handsoff_stream.progress import progress_bar
@@ -121,7 +121,7 @@ def run_demo(
         },
         "seconds": time.perf_counter() - started,
     }
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_file(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     console.print(f"{result['seconds'] / 60:.1f} minutes; all numbers are of this run and in {out}/result.json")
     return result
 
@@ -196,8 +196,10 @@ def train_on_stream(
     Raises:
         CheckpointError: the checkpoint has no segmentation head.
         LabelledImagesError: test folders that do not fit.
+        OutputError: the state dict cannot be written; this is found out before the training.
     """
     chosen = resolve_device(device)
+    check_file(out, inputs=[resolve(checkpoint)])
     loaded = load_checkpoint(checkpoint)
     names = next((h.task.class_names for h in loaded.heads.values() if hasattr(h.task, "class_names")), None)
     if names is None:

@@ -6,7 +6,7 @@ execute. Knows the container. Does not know what the tensors are, nor what a man
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +85,21 @@ def read_tensors(
     return manifest, tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, manifest: Mapping[str, Any]) -> None:
-    """Write tensors and manifest, whole or not at all; an existing file is replaced.
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    key: str,
+    manifest: Mapping[str, Any],
+    inputs: Sequence[str | Path] = (),
+) -> None:
+    """Write tensors and manifest, whole or not at all; an existing file is replaced, unless it is one of `inputs`.
 
     Raises:
-        OSError: the file cannot be written.
+        OutputError: the file cannot be written.
     """
     copied = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with whole_file(path) as partial:
+    with whole_file(path, inputs=inputs) as partial:
         save_file(copied, partial, metadata={key: json.dumps(_finite(manifest), allow_nan=False)})
 
 

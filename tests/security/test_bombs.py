@@ -141,7 +141,7 @@ def test_an_archive_of_very_many_entries_is_refused_before_its_directory_is_read
 
 def test_a_directory_that_hides_behind_a_comment_is_refused(tmp_path):
     whole = (DATA / "rosinality_32.pt").read_bytes()
-    refused(lambda: parse(whole[:-2] + struct.pack("<H", 22) + b"PK\x05\x06" + bytes(18)), "truncated, or another format|damaged file")
+    refused(lambda: parse(whole[:-2] + struct.pack("<H", 30) + b"x" * 30), "truncated, or another format")
 
 
 def test_a_file_of_another_type_is_refused_by_its_first_bytes(tmp_path, monkeypatch):
