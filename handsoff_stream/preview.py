@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint, CheckpointSource, resolve
-from handsoff_stream.device import resolve_device
+from handsoff_stream.device import usable_device
 from handsoff_stream.files.atomic import check_file, whole_file
 from handsoff_stream.filters import Threshold
 from handsoff_stream.options import SynthesisOptions
@@ -116,9 +116,9 @@ def preview_sheet(
     loaded = source.load()
     name, task = _segmentation_head(loaded)
     judge = _judge(source.calibration_scores(options), percentile)
-    synthesizer = Synthesizer(loaded, options, resolve_device(device))
-    if not isinstance(checkpoint, Checkpoint):
-        check_file(path, inputs=[resolve(checkpoint)])
+    synthesizer = Synthesizer(loaded, options, usable_device(device))
+    check_file(path, inputs=[] if isinstance(checkpoint, Checkpoint) else [resolve(checkpoint)])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     samples: list[PreviewSample] = []
     for start in range(0, len(chosen), BATCH):
         samples += _synthesize(synthesizer, name, chosen[start : start + BATCH], judge)

@@ -20,7 +20,7 @@ from pydantic_core import from_json
 from handsoff_stream.errors import CheckpointError, printable
 from handsoff_stream.files.budget import MAX_NAME, MAX_NAMES, MAX_TEXT_BYTES, MAX_WIDTH
 
-NUM_NAMED = 3  # entries that a message names
+NUM_NAMED = 2  # entries that a message names
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tabs and line breaks
 
 
