@@ -215,8 +215,8 @@ def train_on_stream(
     out.parent.mkdir(parents=True, exist_ok=True)
     if not (steps >= 1 and batch_size >= 2 and 0 < lr < math.inf):
         raise ValueError(
-            f"steps={steps}, batch_size={batch_size}, lr={lr}: pass at least 1 step of at least 2 samples (BatchNorm), and "
-            "a positive learning rate"
+            f"steps={steps}, batch_size={batch_size}, lr={lr}: pass at least 1 step of at least 2 samples (BatchNorm), "
+            "and a positive learning rate"
         )
     loaded = load_checkpoint(checkpoint)
     names = next((h.task.class_names for h in loaded.heads.values() if hasattr(h.task, "class_names")), None)
@@ -234,6 +234,8 @@ def train_on_stream(
     train_with_bar(model, DataLoader(stream, batch_size=batch_size), budget, chosen, console)
     with whole_file(out) as partial:
         torch.save(model.state_dict(), partial)
-    console.print(f"wrote {_shown(out)}; {stream.rejected} of {stream.accepted + stream.rejected} samples were rejected")
+    console.print(
+        f"wrote {_shown(out)}; {stream.rejected} of {stream.accepted + stream.rejected} samples were rejected"
+    )
     if test is not None:
         console.print(evaluate(model, test, names, device=chosen).table("IoU on test images"))

@@ -104,12 +104,12 @@ def preview_sheet(
         OutputError: the PNG cannot be written; this is found out before anything is drawn.
         ValueError: nothing to draw, or no segmentation head.
     """
-    if not 1 <= (num if indices is None else len(indices)) <= MAX_SAMPLES or columns < 1:
+    chosen = range(num) if indices is None else list(indices)
+    if not 1 <= len(chosen) <= MAX_SAMPLES or columns < 1:
         raise ValueError(
-            f"{num if indices is None else len(indices)} samples in {columns} columns make no sheet; ask for at least one "
-            f"of each, and at most {MAX_SAMPLES} samples"
+            f"{len(chosen)} samples in {columns} columns make no sheet; ask for at least one of each, and at most "
+            f"{MAX_SAMPLES} samples"
         )
-    chosen = list(range(num)) if indices is None else list(indices)
     source = CheckpointSource(checkpoint)
     psi = source.truncation if truncation is None else truncation
     options = SynthesisOptions(seed=seed, truncation=psi, score=score)

@@ -1,7 +1,7 @@
 """The command-line application: arguments that verbs share, what becomes of errors, and what reaches the terminal.
 
-A user's mistake ends in one sentence on stderr and exit code 2; a traceback is a bug of ours. Names and values that come
-from files are escaped before they are printed, and are never read as rich's markup.
+A user's mistake ends in one sentence on stderr and exit code 2; a traceback is a bug of ours. Names and values that
+come from files are escaped before they are printed, and are never read as rich's markup.
 """
 
 import sys

@@ -94,7 +94,9 @@ def train(
     from handsoff_stream.demo import train_on_stream
 
     if (test_images is None) != (test_labels is None):
-        raise ValueError("images to test on need their masks and masks their images; pass --test-images and --test-labels")
+        raise ValueError(
+            "images to test on need their masks and masks their images; pass --test-images and --test-labels"
+        )
     train_on_stream(
         checkpoint,
         out,

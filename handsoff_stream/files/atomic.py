@@ -23,7 +23,11 @@ from handsoff_stream.errors import OutputError
 
 SUFFIX = ".partial"
 MAX_FILE_NAME = 200  # bytes; the hidden name is longer, and file systems allow 255
-FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "files may not be as large"}
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "files may not be as large",
+}
 REASONS = {
     **FULL,
     errno.EROFS: "the disk is read-only",
@@ -106,8 +110,8 @@ def check_file(path: str | Path, *, inputs: Sequence[str | Path] = (), needed: i
     else:
         if stat.S_ISLNK(mode):
             raise OutputError(
-                f"{path}: is a symbolic link, which would be replaced, not followed; pass the file that it points to, or "
-                "remove the link"
+                f"{path}: is a symbolic link, which would be replaced, not followed; pass the file that it points to, "
+                "or remove the link"
             )
         if not stat.S_ISREG(mode):
             kind = "folder" if stat.S_ISDIR(mode) else "device, pipe or socket"

@@ -1,7 +1,7 @@
 """What reading a file may cost: every limit of every reader, in one place.
 
-A foreign file claims sizes, counts and depths. What is done about them is bounded by the bytes that it really has, or by
-a number that no honest file comes near. Knows numbers. Does not know formats.
+A foreign file claims sizes, counts and depths. What is done about them is bounded by the bytes that it really has, or
+by a number that no honest file comes near. Knows numbers. Does not know formats.
 """
 
 from collections.abc import Callable, Iterable

@@ -139,7 +139,7 @@ def _read_zip(file: BinaryIO, budget: Budget) -> Any:
 
 
 def _directory_bytes(file: BinaryIO) -> int:
-    """Size of a zip archive's directory, from the record at the very end, where zipfile looks first; 0 if there is none.
+    """Size of a zip archive's directory, from the record at the very end of the file, where zipfile looks first.
 
     zipfile reads the directory whole, however long it is.
     """

@@ -1,8 +1,8 @@
 """Which globals the pickles in a file would import or call, without loading any: `handsoff-stream inspect --scan`.
 
-Python's own `pickletools` splits a pickle into instructions; here they are run on a stack of names alone, so that a name
-put together on the stack is found as well, and one that is computed is reported as such. Zip archives (PyTorch, npz),
-PyTorch's older container, raw pickles of every protocol, object arrays, and pickles inside byte strings are looked into.
+Python's own `pickletools` splits a pickle into instructions. Here they are run on a stack of names alone, so that a
+name put together on the stack is found as well, and one that is computed is reported as such. Zip archives (PyTorch,
+npz), PyTorch's older container, raw pickles of every protocol, object arrays, and pickles inside byte strings are read.
 
 Knows instructions and containers. Does not judge: a global is known if the strict reader would read it.
 """
@@ -44,7 +44,7 @@ class Findings:
 
     @property
     def verdict(self) -> str:
-        """"suspicious", "error" or "clean"."""
+        """ "suspicious", "error" or "clean"."""
         return "suspicious" if self.suspicious else "error" if self.problems else "clean"
 
     def sentence(self) -> str:
@@ -190,7 +190,7 @@ class _Names:
             parts = [part if isinstance(part, str) else COMPUTED for part in self.stack[-2:]]
             self.add(".".join(parts) or COMPUTED)
         if isinstance(argument, bytes | bytearray) and argument[:1] == b"\x80" and self.depth < MAX_DEPTH:
-            self.look_into(argument)
+            self.look_into(bytes(argument))
         self.move(opcode, argument)
 
     def move(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:

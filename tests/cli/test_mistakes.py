@@ -102,7 +102,9 @@ MISTAKES = {
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(p): (stat.S_IFMT(p.lstat().st_mode), p.lstat().st_mtime_ns) for p in folder.rglob("*") if not p.is_dir()}
+    return {
+        str(p): (stat.S_IFMT(p.lstat().st_mode), p.lstat().st_mtime_ns) for p in folder.rglob("*") if not p.is_dir()
+    }
 
 
 @pytest.mark.parametrize("line", MISTAKES, ids=lambda line: line[:60].encode("unicode_escape").decode())

@@ -129,7 +129,9 @@ def test_a_new_file_has_the_permissions_of_the_umask_a_replaced_one_keeps_its_ow
 def test_content_and_name_are_on_the_disk_before_the_block_is_left(path, monkeypatch):
     done = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.readlink(f"/proc/self/fd/{handle}")) or fsync(handle))
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: done.append(os.readlink(f"/proc/self/fd/{handle}")) or fsync(handle)
+    )
     monkeypatch.setattr(Path, "replace", lambda self, other: done.append("renamed") or replace(self, other))
     with whole_file(path) as partial:
         partial.write_bytes(b"new")

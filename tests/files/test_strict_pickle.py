@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handsoff_stream.errors import CheckpointError
-from handsoff_stream.files.containers import parse, read_content
 from handsoff_stream.files.budget import FEW_OPERATIONS, MAX_NESTING
+from handsoff_stream.files.containers import parse, read_content
 from handsoff_stream.files.strict_pickle import Record
 from handsoff_stream.generators.published import _build
 
@@ -268,7 +268,9 @@ def test_copies_of_one_large_thing_add_up_to_a_refusal(copy):
         loaded(nested_storage(2**14, raw=bytes(2**16))) + b"q\x030",
     )
     assert parse(hand_made(*large, copy)).value is not None
-    refused(hand_made(*large, b"(", 2_000 * copy, b"t"), "would take more than 4 times|more instructions and copied entries")
+    refused(
+        hand_made(*large, b"(", 2_000 * copy, b"t"), "would take more than 4 times|more instructions and copied entries"
+    )
 
 
 def nested_storage(

@@ -246,7 +246,9 @@ def test_yaml_aliases_are_refused(tmp_path):
     yaml_refused(tmp_path, f"a0: &a0 [1]\n{doubled}", "line 2: an alias")
 
 
-@pytest.mark.parametrize("content", ["a: " + "[" * 2_000 + "]" * 2_000, "- " * 2_000 + "1", "{a: " * 500 + "1" + "}" * 500])
+@pytest.mark.parametrize(
+    "content", ["a: " + "[" * 2_000 + "]" * 2_000, "- " * 2_000 + "1", "{a: " * 500 + "1" + "}" * 500]
+)
 def test_yaml_nests_so_deep(tmp_path, content):
     yaml_refused(tmp_path, content, "nested more than")
 
@@ -256,7 +258,9 @@ def test_yaml_that_ended_in_a_traceback_is_refused(tmp_path, name):
     yaml_refused(tmp_path, (DATA / "hostile" / f"{name}.yaml").read_text(), "line \\d|nested")
 
 
-@pytest.mark.parametrize("content", ["!!timestamp x", "!!int ''", "!!float 'x'", "!!binary '*'", "!!python/name:os.system ''"])
+@pytest.mark.parametrize(
+    "content", ["!!timestamp x", "!!int ''", "!!float 'x'", "!!binary '*'", "!!python/name:os.system ''"]
+)
 def test_yaml_tags_are_refused(tmp_path, content):
     yaml_refused(tmp_path, f"classes:\n  0: {{name: {content}}}", "line 2: a tag")
 

@@ -33,7 +33,11 @@ def run(*arguments) -> tuple[int, str]:
 @pytest.mark.parametrize("path", sorted(HOSTILE.glob("*.safetensors")), ids=lambda path: path.stem[:40])
 def test_checkpoints(path):
     for read in (load_checkpoint, read_manifest, describe):
-        if read is read_manifest and path.stem in ("st_dtype_F8_E4M3", "st_name_escape") or "lr_multiplier" in path.stem:
+        if (
+            read is read_manifest
+            and path.stem in ("st_dtype_F8_E4M3", "st_name_escape")
+            or "lr_multiplier" in path.stem
+        ):
             continue  # nothing is wrong with their manifests that a schema could see
         with pytest.raises(CheckpointError) as caught:
             read(path)
@@ -110,7 +114,10 @@ def test_names_in_a_valid_checkpoint_reach_the_terminal_as_they_are(tmp_path):
     [
         (lambda m: m.update(truncation=float("nan")), "holds nan at truncation"),
         (lambda m: m.update(unheard_of=1), "unheard_of: extra inputs are not permitted"),
-        (lambda m: m["calibration"]["scores"].update(sum=[1.0, float("inf")]), r"holds inf at calibration.scores.sum.1"),
+        (
+            lambda m: m["calibration"]["scores"].update(sum=[1.0, float("inf")]),
+            r"holds inf at calibration.scores.sum.1",
+        ),
         (lambda m: m["calibration"].update(scores={"sum": ["a"]}), "calibration.scores.sum.0: .*'a' came"),
         (lambda m: m["heads"].update({"../x": m["heads"]["segmentation"]}), "letters, digits"),
         (lambda m: m["generator"]["config"].update(conv_clamp=-1.0), "conv_clamp=-1.0"),

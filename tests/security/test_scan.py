@@ -96,7 +96,9 @@ def test_files_of_torch_save_are_clean(tmp_path):
         assert found.verdict == "clean" and "torch._utils._rebuild_tensor_v2" in found.known
 
 
-@pytest.mark.parametrize("content", [b"\x80\x04", b"PK\x03\x04", b"\x80\x04B\xff\xff\xff\xff", b"\x80\x04\x8e" + b"\xff" * 8])
+@pytest.mark.parametrize(
+    "content", [b"\x80\x04", b"PK\x03\x04", b"\x80\x04B\xff\xff\xff\xff", b"\x80\x04\x8e" + b"\xff" * 8]
+)
 def test_what_cannot_be_looked_into_is_an_error(tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
     assert scan_file(tmp_path / "a.pt").verdict == "error"

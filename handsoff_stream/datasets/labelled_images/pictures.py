@@ -75,13 +75,15 @@ def read_image(file: Path) -> NDArray[np.uint8]:
     """uint8 [H, W, 3], upright as its EXIF orientation says.
 
     Raises:
-        ValueError: none of the `FORMATS`; several pictures in a file; more than 8 bits a channel, CMYK, too many pixels;
-            transparent pixels.
+        ValueError: none of the `FORMATS`; several pictures in a file; more than 8 bits per channel, CMYK, too many
+            pixels; transparent pixels.
         Exception: whatever PIL raises on a damaged file, SyntaxError among others.
     """
     with _opened(file, tuple(FORMATS)) as picture:
         if picture.mode == "CMYK":
-            raise ValueError("a picture in CMYK, whose colours depend on a profile; convert it to RGB with that profile")
+            raise ValueError(
+                "a picture in CMYK, whose colours depend on a profile; convert it to RGB with that profile"
+            )
         if picture.mode not in IMAGE_MODES:
             raise ValueError(f"a picture of mode {picture.mode}; save it with 8 bits a channel")
         _require_opaque(picture)

@@ -69,8 +69,8 @@ def read_generator(path: str | Path, *, average_latent: str | Path | None = None
             raise CheckpointError(f"{path}: {error}") from error
         except Exception as error:  # a damaged file may hold anything where an adapter expects a tensor
             raise CheckpointError(
-                f"{path}: damaged generator ({type(error).__name__}: {printable(str(error), 100)}); copy or download it "
-                "again"
+                f"{path}: damaged generator ({type(error).__name__}: {printable(str(error), 100)}); "
+                "copy or download it again"
             ) from error
         read = GeneratorFile(generator, f"{source}, {content.container}")
     if average_latent is not None:

@@ -124,10 +124,14 @@ class StyleGAN2(Generator):
                 f"label_dim={label_dim} describe no generator; every size must be a positive integer and "
                 "constant_size a (height, width) pair"
             )
-        if not (math.isfinite(mapping_lr_multiplier) and mapping_lr_multiplier > 0 and (conv_clamp is None or conv_clamp > 0)):
+        if not (
+            math.isfinite(mapping_lr_multiplier)
+            and mapping_lr_multiplier > 0
+            and (conv_clamp is None or conv_clamp > 0)
+        ):
             raise ValueError(
-                f"mapping_lr_multiplier={mapping_lr_multiplier}, conv_clamp={conv_clamp}: pass positive numbers, or None "
-                "for no clamp"
+                f"mapping_lr_multiplier={mapping_lr_multiplier}, conv_clamp={conv_clamp}: pass positive numbers, or "
+                "None for no clamp"
             )
         self.channels = tuple(channels)
         self.constant_size = (constant_size[0], constant_size[1])
