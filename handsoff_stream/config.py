@@ -61,11 +61,11 @@ def load_class_map(name_or_path: str | Path) -> ClassMap:
     content = load_config(path, _ClassMapFile)
     ids = sorted(content.classes)
     if ids != list(range(len(ids))):
-        raise ValueError(f"{path}: class ids {ids}; they count from 0 without a gap")
+        raise ValueError(printable(f"{path}: class ids {ids}; they count from 0 without a gap"))
     try:
         return ClassMap(tuple(content.classes[i] for i in ids), content.ignore, content.others)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(printable(f"{path}: {error}")) from None
 
 
 def load_config(path: str | Path, kind: type[T]) -> T:

@@ -145,6 +145,16 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_unpacked(tmp_path)
         read_mask(tmp_path / "bomb.npy")
 
 
+def test_more_pixels_than_its_bytes_can_hold_are_not_made(tmp_path):
+    (tmp_path / "short.png").write_bytes(png(8000, 8000, bits=8, color=0, rows=b""))
+    for read in (read_image, read_mask):
+        with pytest.raises(ValueError, match="claims 8000 x 8000 pixels in"):
+            read(tmp_path / "short.png")
+    for mode in ("1", "L", "RGB"):
+        whole = saved(tmp_path, f"{mode}.png", Image.new(mode, (2048, 2048)), optimize=True)
+        assert read_image(whole).shape == (2048, 2048, 3)  # the emptiest picture there is
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x04N.", b"\x93NUMPY\x01\x00\x04\x00{((("])
 def test_a_mask_named_npy_is_a_numpy_array_or_refused(tmp_path, content):
     (tmp_path / "m.npy").write_bytes(content)

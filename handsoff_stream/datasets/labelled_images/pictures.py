@@ -31,6 +31,8 @@ MASK_FORMATS = ("PNG", "BMP", "TIFF")  # lossless ones
 NPY_START = b"\x93NUMPY"
 HEAD_BYTES, PNG_BIT_DEPTH = 32, 24
 MAX_PIXELS = 2**26  # of a picture, 8192 x 8192
+# Deflate packs at most 1032 bytes into one, of 8 pixels each in pictures of two colours.
+FEW_PIXELS, PIXELS_PER_BYTE = 2**18, 1032 * 8
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,9 @@ def _opened(file: Path, allowed: tuple[str, ...]) -> Iterator[Image.Image]:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{height} x {width} pixels; up to {MAX_PIXELS} are read, make it smaller")
+            size = file.stat().st_size
+            if width * height > FEW_PIXELS + PIXELS_PER_BYTE * size:
+                raise ValueError(f"claims {height} x {width} pixels in {size} bytes; it is cut short or damaged")
             _require_8_bits(picture, head)
             _require_single(picture)
             yield picture
