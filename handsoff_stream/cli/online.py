@@ -80,7 +80,7 @@ def preview(
 def train(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="State dict of the trained network.")],
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 2000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
     batch_size: Annotated[int, typer.Option(min=2, max=4096, help="Samples a step.")] = 8,
     backbone: Annotated[str, typer.Option(help="resnet101, resnet50, mobilenet_v3_large or resnet18.")] = "resnet18",
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
@@ -138,7 +138,7 @@ def export(
 @plain_errors
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for preview.png and result.json.")] = Path("demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of each training.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each training.")] = None,
     backbone: Annotated[str | None, typer.Option(help="resnet101, resnet50, mobilenet_v3_large or resnet18.")] = None,
     test_images: Annotated[int, typer.Option(min=1, max=100_000, help="Held-out renders to score on.")] = 200,
     seed: SeedOption = 0,

@@ -14,9 +14,8 @@ from rich.text import Text
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from handsoff_stream.class_ids import IGNORE_INDEX
 from handsoff_stream.errors import printable
-
-IGNORE_INDEX = 255
 
 
 @dataclass(frozen=True)

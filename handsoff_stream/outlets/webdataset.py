@@ -27,8 +27,8 @@ from torch import Tensor
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.files.atomic import check_folder, locked_folder, whole_file, write_file
-from handsoff_stream.files.digest import sha256
 from handsoff_stream.files.schema import Name, Schema, read_json, validated
+from handsoff_stream.provenance import sha256
 from handsoff_stream.stream import HandsOffStream
 
 STATE_FILE = "export.json"

@@ -52,9 +52,9 @@ DATA = Path(__file__).parents[1] / "data"
 PACKAGE = str(Path(handsoff_stream.__file__).parent)
 MIB = 2**20
 FACTOR, LEAST_SECONDS, LEAST_MIB = 10, 0.3, 48
-ADDRESS_SPACE = 3 * 2**30  # more than the process has when it begins: an allocation beyond is an error, not a dead machine
+ADDRESS_SPACE = 3 * 2**30  # more than the process has when it begins: what allocates more fails
 
-LATENT_NAMES = ("00001", "00002")
+LATENT_NAMES = ("image_0", "image_2")
 
 Change = Callable[[bytes, random.Random], bytes]
 Read = Callable[[Path], Any]

@@ -145,7 +145,8 @@ def in_png(data: bytes, rng: random.Random) -> bytes:
     chosen = rng.choice(chunks)
     chosen[1] = mutated(chosen[1] or b"\x00", rng)
     if rng.random() < 0.2:
-        chunks.insert(rng.randrange(len(chunks)), [rng.choice((b"acTL", b"eXIf", b"iCCP", b"tEXt", b"tRNS")), chosen[1]])
+        kind = rng.choice((b"acTL", b"eXIf", b"iCCP", b"tEXt", b"tRNS"))
+        chunks.insert(rng.randrange(len(chunks)), [kind, chosen[1]])
     out = data[:8]
     for kind, content in chunks:
         out += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

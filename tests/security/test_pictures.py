@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from handsoff_stream.datasets.labelled_images import ImageFolder, LabelledImages, LabelledImagesError, list_labelled
+from handsoff_stream.datasets.labelled_images import (
+    LabelledImages,
+    LabelledImagesError,
+    UnlabelledImages,
+    list_labelled,
+)
 from handsoff_stream.datasets.labelled_images.class_maps import ClassMap
 from handsoff_stream.datasets.labelled_images.pictures import MAX_PIXELS, read_image, read_mask
 
@@ -174,4 +179,4 @@ def test_what_is_wrong_with_a_set_is_printable_line_by_line(tmp_path):
     for line in str(caught.value).splitlines():
         assert line.isprintable() and len(line) <= 302, line  # indented by two
     with pytest.raises(LabelledImagesError):
-        ImageFolder(tmp_path / "images")
+        UnlabelledImages(tmp_path / "images")

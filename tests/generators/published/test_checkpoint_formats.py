@@ -313,7 +313,7 @@ def test_a_missing_weight_a_nan_and_a_foreign_filter_are_named(tmp_path):
     [
         ({"channels": [8192] * 10}, "tensors do not fit the geometry: blocks.0.conv.bias is missing"),
         ({"channels": [4] * 12}, "12 channels in its geometry; up to 11"),
-        ({"channels": [4] * 9, "constant_size": [32, 32]}, "images of .* up to 4096 pixels a side"),
+        ({"channels": [4] * 9, "constant_size": [32, 32]}, "images of .* at most 4096 pixels per side"),
         ({"channels": [10**9]}, "channels.0: .*less than or equal to 8192"),
         ({"channels": [4], "mapping_layers": 8000}, "8000 mapping_layers in its geometry; up to 64"),
         ({"channels": [4], "depth": 3}, "depth: extra inputs are not permitted"),
