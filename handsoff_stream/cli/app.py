@@ -36,7 +36,7 @@ PrecisionOption = Annotated[Precision | None, typer.Option(help="exact or fast; 
 SeedOption = Annotated[int, typer.Option(help="Which stream; in [0, 2**64).")]
 
 # What a user can get wrong. Anything else is a defect of this program and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, StreamError, ImportError)
+USER_ERRORS = (ValueError, OSError, StreamError, ImportError, FloatingPointError)
 MAX_CELL = 2000  # characters of a table's cell
 
 

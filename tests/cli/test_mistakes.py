@@ -4,6 +4,7 @@ One table: what is typed, and what is said. Each line runs in milliseconds, sinc
 """
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -35,10 +36,14 @@ def place(tmp_path_factory):
     (folder / "link.png").symlink_to(folder / "c.safetensors")
     (folder / "text.txt").write_text("text")
     os.mkfifo(folder / "pipe")
+    for name in ("rosinality_32.pt", "label_generator/exp.json"):
+        data = Path(__file__).parents[1] / "data" / name
+        shutil.copy(data, folder / data.name.replace("_32", ""))
     return folder
 
 
 LONG = "x" * 240
+LABELLED = "--images images --labels masks --classes a,b"
 MISTAKES = {
     # Output that cannot be written.
     "preview c.safetensors /dev/null": "is a device",
@@ -56,6 +61,19 @@ MISTAKES = {
     "export c.safetensors text.txt": "is no folder",
     "export c.safetensors text.txt/out": "is no folder",
     "demo --out text.txt": "is no folder",
+    "convert rosinality.pt rosinality.pt": "is read and written at once",
+    "convert rosinality.pt images": "is a folder",
+    "convert rosinality.pt text.txt/a.safetensors": "is no folder",
+    "fit g.safetensors --out g.safetensors": "is read and written at once",
+    "fit g.safetensors --out images": "is a folder",
+    "fit g.safetensors --out text.txt/a.safetensors": "is no folder",
+    f"fit g.safetensors --out {LONG}.safetensors": "a name of more than 200 bytes",
+    "fit g.safetensors --out a.safetensors --latents text.txt": "is no folder",
+    "train-encoder g.safetensors images g.safetensors": "is read and written at once",
+    "train-encoder g.safetensors images text.txt/e.safetensors": "is no folder",
+    "invert g.safetensors images text.txt": "is no folder",
+    "sample g.safetensors text.txt": "is no folder",
+    "import-labels rosinality.pt exp.json exp.json": "is read and written at once",
     # Counts and sizes.
     "preview c.safetensors a.png --num 0": "--num",
     "preview c.safetensors a.png --num 1000000000": "--num",
@@ -72,7 +90,34 @@ MISTAKES = {
     "train c.safetensors a.pt --backbone resnet9000": "resnet9000",
     "demo --steps 0": "--steps",
     "demo --test-images 0": "--test-images",
+    "fit g.safetensors --out a.safetensors --epochs 0": "--epochs",
+    "fit g.safetensors --out a.safetensors --epochs -3": "--epochs",
+    "fit g.safetensors --out a.safetensors --hidden 0 0": "hidden=(0, 0)",
+    "fit g.safetensors --out a.safetensors --hidden 1000000 1000000": "numbers from 1 to 8192",
+    "fit g.safetensors --out a.safetensors --hidden 8": "--hidden",
+    "fit g.safetensors --out a.safetensors --patience 0": "--patience",
+    "fit g.safetensors --out a.safetensors --steps -1": "--steps",
+    "fit g.safetensors --out a.safetensors --label-size 0": "--label-size",
+    "fit g.safetensors --out a.safetensors --label-size 1000000": "--label-size",
+    "fit g.safetensors --out a.safetensors --smallest-region -1": "--smallest-region",
+    "fit g.safetensors --out a.safetensors --augmentations 1000000": "--augmentations",
+    "fit g.safetensors --out a.safetensors --calibration-samples 1000000000": "--calibration-samples",
+    "fit g.safetensors --out a.safetensors --memory-gb 0": "memory_gb=0.0",
+    "fit g.safetensors --out a.safetensors --memory-gb -1": "memory_gb=-1.0",
+    "fit g.safetensors --out a.safetensors --memory-gb nan": "memory_gb=nan",
+    "sample g.safetensors out --num 0": "--num",
+    "sample g.safetensors out --num 1000000000": "--num",
+    "sample g.safetensors out --candidates 1000000000": "--candidates",
+    "train-encoder g.safetensors images e.safetensors --steps 0": "--steps",
     # Devices, seeds, numbers.
+    "fit g.safetensors --out a.safetensors --device gpu": "device 'gpu' is unknown",
+    "fit g.safetensors --out a.safetensors --device cuda:99": "CUDA device",
+    "invert g.safetensors images out --device cuda:99": "CUDA device",
+    "sample g.safetensors out --device gpu": "device 'gpu' is unknown",
+    "train-encoder g.safetensors images e.safetensors --device cuda:99": "CUDA device",
+    "sample g.safetensors out --seed -1": "addresses no stream",
+    "sample g.safetensors out --truncation nan": "is no psi",
+    "fit g.safetensors --out a.safetensors --radius -1 --encoder text.txt": "radius=-1.0",
     "preview c.safetensors a.png --device gpu": "device 'gpu' is unknown",
     "preview c.safetensors a.png --device cuda:99": "CUDA device",
     "preview c.safetensors a.png --device meta": "is not supported",
@@ -87,6 +132,14 @@ MISTAKES = {
     # Options that need another one.
     "train c.safetensors a.pt --test-images images": "--test-labels",
     "train c.safetensors a.pt --test-labels masks": "--test-images",
+    "fit g.safetensors --out a.safetensors --flip": "no augmentations to flip",
+    "fit g.safetensors --out a.safetensors --any-color b": "no augmentations to flip or recolor",
+    "fit g.safetensors --out a.safetensors --radius 3": "--encoder",
+    "fit g.safetensors --out a.safetensors --latents l --given-latents l.npy": "pass one of them",
+    "fit g.safetensors --out a.safetensors --latent-truncation 0.5": "latents w+",
+    "fit g.safetensors --out a.safetensors --latent-space z": "none are given",
+    "fit g.safetensors --out a.safetensors --class-map celebamask_hq_8": "both --class-map and --classes",
+    "fit g.safetensors --out a.safetensors --crop-box 1,2": "TOP,LEFT,BOTTOM,RIGHT",
     # Files that are no checkpoints.
     "inspect text.txt": "none of safetensors",
     "inspect images": "no such file",
@@ -111,7 +164,10 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 def test_a_mistake_is_named_before_the_work(place, monkeypatch, line):
     monkeypatch.chdir(place)
     before, started = snapshot(place), time.process_time()
-    result = CliRunner().invoke(app, line.split(" "))
+    arguments = line.split(" ")
+    if arguments[0] == "fit":
+        arguments += LABELLED.split(" ")
+    result = CliRunner().invoke(app, arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code == 2 and time.process_time() - started < 5
     said = " ".join(result.output.replace("│", " ").split())

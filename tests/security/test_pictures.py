@@ -92,11 +92,11 @@ def test_16_bits_a_channel_are_refused_not_cut_to_8(tmp_path, color):
             read(path)
 
 
-def test_16_bit_tiffs_in_colour_and_16_bit_grey_images_are_refused(tmp_path):
-    grey = saved(tmp_path, "grey.png", Image.fromarray(np.full((3, 3), 40_000, np.uint16)))
+def test_16_bit_tiffs_in_color_and_16_bit_gray_images_are_refused(tmp_path):
+    gray = saved(tmp_path, "gray.png", Image.fromarray(np.full((3, 3), 40_000, np.uint16)))
     with pytest.raises(ValueError, match="16 bits a channel|mode I;16"):
-        read_image(grey)
-    assert (read_mask(grey).values == 40_000).all()  # ids beyond 255 are no picture, and exact
+        read_image(gray)
+    assert (read_mask(gray).values == 40_000).all()  # ids beyond 255 are no picture, and exact
     tags = [  # (tag, type, count, value or offset): 2 x 2 pixels of three 16-bit samples at byte 8
         (256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 3, 32), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 8), (277, 3, 1, 3),
         (279, 4, 1, 24),
@@ -120,7 +120,7 @@ def test_several_pictures_in_a_file_are_refused_not_reduced_to_the_first(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
-def test_cmyk_is_refused_since_its_colours_depend_on_a_profile(tmp_path, name):
+def test_cmyk_is_refused_since_its_colors_depend_on_a_profile(tmp_path, name):
     with pytest.raises(ValueError, match="CMYK.*RGB"):
         read_image(saved(tmp_path, name, Image.new("CMYK", (4, 4), (10, 20, 30, 40))))
 

@@ -31,7 +31,7 @@ MASK_FORMATS = ("PNG", "BMP", "TIFF")  # lossless ones
 NPY_START = b"\x93NUMPY"
 HEAD_BYTES, PNG_BIT_DEPTH = 32, 24
 MAX_PIXELS = 2**26  # of a picture, 8192 x 8192
-# Deflate packs at most 1032 bytes into one, of 8 pixels each in pictures of two colours.
+# Deflate packs at most 1032 bytes into one, of 8 pixels each in pictures of two colors.
 FEW_PIXELS, PIXELS_PER_BYTE = 2**18, 1032 * 8
 
 
@@ -90,9 +90,7 @@ def read_image(file: Path) -> NDArray[np.uint8]:
     """
     with _opened(file, tuple(FORMATS)) as picture:
         if picture.mode == "CMYK":
-            raise ValueError(
-                "a picture in CMYK, whose colours depend on a profile; convert it to RGB with that profile"
-            )
+            raise ValueError("a picture in CMYK, whose colors depend on a profile; convert it to RGB with that profile")
         if picture.mode not in IMAGE_MODES:
             raise ValueError(f"a picture of mode {picture.mode}; save it with 8 bits a channel")
         _require_opaque(picture)
@@ -146,14 +144,14 @@ def _opened(file: Path, allowed: tuple[str, ...]) -> Iterator[Image.Image]:
 
 
 def _require_8_bits(picture: Image.Image, head: bytes) -> None:
-    """PIL reads colours of 16 bits as 8 without a word; grey ones keep theirs, in a mode of their own."""
+    """PIL reads colors of 16 bits as 8 without a word; gray ones keep theirs, in a mode of their own."""
     depths: tuple[int, ...] = (8,)
     if picture.format == "PNG":
         depths = (head[PNG_BIT_DEPTH],)
     elif isinstance(picture, TiffImagePlugin.TiffImageFile):
         depths = tuple(picture.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,)))
     if max(depths) > 8 and picture.mode not in ID_MODES:
-        raise ValueError(f"colours of {max(depths)} bits a channel, of which all but 8 would be lost; save it with 8")
+        raise ValueError(f"colors of {max(depths)} bits a channel, of which all but 8 would be lost; save it with 8")
 
 
 def _require_single(picture: Image.Image) -> None:
