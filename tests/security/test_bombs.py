@@ -201,7 +201,7 @@ def rewritten(checkpoint_path, tmp_path):
         (lambda m: m["heads"].update({f"h{i}": m["heads"]["segmentation"] for i in range(100)}), "heads: .*64"),
         (lambda m: m["generator"]["config"].update(channels=[1] * 900), "900 channels in its geometry"),
         (lambda m: m["generator"]["config"].update(mapping_layers=8_000), "8000 mapping_layers"),
-        (lambda m: m["generator"]["config"].update(constant_size=[4096, 4096]), "pixels a side"),
+        (lambda m: m["generator"]["config"].update(constant_size=[4096, 4096]), "4096 pixels per side"),
         (lambda m: m["generator"]["config"].update(w_dim=10**30), "w_dim.*huge number"),
     ],
 )
