@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.schema import arguments_of, validated
 from handsoff_stream.files.tensors import is_safetensors, write_tensors
+from handsoff_stream.files.weights import build
 from handsoff_stream.generators import Generator
 from handsoff_stream.generators.published import native, read_generator
 from handsoff_stream.geometry import Rectangle
 from handsoff_stream.label_generator import LabelGenerator
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.provenance import sha256, versions
-from handsoff_stream.tasks import Task, task_from_config
+from handsoff_stream.tasks import TASKS, Task, task_from_config
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_TRUNCATION = 0.7  # what the published code applies, around the mean latent
@@ -209,9 +211,10 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
     """
     path = resolve(name_or_path)
     manifest, tensors = native.read(path)
+    _check_names(path, manifest, tensors)
     generator = native.build_generator(path, manifest, tensors).eval().requires_grad_(False)
     try:
-        heads = {name: _load_head(name, entry, tensors) for name, entry in manifest["heads"].items()}
+        heads = {name: _load_head(name, entry, tensors, generator) for name, entry in manifest["heads"].items()}
         calibration = manifest["calibration"]
         return Checkpoint(
             generator,
@@ -224,6 +227,13 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: heads or manifest cannot be used ({error}); write the file again") from error
+
+
+def _check_names(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    prefixes = (native.PREFIX, *(f"heads.{name}." for name in manifest["heads"]))
+    stray = sorted(name for name in tensors if not name.startswith(prefixes))
+    if stray:
+        raise CheckpointError(f"{path}: {len(stray)} tensors belong to no part of it, such as {stray[0]!r}")
 
 
 def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
@@ -259,13 +269,29 @@ def import_generator(path: str | Path, *, average_latent: str | Path | None = No
     return Checkpoint(read.generator, provenance=provenance)
 
 
-def _load_head(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
-    task = task_from_config(entry["task"])
-    label_generator = LabelGenerator(**entry["label_generator"])
+def _load_head(name: str, entry: dict[str, Any], tensors: dict[str, Tensor], generator: Generator) -> Head:
+    task = _load_task(name, entry["task"])
+    arguments: dict[str, Any] = entry["label_generator"]
+    expected_channels = list(generator.feature_channels)
+    if (arguments["feature_channels"], arguments["num_outputs"]) != (expected_channels, task.num_outputs):
+        raise CheckpointError(
+            f"head {name!r} labels {arguments['num_outputs']} outputs from maps of {arguments['feature_channels']} "
+            f"channels; its task has {task.num_outputs}, the generator {expected_channels}"
+        )
     prefix = f"heads.{name}."
-    state = {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
-    label_generator.load_state_dict(state)
+    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    with torch.device("meta"):
+        expected = LabelGenerator(**arguments)
+    label_generator = build(lambda: LabelGenerator(**arguments), expected, state)
     return Head(task, label_generator.eval().requires_grad_(False))
+
+
+def _load_task(name: str, config: dict[str, Any]) -> Task:
+    kind = TASKS.get(config.get("name", ""))
+    if kind is not None:
+        fields = {key: value for key, value in config.items() if key != "name"}
+        validated(arguments_of(kind), fields, f"the task of head {name!r}")
+    return task_from_config(config)
 
 
 class CheckpointSource:

@@ -25,6 +25,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 
 from handsoff_stream.datasets.labelled_images.class_maps import ClassMap, MappedClass, Sources
+from handsoff_stream.errors import printable
+from handsoff_stream.files.budget import MAX_NESTING, MAX_TEXT_BYTES
 
 CLASS_MAPS = Path(__file__).parent / "assets" / "class_maps"
 T = TypeVar("T")
@@ -59,11 +61,11 @@ def load_class_map(name_or_path: str | Path) -> ClassMap:
     content = load_config(path, _ClassMapFile)
     ids = sorted(content.classes)
     if ids != list(range(len(ids))):
-        raise ValueError(f"{path}: class ids {ids} do not count from 0 without a gap; number them so")
+        raise ValueError(printable(f"{path}: class ids {ids} do not count from 0 without a gap; number them so"))
     try:
         return ClassMap(tuple(content.classes[i] for i in ids), content.ignore, content.others)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(printable(f"{path}: {error}")) from None
 
 
 def load_config(path: str | Path, kind: type[T]) -> T:
@@ -76,13 +78,41 @@ def load_config(path: str | Path, kind: type[T]) -> T:
         ValueError: no YAML, or anything that `kind` has no field for; the message says where.
         OSError: a file that cannot be read.
     """
+    if Path(path).stat().st_size > MAX_TEXT_BYTES:
+        raise ValueError(f"{path}: larger than a configuration can be, {MAX_TEXT_BYTES} bytes; check the path")
     try:
-        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        loader = _BoundedLoader(Path(path).read_text(encoding="utf-8"))
         node = loader.get_single_node() or yaml.MappingNode("tag:yaml.org,2002:map", [], loader.get_mark())
         value: T = _Reader(str(path), loader).value(node, kind, "the file")
         return value
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no YAML: {error}") from None
+        raise ValueError(printable(f"{path}: no YAML: {error}")) from None
+    except _RefusedError as error:
+        raise ValueError(printable(f"{path}, {error}")) from None
+
+
+class _RefusedError(Exception):
+    """YAML that a configuration has no need of."""
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """Without aliases, which unfold without end, without tags, which call for other types, and not nested deep."""
+
+    depth = 0  # of the node that is being read
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        where = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise _RefusedError(f"{where}: an alias (*{event.anchor}); write what it stands for")
+        if event.tag is not None:
+            raise _RefusedError(f"{where}: a tag ({event.tag}); write plain values")
+        if self.depth >= MAX_NESTING:
+            raise _RefusedError(f"{where}: nested more than {MAX_NESTING} deep; no configuration is")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 @dataclass(frozen=True)
@@ -166,4 +196,4 @@ class _Reader:
         return isinstance(node, yaml.ScalarNode) and self.loader.construct_object(node) is None
 
     def _error(self, node: yaml.Node, message: str) -> ValueError:
-        return ValueError(f"{self.file}, line {node.start_mark.line + 1}: {message}")
+        return ValueError(printable(f"{self.file}, line {node.start_mark.line + 1}: {message}"))

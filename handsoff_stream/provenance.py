@@ -11,12 +11,13 @@ import torch
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal.
+    """SHA-256 of a file's content, in hexadecimal; the file is read piece by piece.
 
     Raises:
         OSError: the file cannot be read.
     """
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors"},
     {"batch", "class_ids", "device", "files", "geometry", "precision", "progress", "provenance"}
     | {"seeding", "shard", "uncertainty"},
-    {"features"},
+    {"features", "manifest"},
     {"generators", "label_generator", "options", "tasks", "transforms"},
     {"checkpoint", "filters"},
     {"labeller", "prefetch", "walk"},

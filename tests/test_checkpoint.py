@@ -100,7 +100,7 @@ def test_nan_weights_are_neither_written_nor_read(checkpoint, checkpoint_path, t
         tmp_path / "nan.safetensors",
         change_tensors=lambda t: t["generator.constant"].fill_(float("inf")),
     )
-    with pytest.raises(CheckpointError, match="'generator.constant' holds NaN or infinite"):
+    with pytest.raises(CheckpointError, match="constant holds NaN or infinite"):
         load_checkpoint(tmp_path / "nan.safetensors")
 
 
@@ -138,7 +138,7 @@ def test_foreign_files_are_refused(tmp_path):
         (lambda m: m["generator"]["config"].update(channels=[6, 5]), "tensors do not fit the geometry"),
         (lambda m: m["generator"]["config"].update(color="red"), "cannot be rebuilt"),
         (lambda m: m["heads"]["segmentation"]["task"].update(name="normals"), "task 'normals' is unknown"),
-        (lambda m: m["heads"]["segmentation"]["label_generator"].update(members=2), "size mismatch"),
+        (lambda m: m["heads"]["segmentation"]["label_generator"].update(members=2), "do not fit the geometry"),
         (lambda m: m.pop("truncation"), "truncation"),
     ],
 )

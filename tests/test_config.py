@@ -101,7 +101,7 @@ def test_unknown_keys_are_errors_with_line_and_suggestion(tmp_path):
         ("name: first", "name: [x]", "name is seq; write a single value"),
         ("0: zero", "zero: zero", "a key of table is 'zero'; it takes int"),
         ("0: zero", "3: zero", "table has 3 twice"),
-        ("first", "!!python/object:os.system x", "no YAML"),
+        ("first", "!!python/object:os.system x", "line 2: a tag"),
         ("first", "[", "no YAML"),
     ],
 )

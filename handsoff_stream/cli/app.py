@@ -1,19 +1,24 @@
-"""The command-line application: arguments that verbs share, verbs of many options, and what becomes of errors.
+"""The command-line application: arguments that verbs share, verbs of many options, what becomes of errors, and what
+reaches the terminal.
 
-A user's mistake ends in one sentence on stderr and exit code 2; a traceback is a bug of ours.
+A user's mistake ends in one sentence on stderr and exit code 2; a traceback is a bug of ours. Names and values that
+come from files are escaped before they are printed, and are never read as rich's markup.
 """
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import wraps
 from inspect import Parameter, Signature
 from typing import Annotated, Any, TypeVar, get_type_hints
 
+import torch
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from handsoff_stream.errors import StreamError
+from handsoff_stream.errors import StreamError, printable
 from handsoff_stream.precision import Precision
 
 app = typer.Typer(
@@ -31,7 +36,18 @@ PrecisionOption = Annotated[Precision | None, typer.Option(help="exact or fast; 
 SeedOption = Annotated[int, typer.Option(help="Which stream; in [0, 2**64).")]
 
 # What a user can get wrong. Anything else is a defect of this program and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, StreamError, ImportError)
+USER_ERRORS = (ValueError, OSError, StreamError, ImportError, FloatingPointError)
+MAX_CELL = 2000  # characters of a table's cell
+
+
+def tell(text: str) -> None:
+    """Print one line; what it holds of files and names is shown as it is, escaped, and never as markup."""
+    console.print(Text(printable(text, MAX_CELL)), soft_wrap=True)
+
+
+def cell(text: str) -> Text:
+    """A table's cell that shows what a file says."""
+    return Text(printable(text, MAX_CELL))
 
 
 Arguments = TypeVar("Arguments")
@@ -68,16 +84,40 @@ def arguments_of(kind: type[Arguments]) -> Callable[[Callable[[Arguments], None]
 
 
 def plain_errors(verb: Callable[..., None]) -> Callable[..., None]:
-    """Turn expected errors into one sentence and exit code 2."""
+    """Turn expected errors into one printable sentence and exit code 2."""
 
     @wraps(verb)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             verb(*args, **kwargs)
         except USER_ERRORS as error:
-            if isinstance(error, ImportError):
-                error = ImportError(f"{error}; install the optional parts with pip install 'handsoff_stream[all]'")
-            print(f"handsoff-stream: {error}", file=sys.stderr)
+            print(f"handsoff-stream: {_sentence(error)}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except (MemoryError, RuntimeError) as error:
+            if not _is_about_memory(error):
+                raise
+            print(f"handsoff-stream: not enough memory ({printable(str(error), 120)})", file=sys.stderr)
             raise typer.Exit(2) from None
 
     return run
+
+
+def show_warnings_in_one_line() -> None:
+    """Warnings as a sentence, without the line of code that gave them."""
+
+    def one_line(message: Warning | str, *_: Any) -> str:
+        return f"handsoff-stream: {printable(str(message))}\n"
+
+    warnings.formatwarning = one_line  # type: ignore[assignment]
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, ImportError):
+        return printable(f"{error}; install the optional parts with pip install 'handsoff_stream[all]'")
+    if hasattr(error, "problems"):  # a set of labelled images, whose problems are listed together, a line each
+        return str(error)
+    return printable(str(error) or type(error).__name__)
+
+
+def _is_about_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

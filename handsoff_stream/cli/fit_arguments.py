@@ -26,13 +26,20 @@ EncoderOption = Annotated[Path | None, typer.Option(help="ReStyle encoder to sta
 DomainOption = Annotated[
     str | None, typer.Option(help="Settings of the paper: faces, cars, full-bodies-8, full-bodies-10 or streets.")
 ]
-StepsOption = Annotated[int | None, typer.Option(help="Gradient steps per image; default: the domain's, or 500.")]
+StepsOption = Annotated[
+    int | None, typer.Option(min=0, help="Gradient steps per image; default: the domain's, or 500.")
+]
 RadiusOption = Annotated[float, typer.Option(help="With an encoder: c_reg, the largest |w - w_e|^2; inf: no bound.")]
+DEFAULT_RADIUS = 0.5
 ResizeOption = Annotated[str, typer.Option(help="Images of another size: exact (refuse), crop or pad.")]
 HalfOption = Annotated[bool, typer.Option(help="Store weights as float16.")]
 CalibrationOption = Annotated[
     int,
-    typer.Option(min=0, help="Samples whose scores a rolling filter starts from; 0: it starts with the stream's own."),
+    typer.Option(
+        min=0,
+        max=1_000_000,
+        help="Samples whose scores a rolling filter starts from; 0: it starts with the stream's own.",
+    ),
 ]
 
 
@@ -48,12 +55,15 @@ class FitArguments:
     classes: Annotated[str | None, typer.Option(help="Or, for plain ids: names in their order, with commas.")] = None
     resize: ResizeOption = "exact"
     crop_box: Annotated[str | None, typer.Option(help="TOP,LEFT,BOTTOM,RIGHT in pixels, cut out first.")] = None
-    label_size: Annotated[int | None, typer.Option(help="Height of the labels; default: the generator's.")] = None
+    label_size: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Height of the labels; default: the generator's.")
+    ] = None
     smallest_region: Annotated[
-        int, typer.Option(help="Connected components of fewer pixels become unlabelled; HandsOff: 30.")
+        int, typer.Option(min=0, help="Connected components of fewer pixels become unlabelled; HandsOff: 30.")
     ] = 0
     augmentations: Annotated[
-        int, typer.Option(help="Per image, inverted and learned from too; more where classes are rare.")
+        int,
+        typer.Option(min=0, max=1000, help="Per image, inverted and learned from too; more where classes are rare."),
     ] = 0
     flip: Annotated[bool, typer.Option("--flip", help="Mirror every other augmentation.")] = False
     any_color: Annotated[
@@ -64,14 +74,14 @@ class FitArguments:
     given_latents: Annotated[Path | None, typer.Option(help="Published .npy of latents, instead of inversion.")] = None
     latent_space: Annotated[str, typer.Option(help="Of latents that are given: w+, w or z.")] = "w+"
     latent_truncation: Annotated[float, typer.Option(help="psi that the images of given z or w were made with.")] = 1.0
-    latent_cutoff: Annotated[int | None, typer.Option(help="On how many style inputs; default: all.")] = None
+    latent_cutoff: Annotated[int | None, typer.Option(min=0, help="On how many style inputs; default: all.")] = None
     steps: StepsOption = None
     encoder: EncoderOption = None
-    radius: RadiusOption = 0.5
+    radius: RadiusOption = DEFAULT_RADIUS
     net: NetOption = None
     hidden: Annotated[tuple[int, int] | None, typer.Option(help="Widths of the layers; default: the domain's.")] = None
-    epochs: Annotated[int | None, typer.Option(help="Epochs of fitting.")] = None
-    patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without progress.")] = None
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of fitting.")] = None
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without progress.")] = None
     memory_gb: Annotated[float | None, typer.Option(help="For features on the device; the rest goes to disk.")] = None
     half: HalfOption = False
     calibration_samples: CalibrationOption = 2000
@@ -83,6 +93,12 @@ class FitArguments:
         Raises:
             ValueError: a class map, crop box or latent space that is wrong.
         """
+        if self.latents is not None and self.given_latents is not None:
+            raise ValueError(
+                "--latents is where inversions are kept, but with --given-latents there are none; pass one of them"
+            )
+        if self.encoder is None and self.radius != DEFAULT_RADIUS:
+            raise ValueError(f"--radius {self.radius} bounds the distance from an encoder's guess; pass --encoder too")
         from handsoff_stream.fitting import LatentSpace
         from handsoff_stream.fitting.labelled_files import LabelledFiles
 
@@ -129,5 +145,6 @@ class FitArguments:
         from handsoff_stream.fitting import FitSettings
 
         settings = FitSettings()
-        hidden, epochs = self.hidden or settings.hidden, self.epochs or settings.epochs
+        hidden = settings.hidden if self.hidden is None else self.hidden
+        epochs = settings.epochs if self.epochs is None else self.epochs
         return replace(settings, hidden=hidden, epochs=epochs, patience=self.patience)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from handsoff_stream.cli.app import DeviceOption, SeedOption, app, arguments_of, console, plain_errors
+from handsoff_stream.cli.app import DeviceOption, SeedOption, app, arguments_of, cell, console, plain_errors, tell
 from handsoff_stream.cli.fit_arguments import (
     CalibrationOption,
     DomainOption,
@@ -38,9 +38,11 @@ def convert(
 ) -> None:
     """Rewrite a published generator file as a checkpoint, which holds nothing but numbers."""
     from handsoff_stream.checkpoint import import_generator, save_checkpoint
+    from handsoff_stream.files.atomic import check_file
 
+    check_file(out, inputs=[generator] if average_latent is None else [generator, average_latent])
     save_checkpoint(out, import_generator(generator, average_latent=average_latent), half=half)
-    console.print(f"wrote {out}")
+    tell(f"wrote {out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ def import_labels(given: ImportArguments) -> None:
         calibration_samples=given.calibration_samples,
         device=given.device,
     )
-    console.print(f"wrote {given.out}")
+    tell(f"wrote {given.out}")
 
 
 @app.command(name="train-encoder", epilog="Example: `handsoff-stream train-encoder faces photos/ encoder.safetensors`")
@@ -88,7 +90,7 @@ def train_encoder_verb(
     generator: GeneratorArgument,
     images: Annotated[Path, typer.Argument(help="Folder of images; they need no labels.")],
     out: Annotated[Path, typer.Argument(help="Encoder to write, .safetensors; an unfinished training continues.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
     architecture: Annotated[str, typer.Option(help="small, or ReStyle's resnet34 and ir_se50.")] = "small",
     resize: ResizeOption = "exact",
     net: NetOption = None,
@@ -100,7 +102,7 @@ def train_encoder_verb(
 
     settings = EncoderSettings(steps=steps, architecture=architecture)
     train_encoder_on_folder(generator, images, out, settings, resize=resize, net=net, device=device)
-    console.print(f"wrote {out}")
+    tell(f"wrote {out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,7 @@ def invert_verb(given: InvertArguments) -> None:
     found = invert_folder(given.generator, given.images, given.out, options, resize=given.resize, device=given.device)
     table = Table("image", "LPIPS", "PSNR (dB)")
     for name, lpips, psnr in found:
-        table.add_row(name, f"{lpips:.3f}", f"{psnr:.1f}")
+        table.add_row(cell(name), f"{lpips:.3f}", f"{psnr:.1f}")
     console.print(table)
 
 
@@ -140,9 +142,12 @@ def invert_verb(given: InvertArguments) -> None:
 def sample(
     generator: GeneratorArgument,
     out: Annotated[Path, typer.Argument(help="Folder to write; an unfinished one continues.")],
-    num: Annotated[int, typer.Option(help="Images to annotate.")] = 12,
+    num: Annotated[int, typer.Option(min=1, max=100_000, help="Images to annotate.")] = 12,
     candidates: Annotated[
-        int | None, typer.Option(help="Select actively among so many (DatasetGAN); needs a checkpoint with a head.")
+        int | None,
+        typer.Option(
+            min=1, max=1_000_000, help="Select actively among so many (DatasetGAN); needs a checkpoint with a head."
+        ),
     ] = None,
     seed: SeedOption = 0,
     truncation: Annotated[float | None, typer.Option(help="psi; default: the checkpoint's.")] = None,
@@ -161,7 +166,7 @@ def sample(
         device=device,
         progress=True,
     )
-    console.print(
+    tell(
         f"draw masks into {out}/masks/ by the names of the images, then: handsoff-stream fit {generator} "
         f"--images {manifest} ..."
     )
@@ -183,6 +188,6 @@ def fit_verb(given: FitArguments) -> None:
     note = ""
     if summary.accuracy is not None:
         note = f"; accuracy on held-out pixels of the labelled images {summary.accuracy:.1%}"
-    console.print(f"wrote {given.out}{note}")
+    tell(f"wrote {given.out}{note}")
     if summary.unseen_classes:
-        console.print(f"no labelled image shows {', '.join(summary.unseen_classes)}, so the stream never will")
+        tell(f"no labelled image shows {', '.join(summary.unseen_classes)}, so the stream never will")

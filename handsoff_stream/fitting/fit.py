@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint, Head
+from handsoff_stream.files.budget import MAX_MEMBERS, MAX_WIDTH
 from handsoff_stream.fitting.feature_table import FeatureTable
 from handsoff_stream.fitting.inversion.latents import FoundLatents
 from handsoff_stream.fitting.pixel_sampler import PixelSampler
@@ -64,6 +65,10 @@ class FitSettings:
         for name in ("members", "epochs", "pixels_per_image", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} fits nothing; pass at least 1")
+        if len(self.hidden) != 2 or not all(1 <= width <= MAX_WIDTH for width in self.hidden):
+            raise ValueError(f"hidden={self.hidden} are no two widths; pass numbers from 1 to {MAX_WIDTH}")
+        if self.members > MAX_MEMBERS:
+            raise ValueError(f"members={self.members}; a checkpoint has up to {MAX_MEMBERS}")
         if self.batch_size < 2 or not 0 <= self.held_out <= 0.5 or not self.learning_rate > 0:
             raise ValueError(
                 f"batch_size={self.batch_size}, held_out={self.held_out}, learning_rate={self.learning_rate}: "

@@ -5,6 +5,7 @@ checked is checked before the first gradient step, and before a generator moves 
 step works, or how options are written on a command line.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,8 @@ from handsoff_stream.checkpoint import (
 )
 from handsoff_stream.datasets.labelled_images import Geometry, LabelledImages, UnlabelledImages
 from handsoff_stream.datasets.labelled_images.class_maps import distinct_colors
-from handsoff_stream.device import resolve_device
+from handsoff_stream.device import usable_device
+from handsoff_stream.files.atomic import check_file, check_folder
 from handsoff_stream.files.tensors import is_safetensors
 from handsoff_stream.fitting.augment import AugmentationSettings
 from handsoff_stream.fitting.calibration import calibrate
@@ -41,6 +43,8 @@ from handsoff_stream.fitting.published import read_label_generator
 from handsoff_stream.generators import Generator, load_generator
 from handsoff_stream.geometry import Rectangle
 from handsoff_stream.tasks import Segmentation
+
+MAX_CALIBRATION_SAMPLES = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,15 @@ class FitOptions:
     device: str | None = None
     """Where to compute; None means CUDA if there is one."""
 
+    def __post_init__(self) -> None:
+        if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
+            raise ValueError(f"memory_gb={self.memory_gb} holds no features; pass a positive number, or None")
+        if not 0 <= self.calibration_samples <= MAX_CALIBRATION_SAMPLES:
+            raise ValueError(
+                f"calibration_samples={self.calibration_samples}; pass 0 for no calibration, or up to "
+                f"{MAX_CALIBRATION_SAMPLES}"
+            )
+
 
 @dataclass(frozen=True)
 class FitSummary:
@@ -110,13 +123,18 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
 
     Raises:
         LabelledImagesError: anything wrong with the images or masks, all of it at once.
+        OutputError: the checkpoint or the inversions cannot be written; this is found out before the work.
         CheckpointError: a generator, encoder or latent file that cannot be read.
         ValueError: augmentations of images with given latents, or of padded ones.
     """
     options = options or FitOptions()
-    device = resolve_device(options.device)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    device = usable_device(options.device)
     source = resolve(generator)
+    folder = options.latents_folder or out.with_suffix(".latents")
+    inputs = [source, files.images, options.inversion.encoder, files.given_latents]
+    check_file(out, inputs=[path for path in inputs if path is not None], needed=2 * source.stat().st_size)
+    check_folder(folder)
+    out.parent.mkdir(parents=True, exist_ok=True)
     network = load_generator(source)
     labelled = files.open(network.resolution)
     given = files.latents(labelled, network)
@@ -127,7 +145,7 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
     latents = invert(
         network.to(device),
         images,
-        options.latents_folder or out.with_suffix(".latents"),
+        folder,
         options.inversion.settings,
         given=given,
         perceptual=options.inversion.net,
@@ -215,10 +233,12 @@ def invert_folder(
         CheckpointError: a generator or encoder file that cannot be read.
     """
     options = options or InversionOptions()
+    chosen = usable_device(device)
+    check_folder(out)
     network = load_generator(resolve(generator))
     folder = list(UnlabelledImages(images, Geometry(network.resolution, resize=resize)))
     encode = options.encode(network)
-    network.to(resolve_device(device))
+    network.to(chosen)
     encodings = None if encode is None else encode(folder)
     found = invert_images(
         network, folder, out, load_perceptual(options.net), options.settings, encodings=encodings, progress=True
@@ -243,9 +263,13 @@ def train_encoder_on_folder(
         LabelledImagesError: anything wrong with the images.
         CheckpointError: a generator file that cannot be read, or the state of a training with other arguments.
     """
-    network = load_generator(resolve(generator))
+    chosen = usable_device(device)
+    source = resolve(generator)
+    check_file(out, inputs=[source])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    network = load_generator(source)
     folder = UnlabelledImages(images, Geometry(network.resolution, resize=resize))
-    train_encoder(network.to(resolve_device(device)), folder, load_perceptual(net), out, settings, progress=True)
+    train_encoder(network.to(chosen), folder, load_perceptual(net), out, settings, progress=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +301,8 @@ def import_label_generator(
         CheckpointError: a file that cannot be read, or does not fit the generator.
         ValueError: another number of class names than the label generator has outputs.
     """
-    chosen = resolve_device(device)
+    chosen = usable_device(device)
+    check_file(out, inputs=[files.generator, files.experiment])
     out.parent.mkdir(parents=True, exist_ok=True)
     base = import_generator(files.generator, average_latent=files.average_latent)
     read = read_label_generator(files.experiment, base.generator.feature_channels, folder=files.members)

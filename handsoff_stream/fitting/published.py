@@ -8,7 +8,6 @@ Shape letters: M members, N images, L number of style inputs, D latent size, C f
 size.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,14 +20,14 @@ from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint, Head
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.budget import MAX_LEVELS, MAX_MEMBERS, MAX_SIDE, MAX_WIDTH
 from handsoff_stream.files.containers import read_content
+from handsoff_stream.files.schema import read_json
 from handsoff_stream.files.strict_pickle import shown
 from handsoff_stream.geometry import Rectangle, Size
 from handsoff_stream.label_generator import LabelGenerator
 from handsoff_stream.provenance import sha256
 from handsoff_stream.tasks import Task
-
-MAX_MEMBERS = 1000
 
 
 @dataclass(frozen=True)
@@ -93,18 +92,20 @@ def read_experiment(path: str | Path) -> Experiment:
     """
     path = Path(path)
     try:
-        entries = json.loads(path.read_text())
+        entries = read_json(path, "an experiment")
         height, width, channels = (int(number) for number in entries["dim"])
         members = int(entries["ensemble_size"] if "ensemble_size" in entries else entries["model_num"])
         experiment = Experiment((height, width), channels, members, str(entries.get("stylegan_checkpoint", "")))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except CheckpointError:
+        raise
     except Exception as error:  # JSON of something else may hold anything
         raise CheckpointError(
             f"{path}: no experiment of HandsOff or DatasetGAN ({type(error).__name__}: {error}); it is JSON with "
             "dim: [H, W, C], and ensemble_size or model_num"
         ) from error
-    if not 1 <= experiment.members <= MAX_MEMBERS or min(height, width, channels) < 1:
+    limits = (MAX_SIDE, MAX_SIDE, MAX_WIDTH * 2 * MAX_LEVELS, MAX_MEMBERS)
+    numbers = (height, width, channels, members)
+    if any(not 1 <= number <= limit for number, limit in zip(numbers, limits, strict=True)):
         raise CheckpointError(
             f"{path}: dim {[height, width, channels]} and {members} members make no label generator; correct the JSON"
         )
@@ -179,7 +180,11 @@ def read_latents(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
             f"{path}: no latent for {lost}, one for several images: {shared}; an image is found by its name, "
             "or by the first integer in it where the file has no names"
         )
-    return {name: torch.from_numpy(np.array(latents[keys[name]], dtype=np.float32)) for name in names}
+    found = {name: torch.from_numpy(np.array(latents[keys[name]], dtype=np.float32)) for name in names}
+    broken = sorted(name for name, latent in found.items() if not latent.isfinite().all())
+    if broken:
+        raise CheckpointError(f"{path}: the latents of {broken} hold NaN or infinite values; invert these images again")
+    return found
 
 
 def _first_integer(name: str) -> int | None:
@@ -189,7 +194,9 @@ def _first_integer(name: str) -> int | None:
 
 def _last(iterations: Any) -> np.ndarray | None:
     """The latent of the last iteration; None if the value is not a list of latents."""
-    if not isinstance(iterations, (list, np.ndarray)) or len(iterations) == 0:
+    if not (isinstance(iterations, list) or isinstance(iterations, np.ndarray) and iterations.ndim > 0):
+        return None
+    if len(iterations) == 0:
         return None
     last = iterations[-1]
     return last if isinstance(last, np.ndarray) and last.ndim == 2 and last.dtype.kind == "f" else None
@@ -201,6 +208,9 @@ def _read_member(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         held = f"the keys {', '.join(map(shown, list(value)[:6]))}" if isinstance(value, dict) else type(value).__name__
         raise CheckpointError(f"{path}: no member of a label generator, which has a model_state_dict, but {held}")
+    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{path}: {shown(broken[0])} holds NaN or infinite values; leave this member out")
     return state
 
 

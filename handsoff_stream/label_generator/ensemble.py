@@ -161,12 +161,16 @@ class LabelGenerator(nn.Module):
         first = named[0].get("layers.0.weight") if named else None
         second = named[0].get("layers.3.weight") if named else None
         third = named[0].get("layers.6.weight") if named else None
-        if first is None or second is None or third is None:
+        if first is None or second is None or third is None or 0 in (first.ndim, second.ndim, third.ndim):
             raise ValueError(
                 f"got state dicts with {[sorted(state) for state in named[:1]]}, but a published label generator has "
                 "layers.0, layers.3 and layers.6 in every member; pass one `model_state_dict` per member"
             )
         hidden = (first.shape[0], second.shape[0])
+        with torch.device("meta"):  # sizes are compared before anything is allocated
+            expected = cls(feature_channels, hidden, third.shape[0], members=len(named))
+        for member, state in enumerate(named):
+            expected._published_targets(member, state)
         label_generator = cls(feature_channels, hidden, third.shape[0], members=len(named))
         for member, state in enumerate(named):
             label_generator._load_published(member, state)
@@ -174,6 +178,11 @@ class LabelGenerator(nn.Module):
 
     @torch.no_grad()
     def _load_published(self, member: int, state: Mapping[str, Tensor]) -> None:
+        for key, target in self._published_targets(member, state).items():
+            target.copy_(state[key])
+
+    def _published_targets(self, member: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Published name => the member's part of ours; refuses tensors that do not fit."""
         layers = {0: self.linear1, 2: self.norm1, 3: self.linear2, 5: self.norm2, 6: self.linear3}
         targets = {
             f"layers.{position}.{name}": stacked[member]
@@ -193,7 +202,7 @@ class LabelGenerator(nn.Module):
                     f"{sum(self.feature_channels)} feature channels and hidden widths {self.hidden}; pass members of "
                     "one geometry, and the feature channels of the generator that they read"
                 )
-            target.copy_(state[key])
+        return targets
 
     def forward(self, rows: Tensor) -> Tensor:
         """Outputs float32 [M, P, K] of hypercolumns.

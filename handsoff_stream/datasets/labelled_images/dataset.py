@@ -24,11 +24,13 @@ from handsoff_stream.datasets.labelled_images.cleanup import erase_small_regions
 from handsoff_stream.datasets.labelled_images.geometry import Geometry, same_shape, size_text
 from handsoff_stream.datasets.labelled_images.listing import Listing, files_by_name, list_labelled
 from handsoff_stream.datasets.labelled_images.pictures import IMAGE_SUFFIXES, RawMask, read_image, read_mask
+from handsoff_stream.errors import printable
 from handsoff_stream.geometry import Size
 
 __all__ = ["LabelledImages", "LabelledImagesError", "UnlabelledImages", "list_labelled"]
 
 NUM_NAMED = 8  # unmapped values that a message lists
+MAX_LINES = 100  # problems that a message lists
 Read = TypeVar("Read", NDArray[np.uint8], RawMask)
 
 
@@ -40,7 +42,11 @@ class LabelledImagesError(ValueError):
         """One line each."""
         self.unmapped = dict(unmapped or {})
         """Id or color that the class map does not know => its number of pixels in each mask that has any."""
-        lines = [*problems, _unmapped_summary(self.unmapped)] if self.unmapped else problems
+        lines = [printable(problem) for problem in problems[:MAX_LINES]]
+        if len(problems) > MAX_LINES:
+            lines.append(f"and {len(problems) - MAX_LINES} more")
+        if self.unmapped:
+            lines.append(printable(_unmapped_summary(self.unmapped)))
         super().__init__(f"{len(problems)} problem(s) with the labelled images:\n  " + "\n  ".join(lines))
 
 

@@ -22,6 +22,7 @@ from handsoff_stream.datasets.labelled_images.pictures import IMAGE_SUFFIXES, MA
 
 LATENT_SUFFIXES = (".npy", ".pt", ".safetensors")
 COLUMNS = ("image", "label", "latent", "name")
+MAX_MANIFEST_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def read_labelled_manifest(manifest: Path) -> Listing:
                 entries[name] = Entry(name, image, label, latent)
             else:
                 unpaired.append((image, label))
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         problems.append(f"{manifest}: cannot be read ({error})")
     if not entries and not problems:
         problems.append(f"{manifest}: no labelled image; one is needed")
@@ -115,6 +116,8 @@ def read_labelled_manifest(manifest: Path) -> Listing:
 
 def _rows(manifest: Path) -> Iterator[tuple[str, dict[str, object]]]:
     """(where, column => value) of every row that is not empty."""
+    if manifest.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ValueError(f"more than {MAX_MANIFEST_BYTES} bytes, which no list of labelled images has")
     # Excel writes a byte order mark.
     content = manifest.read_text(encoding="utf-8-sig")
     if manifest.suffix.lower() == ".json":

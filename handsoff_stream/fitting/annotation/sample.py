@@ -26,8 +26,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint, open_checkpoint
-from handsoff_stream.device import check_device, resolve_device
-from handsoff_stream.files.atomic import whole_file
+from handsoff_stream.device import usable_device
+from handsoff_stream.files.atomic import check_folder, locked_folder, write_file
+from handsoff_stream.files.schema import read_json
 from handsoff_stream.fitting.annotation.active_selection import select_actively
 from handsoff_stream.generators import Generator
 from handsoff_stream.options import SynthesisOptions
@@ -40,6 +41,7 @@ FORMAT_VERSION = 1
 SAMPLE_KEY = "handsoff_stream_sample"
 RECORD, MANIFEST = "samples.json", "manifest.csv"
 IMAGES, LATENTS, MASKS = "images", "latents", "masks"
+MAX_SAMPLES, MAX_CANDIDATES = 100_000, 1_000_000
 
 
 def write_samples(
@@ -71,26 +73,31 @@ def write_samples(
 
     Raises:
         CheckpointError: a source that cannot be read.
-        ValueError: a number of samples below 1, a folder that holds anything else, too few candidates, or candidates
+        OutputError: another process writes to the folder, or it cannot be written.
+        ValueError: too few or too many samples, a folder that holds anything else, too few candidates, or candidates
             without a head to score them.
     """
     if num < 1:
         raise ValueError(f"num={num} samples leave nothing to annotate; pass at least 1")
+    if num > MAX_SAMPLES or (candidates or 0) > MAX_CANDIDATES:
+        raise ValueError(
+            f"num={num}, candidates={candidates}: nobody annotates as many; pass up to {MAX_SAMPLES} samples of up to "
+            f"{MAX_CANDIDATES} candidates"
+        )
+    chosen_device = usable_device(device)
+    check_folder(folder)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    chosen_device = resolve_device(device)
-    check_device(chosen_device, in_worker=False)
     psi = checkpoint.truncation if truncation is None else truncation
     options = SynthesisOptions(seed=check_seed(seed), truncation=psi, score="sum")
     request = _request(checkpoint, options, num, candidates)
-    folder = Path(folder)
-    record = _stored(folder, request)
-    if record is None:
-        record = {**request, **_selection(checkpoint, options, num, candidates, chosen_device, progress)}
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / RECORD, json.dumps(record, indent=1).encode())
-    if not (folder / MANIFEST).exists():
-        _write_all(checkpoint.generator.to(chosen_device), folder, record, progress)
-    return folder / MANIFEST
+    with locked_folder(folder) as locked:
+        record = _stored(locked, request)
+        if record is None:
+            record = {**request, **_selection(checkpoint, options, num, candidates, chosen_device, progress)}
+            write_file(locked / RECORD, json.dumps(record, indent=1).encode())
+        if not (locked / MANIFEST).exists():
+            _write_all(checkpoint.generator.to(chosen_device), locked, record, progress)
+        return locked / MANIFEST
 
 
 def regenerate(generator: Generator, seed: int, index: int, truncation: float) -> tuple[Tensor, Tensor]:
@@ -121,9 +128,11 @@ def _stored(folder: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     if not folder.exists() or all(entry.name.startswith(".") for entry in folder.iterdir()):
         return None
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        record: dict[str, Any] = read_json(folder / RECORD, "a record of samples")
         differing = sorted(key for key, value in request.items() if record[key] != value)
-    except (OSError, ValueError, KeyError) as error:
+        if not differing and not all(type(index) is int and index >= 0 for index in record["indices"]):
+            raise ValueError("its indices are no numbers")
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder}: not empty, and not the folder of an earlier run ({error!r}); choose another folder"
         ) from None
@@ -166,7 +175,7 @@ def _write_all(generator: Generator, folder: Path, record: dict[str, Any], progr
                 _write_sample(generator, folder / image, folder / latent, record, index)
             manifest.writerow([image, f"{MASKS}/{name}.png", latent])
             update(done, "")
-    _write(folder / MANIFEST, rows.getvalue().encode())
+    write_file(folder / MANIFEST, rows.getvalue().encode())
 
 
 def _write_sample(generator: Generator, image: Path, latent: Path, record: dict[str, Any], index: int) -> None:
@@ -178,13 +187,8 @@ def _write_sample(generator: Generator, image: Path, latent: Path, record: dict[
         "truncation": record["truncation"],
     }
     # One metadata entry: safetensors writes several in an order that changes from run to run.
-    _write(latent, save({"w_plus": w_plus_LD.cpu()}, {SAMPLE_KEY: json.dumps(about)}))
+    write_file(latent, save({"w_plus": w_plus_LD.cpu()}, {SAMPLE_KEY: json.dumps(about)}))
     pixels = image_3HW.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
-    _write(image, buffer.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    with whole_file(path) as partial:
-        partial.write_bytes(content)
+    write_file(image, buffer.getvalue())

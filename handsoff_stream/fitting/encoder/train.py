@@ -210,6 +210,16 @@ class _Training:
     def load_state(self, path: Path, identity: dict[str, Any]) -> int:
         """Continue from a state; returns the number of steps done."""
         manifest, tensors = read_tensors(path, STATE_KEY)
+        try:
+            return self._load(path, manifest, tensors, identity)
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged file may hold anything where a number or a tensor is expected
+            raise CheckpointError(
+                f"{path}: the state of a training is damaged ({type(error).__name__}); delete it to start again"
+            ) from error
+
+    def _load(self, path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor], identity: dict[str, Any]) -> int:
         stored = manifest.get("identity", {})
         differing = sorted(name for name in identity if stored.get(name) != identity[name])
         if differing:

@@ -104,21 +104,24 @@ def read_latent(path: str | Path) -> Tensor:
             [D], [L, D] or [1, L, D]. Nothing in a file is executed.
 
     Raises:
-        ValueError: no such file, or one that holds anything else.
+        CheckpointError: no such file, or one that holds anything else.
     """
     path = Path(path)
     try:
         w_plus = _stored_w_plus(path) if is_safetensors(path) else read_content(path).value
     except (CheckpointError, OSError) as error:
-        raise ValueError(f"{path}: no readable latent ({error}); write w_plus to a safetensors file") from error
+        raise CheckpointError(f"{path}: no readable latent ({error}); write w_plus to a safetensors file") from error
     if isinstance(w_plus, np.ndarray) and w_plus.dtype.kind == "f":
         w_plus = torch.from_numpy(np.array(w_plus, dtype=np.float32))
     if not isinstance(w_plus, Tensor) or w_plus.ndim not in (1, 2, 3) or w_plus.shape[:-2].numel() != 1:
         found = f"{w_plus.dtype} {list(w_plus.shape)}" if hasattr(w_plus, "shape") else type(w_plus).__name__
-        raise ValueError(
+        raise CheckpointError(
             f"{path}: holds {found}, not the float latent [L, D] or [D] of one image; keep one latent a file"
         )
-    return w_plus.float().reshape(w_plus.shape[-2:])
+    latent = w_plus.float().reshape(w_plus.shape[-2:])
+    if not latent.isfinite().all():
+        raise CheckpointError(f"{path}: holds NaN or infinite values, which make no image; invert that image again")
+    return latent
 
 
 def _stored_w_plus(path: Path) -> Tensor:

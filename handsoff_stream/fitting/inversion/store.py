@@ -9,6 +9,7 @@ Shape letters: N images, L number of style inputs, D latent size, H W image size
 """
 
 import hashlib
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.atomic import MAX_FILE_NAME, locked_folder
 from handsoff_stream.files.tensors import read_tensors, write_tensors
 from handsoff_stream.fitting.inversion.descent import Inversion, InversionSettings, invert_batch
 from handsoff_stream.fitting.inversion.perceptual import Perceptual
@@ -60,13 +62,28 @@ def invert_images(
 
     Raises:
         ValueError: names that are not unique file names; images of the wrong shape or range.
+        OutputError: another process inverts into the folder, or it cannot be written.
     """
     settings = settings or InversionSettings()
     names = [name for name, _ in images]
     _check_names(names, encodings)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     manifests = _manifests(generator, images, perceptual, settings, encodings)
+    with locked_folder(folder) as locked:
+        return _invert(generator, images, locked, perceptual, settings, manifests, encodings, batch_size, progress)
+
+
+def _invert(
+    generator: Generator,
+    images: ImageList,
+    folder: Path,
+    perceptual: Perceptual,
+    settings: InversionSettings,
+    manifests: dict[str, dict[str, Any]],
+    encodings: Mapping[str, Tensor] | None,
+    batch_size: int,
+    progress: bool,
+) -> Inversion:
+    names = [name for name, _ in images]
     finished = {name: _read(_path(folder, name), manifests[name]) for name in names}
     groups = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
     batches = [group for group in groups if any(finished[name] is None for name, _ in group)]
@@ -88,7 +105,7 @@ def invert_images(
 
 
 def _check_names(names: Sequence[str], encodings: Mapping[str, Tensor] | None) -> None:
-    bad = sorted({name for name in names if name in ("", ".", "..") or Path(name).name != name})
+    bad = sorted({name for name in names if name in ("", ".", "..") or Path(name).name != name or _is_too_long(name)})
     twice = sorted({name for name in names if names.count(name) > 1})
     lost = sorted(set(names) - set(encodings)) if encodings is not None else []
     if not names or bad or twice or lost:
@@ -96,6 +113,10 @@ def _check_names(names: Sequence[str], encodings: Mapping[str, Tensor] | None) -
             f"{len(names)} images to invert; no file names: {bad}; more than once: {twice}; without an encoding: "
             f"{lost}. Give at least one image, each a unique name without slashes, and encodings to all or none"
         )
+
+
+def _is_too_long(name: str) -> bool:
+    return len(os.fsencode(_path(Path(), name).name)) > MAX_FILE_NAME
 
 
 def _manifests(
@@ -134,6 +155,8 @@ def _read(path: Path, manifest: dict[str, Any]) -> Inversion | None:
     try:
         stored, by_name = read_tensors(path, MANIFEST_KEY)
         tensors = [by_name[field] for field in FIELDS]
+        if any(len(t) != 1 or not t.isfinite().all() for t in tensors) or tensors[0].ndim != 3:
+            raise CheckpointError("tensors of another shape, or no numbers")
     except (CheckpointError, KeyError) as error:
         warnings.warn(f"{path} is not a readable inversion ({error}); it is computed again", stacklevel=3)
         return None

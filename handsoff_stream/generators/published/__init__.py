@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from handsoff_stream.errors import CheckpointError
+from handsoff_stream.errors import CheckpointError, printable
+from handsoff_stream.files.budget import MAX_LEVELS, MAX_WIDTH, check_count
 from handsoff_stream.files.containers import read_content
 from handsoff_stream.files.strict_pickle import shown
 from handsoff_stream.files.tensors import is_safetensors
@@ -73,7 +74,8 @@ def read_generator(path: str | Path, *, average_latent: str | Path | None = None
             raise CheckpointError(f"{path}: {error}") from error
         except Exception as error:  # where an adapter expects a tensor, a damaged file may hold anything
             raise CheckpointError(
-                f"{path}: damaged generator ({type(error).__name__}: {str(error)[:200]}); copy or download it again"
+                f"{path}: damaged generator ({type(error).__name__}: {printable(str(error), 100)}); "
+                "copy or download it again"
             ) from error
         read = GeneratorFile(generator, f"{source}, {content.container}")
     if average_latent is not None:
@@ -100,6 +102,7 @@ def _set_center(generator: Generator, path: Path) -> None:
         raise CheckpointError(
             f"{path}: no array of real numbers, so no average latent; pass a .npy file with an array [D] or [L, D]"
         )
+    check_count(array.size, MAX_WIDTH * 2 * MAX_LEVELS, f"numbers in the average latent {path}")
     try:
         w_avg = center_of_truncation(torch.from_numpy(array.astype(np.float32)), generator.w_dim)
     except CheckpointError as error:

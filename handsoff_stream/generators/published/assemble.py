@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.budget import MAX_LAYERS, MAX_LEVELS, MAX_SIDE, check_count
+from handsoff_stream.files.schema import arguments_of, validated
 from handsoff_stream.files.weights import build
 from handsoff_stream.generators.base import Generator
 
-MAX_SIDE = 4096
-"""Largest height and width of images in pixels; the largest published generator has 1024."""
-MAX_WIDTH = 8192
-"""Largest number in a geometry; published generators have at most 512 channels and some thousand classes."""
 NUM_MEAN_LATENTS = 4096
 """Latents that are averaged for the center of truncation of a file that stores none, as published scripts do."""
 MEAN_LATENT_SEED = 0
@@ -37,11 +35,12 @@ def assemble(family: type[G], config: Mapping[str, Any], state: Mapping[str, Ten
         CheckpointError: the geometry cannot be built or is absurdly large; weights are missing, unknown, of another
             shape, NaN or infinite.
     """
+    config = validated(arguments_of(family), dict(config), "its geometry").model_dump(exclude_unset=True)
     _check_sizes(config)
     try:
         with torch.device("meta"):
             expected = family(**config)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(
             f"its geometry describes no {family.family} generator ({error}); use another copy of the file"
         ) from error
@@ -64,10 +63,10 @@ def center_of_truncation(w_avg: Tensor, w_dim: int) -> Tensor:
         CheckpointError: another shape, or rows that differ.
     """
     rows = w_avg.reshape(-1, w_avg.shape[-1]).float()
-    if not len(rows) or rows.shape[1] != w_dim:
+    if not len(rows) or rows.shape[1] != w_dim or not rows.isfinite().all():
         raise CheckpointError(
-            f"its average latent has shape {list(w_avg.shape)}, but the generator's w has {w_dim} numbers; use the "
-            "average latent of this generator"
+            f"its average latent has shape {list(w_avg.shape)}, but the generator's w has {w_dim} finite numbers; use "
+            "the average latent of this generator"
         )
     if (rows - rows[0]).abs().max() > 1e-3:
         raise CheckpointError(
@@ -86,10 +85,9 @@ def estimate_center(generator: Generator) -> None:
 
 
 def _check_sizes(config: Mapping[str, Any]) -> None:
+    """Numbers of modules, which take memory and time of their own even on the meta device."""
     for name, value in config.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if len(values) > MAX_WIDTH or any(isinstance(v, int) and abs(v) > MAX_WIDTH for v in values):
-            raise CheckpointError(
-                f"its geometry has {name} above {MAX_WIDTH}, which no StyleGAN has, so nothing is built; use "
-                "another file"
-            )
+        if isinstance(value, list):
+            check_count(len(value), MAX_LEVELS, f"{name} in its geometry")
+        elif name.endswith("layers"):
+            check_count(value, MAX_LAYERS, f"{name} in its geometry")

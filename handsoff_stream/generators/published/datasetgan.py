@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from handsoff_stream.files.budget import MAX_LAYERS, MAX_LEVELS, check_count
 from handsoff_stream.files.weights import tensor
 from handsoff_stream.generators.base import Generator
 from handsoff_stream.generators.published.assemble import assemble, estimate_center
@@ -62,11 +63,14 @@ def geometry(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     keys = [key for key in state if isinstance(key, str)]
     num_blocks = sum(re.fullmatch(r"g_synthesis\.blocks\.\d+x\d+\.conv1?\.bias", key) is not None for key in keys)
+    mapping_layers = sum(re.fullmatch(r"g_mapping\.dense\d+\.weight", key) is not None for key in keys)
+    check_count(num_blocks, MAX_LEVELS, "resolutions in its state dict")
+    check_count(mapping_layers, MAX_LAYERS, "layers in its mapping network")
     return {
         "channels": [tensor(state, f"{_name(i)}.{_second(i)}.weight", ndim=4).shape[0] for i in range(num_blocks)],
         "z_dim": tensor(state, "g_mapping.dense0.weight", ndim=2).shape[1],
         "w_dim": tensor(state, f"{_name(0)}.epi1.style_mod.lin.weight", ndim=2).shape[1],
-        "mapping_layers": sum(re.fullmatch(r"g_mapping\.dense\d+\.weight", key) is not None for key in keys),
+        "mapping_layers": mapping_layers,
         "image_channels": tensor(state, "g_synthesis.torgb.weight", ndim=4).shape[0],
     }
 

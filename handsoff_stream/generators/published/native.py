@@ -6,17 +6,16 @@ Knows the checkpoint's manifest, and the generator's part of it. Does not know h
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.files import tensors as container
+from handsoff_stream.files.schema import validated
 from handsoff_stream.generators.base import Generator
 from handsoff_stream.generators.families import FAMILIES
 from handsoff_stream.generators.published.assemble import assemble
+from handsoff_stream.manifest import FORMAT_VERSION, Manifest
 
-FORMAT_VERSION = 1
-"""Of the checkpoints that this release writes; it reads this one and older ones."""
 MANIFEST_KEY = "handsoff_stream"
 """Under which the manifest is stored in the metadata of the safetensors file."""
 PREFIX = "generator."
@@ -27,17 +26,11 @@ def read(path: Path, prefix: str = "") -> tuple[dict[str, Any], dict[str, Tensor
     """The manifest, and all tensors whose names begin with `prefix`.
 
     Raises:
-        CheckpointError: the container is damaged, the manifest is of another program or of a newer format, or weights
-            are NaN or infinite.
+        CheckpointError: the container is damaged, or the manifest is of another program, of a newer format, or not as
+            the schema has it.
     """
     manifest, tensors = container.read_tensors(path, MANIFEST_KEY, wanted=lambda name: name.startswith(prefix))
     _check(path, manifest)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{path}: tensor {name!r} holds NaN or infinite values, so every image would be garbage; "
-                "use an earlier snapshot of the training that wrote it"
-            )
     return manifest, tensors
 
 
@@ -63,6 +56,7 @@ def _check(path: Path, manifest: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{path}: format version {version}, but this release reads up to {FORMAT_VERSION}; upgrade handsoff_stream"
         )
+    validated(Manifest, manifest, f"{path}: its manifest")
 
 
 def build_generator(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> Generator:
@@ -82,7 +76,7 @@ def build_generator(path: Path, manifest: dict[str, Any], tensors: dict[str, Ten
             f"{path}: generator family {family!r} is unknown, this release has {sorted(FAMILIES)}; upgrade "
             "handsoff_stream"
         )
-    state = {name.removeprefix(PREFIX): t.float() for name, t in tensors.items() if name.startswith(PREFIX)}
+    state = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
     try:
         return assemble(FAMILIES[family], manifest["generator"]["config"], state)
     except CheckpointError as error:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.budget import MAX_LAYERS, MAX_LEVELS, check_count
 from handsoff_stream.files.strict_pickle import Record, shown
 from handsoff_stream.files.weights import tensor
 from handsoff_stream.generators.base import Generator
@@ -64,7 +65,7 @@ def convert(network: Record) -> StyleGAN2:
     renamed["constant"] = _tensor(blocks[0], "const", ndim=3)
     for i, block in enumerate(blocks):
         renamed |= _block(block, f"blocks.{i}")
-    w_avg = _tensors(mapping).get("w_avg")
+    w_avg = _find(mapping, "w_avg")
     if w_avg is None and config["label_dim"]:
         raise CheckpointError("a conditional generator without w_avg, the center of truncation; use another snapshot")
     renamed["w_avg"] = torch.zeros(config["w_dim"]) if w_avg is None else center_of_truncation(w_avg, config["w_dim"])
@@ -75,7 +76,8 @@ def convert(network: Record) -> StyleGAN2:
 
 
 def _mapping(mapping: Record, network: Record) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    depth = sum(re.fullmatch(r"fc\d+", name) is not None for name in _modules(mapping))
+    depth = sum(re.fullmatch(r"fc\d+", name) is not None for name in _names(mapping))
+    check_count(depth, MAX_LAYERS, "layers in its mapping network")
     layers = [_child(mapping, f"fc{i}") for i in range(depth)]
     if not layers or any(layer.state.get("activation") != "lrelu" for layer in layers):
         raise CheckpointError(
@@ -97,7 +99,7 @@ def _mapping(mapping: Record, network: Record) -> tuple[dict[str, Any], dict[str
         "mapping_hidden": _tensor(layers[0], "weight", ndim=2).shape[0] if len(layers) > 1 else None,
         "label_dim": 0,
     }
-    if "embed" in _modules(mapping):
+    if _modules(mapping).get("embed") is not None:
         embedding = _child(mapping, "embed")
         renamed |= {f"label_embedding.{kind}": _tensor(embedding, kind) for kind in KINDS}
         config["label_features"], config["label_dim"] = _tensor(embedding, "weight", ndim=2).shape
@@ -122,10 +124,11 @@ def _synthesis_config(blocks: list[Record]) -> dict[str, Any]:
 
 def _blocks(synthesis: Record) -> list[Record]:
     """The blocks from the constant upwards; their names contain the heights of their maps."""
-    heights = sorted(int(name[1:]) for name in _modules(synthesis) if re.fullmatch(r"b\d{1,5}", name))
+    heights = sorted(int(name[1:]) for name in _names(synthesis) if re.fullmatch(r"b\d{1,5}", name))
+    check_count(len(heights), MAX_LEVELS, "blocks in its synthesis network")
     if not heights or heights != [heights[0] << i for i in range(len(heights))]:
         raise CheckpointError(
-            f"a synthesis network with blocks of heights {heights[:12]}, which do not double; use another StyleGAN2"
+            f"a synthesis network with blocks of heights {heights}, which do not double; use another StyleGAN2"
         )
     return [_child(synthesis, f"b{height}") for height in heights]
 
@@ -135,7 +138,7 @@ def _block(block: Record, ours: str) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for theirs, layer in _layers(block).items():
         prefix = f"{ours}.{names[theirs]}"
-        resampled = _tensors(layer).get("resample_filter")
+        resampled = _find(layer, "resample_filter")
         if resampled is not None and not _is_usual_filter(resampled):
             raise CheckpointError(
                 "a resampling filter other than [1, 3, 3, 1], which is not supported; use another StyleGAN2"
@@ -157,7 +160,8 @@ def _block(block: Record, ours: str) -> dict[str, Tensor]:
 
 
 def _layers(block: Record) -> dict[str, Record]:
-    return {name: _child(block, name) for name in ("conv0", "conv1", "torgb", "skip") if name in _modules(block)}
+    modules = _modules(block)
+    return {name: _child(block, name) for name in ("conv0", "conv1", "torgb", "skip") if modules.get(name) is not None}
 
 
 def _modules(record: Record) -> dict[str, Any]:
@@ -166,7 +170,11 @@ def _modules(record: Record) -> dict[str, Any]:
         raise CheckpointError(
             f"a {shown(record.class_name)} without modules, so the file is damaged; use another copy of it"
         )
-    return {name: module for name, module in modules.items() if isinstance(name, str) and module is not None}
+    return modules
+
+
+def _names(record: Record) -> list[str]:
+    return [name for name, module in _modules(record).items() if isinstance(name, str) and module is not None]
 
 
 def _child(record: Record, name: str) -> Record:
@@ -179,17 +187,18 @@ def _child(record: Record, name: str) -> Record:
     return child
 
 
-def _tensors(record: Record) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for kind in ("_parameters", "_buffers"):
-        for name, value in (record.state.get(kind) or {}).items():
-            if isinstance(value, Tensor):
-                found[name] = value
-    return found
+def _find(record: Record, name: str) -> Tensor | None:
+    """A parameter or buffer of a layer; looked up, since a hostile layer has a hundred thousand others."""
+    for kind in ("_buffers", "_parameters"):
+        named = record.state.get(kind)
+        value = named.get(name) if isinstance(named, dict) else None
+        if isinstance(value, Tensor):
+            return value
+    return None
 
 
 def _tensor(record: Record, name: str, *, ndim: int | None = None) -> Tensor:
-    return tensor(_tensors(record), name, ndim=ndim)
+    return tensor({name: _find(record, name)}, name, ndim=ndim)
 
 
 def _same(values: list[Any], what: str) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.budget import MAX_LAYERS, MAX_LEVELS, check_count
 from handsoff_stream.files.weights import tensor
 from handsoff_stream.generators.base import Generator
 from handsoff_stream.generators.layers import fir_kernel
@@ -85,6 +86,9 @@ def geometry(state: Mapping[str, Tensor]) -> dict[str, Any]:
         CheckpointError: a tensor is missing or has another number of dimensions.
     """
     num_blocks = 1 + sum(re.fullmatch(r"to_rgbs\.\d+\.bias", key) is not None for key in state)
+    mapping_layers = sum(re.fullmatch(r"style\.\d+\.weight", key) is not None for key in state)
+    check_count(num_blocks, MAX_LEVELS, "resolutions in its state dict")
+    check_count(mapping_layers, MAX_LAYERS, "layers in its mapping network")
     constant = tensor(state, "input.input", ndim=4)
     wide = [tensor(state, f"convs.{2 * k + 1}.conv.weight", ndim=5).shape[1] for k in range(num_blocks - 1)]
     return {
@@ -92,7 +96,7 @@ def geometry(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "constant_size": list(constant.shape[2:]),
         "z_dim": tensor(state, "style.1.weight", ndim=2).shape[1],
         "w_dim": tensor(state, "conv1.conv.modulation.weight", ndim=2).shape[1],
-        "mapping_layers": sum(re.fullmatch(r"style\.\d+\.weight", key) is not None for key in state),
+        "mapping_layers": mapping_layers,
         "image_channels": tensor(state, "to_rgb1.bias", ndim=4).shape[1],
     }
 

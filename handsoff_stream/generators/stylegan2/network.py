@@ -137,6 +137,15 @@ class StyleGAN2(Generator):
                 f"label_dim={label_dim} describe no generator; pass positive integers, and (height, width) as "
                 "constant_size"
             )
+        if not (
+            math.isfinite(mapping_lr_multiplier)
+            and mapping_lr_multiplier > 0
+            and (conv_clamp is None or conv_clamp > 0)
+        ):
+            raise ValueError(
+                f"mapping_lr_multiplier={mapping_lr_multiplier}, conv_clamp={conv_clamp}: pass positive numbers, or "
+                "None for no clamp"
+            )
         self.channels = tuple(channels)
         self.constant_size = (constant_size[0], constant_size[1])
         self._z_dim, self._w_dim = z_dim, w_dim
