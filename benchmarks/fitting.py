@@ -34,7 +34,7 @@ from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.checkpoint import load_checkpoint
 from handsoff_stream.features import Size
 from handsoff_stream.fitting import FeatureTable, FitSettings, fit_label_generator
-from handsoff_stream.fitting.fit import evaluate
+from handsoff_stream.fitting.fit import evaluate_label_generator
 from handsoff_stream.generators import Generator
 from handsoff_stream.seeding import latents
 from handsoff_stream.tasks import Task
@@ -141,7 +141,9 @@ def run_ours(args: argparse.Namespace) -> dict[str, Any]:
         table = FeatureTable.collect(generator, fitted.w_plus, fitted.size)
         label_generator, _ = fit_label_generator(table, fitted.targets, task, settings)
         seconds = time.perf_counter() - started
-        _, accuracy = evaluate(label_generator, held_out.table, held_out.targets_Q, held_out.pixels_P, task)
+        _, accuracy = evaluate_label_generator(
+            label_generator, held_out.table, held_out.targets_Q, held_out.pixels_P, task
+        )
         curve.append({"epochs": epochs, "seconds": seconds, "accuracy": accuracy})
     return {"curve": curve, "before_mb": before_mb, "peak_mb": peak_mb()}
 

@@ -41,7 +41,7 @@ from handsoff_stream.fitting.encoder.backbones import StyleEncoder
 from handsoff_stream.fitting.encoder.files import load_restyle
 from handsoff_stream.fitting.encoder.restyle import encode
 from handsoff_stream.fitting.encoder.train import EncoderSettings, train_encoder
-from handsoff_stream.fitting.inversion.descent import InversionSettings, invert
+from handsoff_stream.fitting.inversion.descent import InversionSettings, invert_batch
 from handsoff_stream.fitting.inversion.perceptual import Perceptual, load_perceptual
 from handsoff_stream.generators import Generator
 
@@ -69,7 +69,7 @@ def methods(
 
     def descend(encoding: Tensor | None, **options: Any) -> Tensor:
         chosen = InversionSettings(steps=steps, **options)
-        return invert(generator, images_BCHW, perceptual, chosen, encoding=encoding).w_plus
+        return invert_batch(generator, images_BCHW, perceptual, chosen, encoding=encoding).w_plus
 
     def encoded() -> Tensor:
         return encode(encoder, generator, images_BCHW).cpu()
@@ -91,8 +91,8 @@ def measure(
     started = time.perf_counter()
     w_plus_BLD = find()
     seconds = time.perf_counter() - started
-    # With no steps, `invert` reports the errors of the latents that it is given.
-    found = invert(generator, images_BCHW, perceptual, InversionSettings(steps=0), encoding=w_plus_BLD)
+    # With no steps, `invert_batch` reports the errors of the latents that it is given.
+    found = invert_batch(generator, images_BCHW, perceptual, InversionSettings(steps=0), encoding=w_plus_BLD)
     return {
         "perceptual": found.perceptual.mean().item(),
         "mse": found.mse.mean().item(),

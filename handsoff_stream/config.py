@@ -1,8 +1,8 @@
-"""YAML <-> frozen dataclasses, class maps first of all.
+"""YAML => frozen dataclasses, class maps first of all.
 
-A file may say what the dataclass has a field for, once, and of the field's type; everything else is an error that
-names file, line and key. Knows YAML and annotations. Does not know what the fields mean: the dataclasses check
-that. The only importer of yaml.
+A file may set each field of the dataclass once, to a value of its type; everything else is an error that names file,
+line and key. Knows YAML and annotations. Does not know what the fields mean, which the dataclasses check. The only
+importer of yaml.
 
 A class map, as a user writes it (`load_class_map`):
 
@@ -11,13 +11,13 @@ A class map, as a user writes it (`load_class_map`):
       1: {name: skin, from_ids: [1], color: [112, 130, 107]}
       2: {name: hair, from_ids: [2, 3], from_colors: [[190, 3, 144]]}
     ignore: {from_ids: [255]}                          # unlabelled; this is the default
-    others: background                                 # all other ids and colours: a class, or ignore; else an error
+    others: background                                 # all other ids and colors: a class, or ignore; else an error
 """
 
 import difflib
 import typing
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -48,7 +48,7 @@ def load_class_map(name_or_path: str | Path) -> ClassMap:
     """A class map that ships, by its name, or a user's YAML file.
 
     Raises:
-        ValueError: no such map; a file that is no class map; a gap in the class ids; whatever `ClassMap` finds.
+        ValueError: no such map; a file that is not a class map; a gap in the class ids; whatever `ClassMap` refuses.
     """
     shipped = CLASS_MAPS / f"{name_or_path}.yaml"
     path = shipped if str(name_or_path) in class_map_names() else Path(name_or_path)
@@ -59,7 +59,7 @@ def load_class_map(name_or_path: str | Path) -> ClassMap:
     content = load_config(path, _ClassMapFile)
     ids = sorted(content.classes)
     if ids != list(range(len(ids))):
-        raise ValueError(f"{path}: class ids {ids}; they count from 0 without a gap")
+        raise ValueError(f"{path}: class ids {ids} do not count from 0 without a gap; number them so")
     try:
         return ClassMap(tuple(content.classes[i] for i in ids), content.ignore, content.others)
     except ValueError as error:
@@ -73,7 +73,7 @@ def load_config(path: str | Path, kind: type[T]) -> T:
     with None.
 
     Raises:
-        ValueError: no YAML, or not what `kind` has fields for; where, what, and what to do.
+        ValueError: no YAML, or anything that `kind` has no field for; the message says where.
         OSError: a file that cannot be read.
     """
     try:
@@ -83,12 +83,6 @@ def load_config(path: str | Path, kind: type[T]) -> T:
         return value
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no YAML: {error}") from None
-
-
-def save_config(path: str | Path, value: Any) -> None:
-    """A dataclass as a YAML file that `load_config` reads back."""
-    content = yaml.safe_dump(_plain(asdict(value)), sort_keys=False, allow_unicode=True, default_flow_style=None)
-    Path(path).write_text(content, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -173,10 +167,3 @@ class _Reader:
 
     def _error(self, node: yaml.Node, message: str) -> ValueError:
         return ValueError(f"{self.file}, line {node.start_mark.line + 1}: {message}")
-
-
-def _plain(value: Any) -> Any:
-    """Tuples => lists, which YAML has."""
-    if isinstance(value, dict):
-        return {key: _plain(child) for key, child in value.items()}
-    return [_plain(child) for child in value] if isinstance(value, tuple | list) else value

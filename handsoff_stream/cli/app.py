@@ -1,12 +1,14 @@
-"""The command-line application: arguments that verbs share, and what becomes of errors.
+"""The command-line application: arguments that verbs share, verbs of many options, and what becomes of errors.
 
 A user's mistake ends in one sentence on stderr and exit code 2; a traceback is a bug of ours.
 """
 
 import sys
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from functools import wraps
-from typing import Annotated, Any
+from inspect import Parameter, Signature
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 from rich.console import Console
@@ -19,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Endless labelled images from a StyleGAN2 and at most 50 labelled ones, synthesised while you train.",
+    help="Endless labelled images from a StyleGAN2 and at most 50 labelled ones, synthesized while you train.",
 )
 console = Console()
 
@@ -30,6 +32,39 @@ SeedOption = Annotated[int, typer.Option(help="Which stream; in [0, 2**64).")]
 
 # What a user can get wrong. Anything else is a defect of this program and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, StreamError, ImportError)
+
+
+Arguments = TypeVar("Arguments")
+
+
+def arguments_of(kind: type[Arguments]) -> Callable[[Callable[[Arguments], None]], Callable[..., None]]:
+    """Let a verb of many options take them as one object.
+
+    The fields of the dataclass become the verb's arguments and options on the command line, in their order; their
+    annotations say which, as those of parameters do elsewhere.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    parameters = [
+        Parameter(
+            field.name,
+            Parameter.KEYWORD_ONLY,
+            default=Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(kind)  # type: ignore[arg-type]
+    ]
+
+    def decorate(verb: Callable[[Arguments], None]) -> Callable[..., None]:
+        @wraps(verb)
+        def run(**given: Any) -> None:
+            verb(kind(**given))
+
+        # Typer reads the command line off these two.
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorate
 
 
 def plain_errors(verb: Callable[..., None]) -> Callable[..., None]:

@@ -53,7 +53,7 @@ def preview(
 def train(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="State dict of the trained network.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 2000,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 8,
     backbone: Annotated[str, typer.Option(help="resnet101, resnet50, mobilenet_v3_large or resnet18.")] = "resnet18",
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
@@ -107,7 +107,7 @@ def export(
 @plain_errors
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for preview.png and result.json.")] = Path("demo"),
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps of each training.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each training.")] = None,
     backbone: Annotated[str | None, typer.Option(help="resnet101, resnet50, mobilenet_v3_large or resnet18.")] = None,
     test_images: Annotated[int, typer.Option(help="Held-out renders to score on.")] = 200,
     seed: SeedOption = 0,

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
-IGNORE_INDEX = 255
+from handsoff_stream.class_ids import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from handsoff_stream.batch import LabelledBatch
-from handsoff_stream.downstream.metrics import IGNORE_INDEX
+from handsoff_stream.class_ids import IGNORE_INDEX
 from handsoff_stream.transforms import JointTransform
 
 GREY = 0.5

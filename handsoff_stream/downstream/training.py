@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from handsoff_stream.class_ids import IGNORE_INDEX
 from handsoff_stream.device import resolve_device
-from handsoff_stream.downstream.metrics import IGNORE_INDEX, SegmentationMeter, SegmentationScores
+from handsoff_stream.downstream.metrics import SegmentationMeter, SegmentationScores
 
 Batches = Iterable[Any]
 """Yields pairs: images float32 [B, 3, H, W] in [0, 1], labels int64 [B, H, W]; a `LabelledBatch` is one."""
@@ -37,6 +38,7 @@ class TrainingReport:
 
     @property
     def images_per_second(self) -> float:
+        """Images that the network was trained on per second, waiting for data included."""
         return self.num_images / self.seconds
 
 

@@ -70,11 +70,12 @@ def streamed() -> dict[str, Any]:
     from test_label_generator import randomized
 
     from handsoff_stream.checkpoint import Head
+    from handsoff_stream.geometry import Rectangle
     from handsoff_stream.options import SynthesisOptions
     from handsoff_stream.synthesizer import Synthesizer
     from handsoff_stream.tasks import Depth
 
-    checkpoint = make_checkpoint(num_calibration=1).cropped((2, 14, 0, 16))
+    checkpoint = make_checkpoint(num_calibration=1).cropped(Rectangle(2, 0, 14, 16))
     channels, task = checkpoint.generator.feature_channels, checkpoint.heads["segmentation"].task
     checkpoint.heads.clear()
     for seed, name in enumerate(("parts", "others")):

@@ -1,6 +1,6 @@
-"""Files => arrays: images as colours, masks as the ids or colours they hold.
+"""Files => arrays: images as colors, masks as the ids or colors they hold.
 
-Knows picture formats. Does not know what an id or a colour means, or which size is wanted.
+Knows picture formats. Does not know what an id or a color means, or which size is wanted.
 
 Shape letters: H W picture size.
 """
@@ -23,9 +23,9 @@ class RawMask:
     """A mask as its file has it, before any class map."""
 
     values: NDArray[np.generic]
-    """int64 [H, W], ids; or uint8 [H, W, 3], colours."""
+    """int64 [H, W], ids; or uint8 [H, W, 3], colors."""
     palette: NDArray[np.uint8] | None = None
-    """[256, 3], the colours of an indexed picture's ids."""
+    """[256, 3], the colors of an indexed picture's ids."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -34,26 +34,33 @@ class RawMask:
 
     @property
     def is_colored(self) -> bool:
-        """Whether the file holds colours and no ids."""
+        """Whether the file holds colors and no ids."""
         return self.values.ndim == 3
 
     def ids(self) -> NDArray[np.int64]:
-        """[H, W]; a colour picture that is grey everywhere holds ids. ValueError for other colours."""
+        """int64 [H, W]; a color picture that is gray everywhere holds ids.
+
+        Raises:
+            ValueError: other colors.
+        """
         if not self.is_colored:
             return self.values.astype(np.int64)
         if (self.values != self.values[..., :1]).any():
-            raise ValueError("a picture in colours, but the class map lists no colours; give it from_colors")
+            raise ValueError("a picture in colors, but the class map lists no colors; give it from_colors")
         return self.values[..., 0].astype(np.int64)
 
     def colors(self) -> NDArray[np.uint8]:
-        """[H, W, 3]; an indexed picture goes through its palette, ids are levels of grey. ValueError for ids
-        beyond these."""
+        """uint8 [H, W, 3]; an indexed picture goes through its palette, other ids are levels of gray.
+
+        Raises:
+            ValueError: ids outside 0 to 255.
+        """
         if self.is_colored:
             return self.values.astype(np.uint8)
         if self.values.min() < 0 or self.values.max() > 255:
-            raise ValueError("ids beyond 0 to 255, but the class map lists only colours; give it from_ids")
-        grey = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
-        return (grey if self.palette is None else self.palette)[self.values.astype(np.int64)]
+            raise ValueError("ids beyond 0 to 255, but the class map lists only colors; give it from_ids")
+        gray = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+        return (gray if self.palette is None else self.palette)[self.values.astype(np.int64)]
 
 
 def read_image(file: Path) -> NDArray[np.uint8]:
@@ -71,8 +78,8 @@ def read_image(file: Path) -> NDArray[np.uint8]:
 
 
 def read_mask(file: Path) -> RawMask:
-    """Ids: a grey or indexed picture, or an `.npy` array of integers [H, W]. Colours: an RGB picture, or uint8
-    [H, W, 3].
+    """A mask of ids (a gray or indexed picture, or an `.npy` array of integers [H, W]) or of colors (an RGB picture, or
+    an array uint8 [H, W, 3]).
 
     Raises:
         ValueError: neither of these; transparent pixels; an empty array.
@@ -84,7 +91,7 @@ def read_mask(file: Path) -> RawMask:
         if picture.mode in ID_MODES:
             return RawMask(np.array(picture).astype(np.int64), _palette(picture))
         if picture.mode not in ("LA", "RGB", "RGBA"):
-            raise ValueError(f"a picture of mode {picture.mode}; a mask is grey, indexed or RGB")
+            raise ValueError(f"a picture of mode {picture.mode}; a mask is gray, indexed or RGB")
         _require_opaque(picture)
         return RawMask(np.array(picture.convert("RGB")))
 
@@ -96,13 +103,13 @@ def _read_array(file: Path) -> NDArray[np.generic]:
     is_colors = array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8
     if not (is_ids or is_colors) or array.size == 0:
         raise ValueError(
-            f"array of {array.dtype} {list(array.shape)}; a mask is integers [H, W], or colours uint8 [H, W, 3]"
+            f"array of {array.dtype} {list(array.shape)}; a mask is integers [H, W], or colors uint8 [H, W, 3]"
         )
     return np.array(array) if is_colors else array.astype(np.int64)
 
 
 def _palette(picture: Image.Image) -> NDArray[np.uint8] | None:
-    """[256, 3]; black where the file has fewer colours."""
+    """[256, 3]; black where the file has fewer colors."""
     colors = picture.getpalette("RGB") if picture.mode == "P" else None
     if colors is None:
         return None
@@ -115,4 +122,4 @@ def _require_opaque(picture: Image.Image) -> None:
     if picture.has_transparency_data:
         lowest = picture.convert("RGBA").getchannel("A").getextrema()[0]
         if lowest != 255:
-            raise ValueError("transparent pixels, whose colour nobody has seen; put it on a background")
+            raise ValueError("transparent pixels have no certain color; put the picture on a background")

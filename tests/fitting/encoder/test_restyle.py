@@ -16,7 +16,7 @@ from handsoff_stream.checkpoint import Checkpoint, save_checkpoint
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.fitting.encoder.backbones import PUBLISHED_UNITS, EncoderConfig, StyleEncoder
 from handsoff_stream.fitting.encoder.files import MANIFEST_KEY, load_restyle, save_encoder
-from handsoff_stream.fitting.encoder.restyle import crop_rows, encode, encode_images, iterate, view_of
+from handsoff_stream.fitting.encoder.restyle import crop_rows, encode, encode_images, iterate, resize_generated
 from handsoff_stream.generators import Generator, StyleGAN2, load_generator
 
 DATA = Path(__file__).parents[2] / "data"
@@ -59,7 +59,7 @@ def test_every_pass_gives_the_published_latents_and_images(name):
         shown = crop_rows(made) if encoder.config.crop else made
         np.testing.assert_allclose(w_plus, expected["latents"][:, number], rtol=0, atol=1e-4)
         np.testing.assert_allclose(shown, expected["images"][:, number], rtol=0, atol=1e-4)
-    average = view_of(encoder, generator.synthesis(encoder.latent_avg[None]).images)[0, :, ::16, ::16]
+    average = resize_generated(encoder, generator.synthesis(encoder.latent_avg[None]).images)[0, :, ::16, ::16]
     np.testing.assert_allclose(average, expected["avg_image_small"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(encoder.latent_avg, expected["latent_avg"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(encode(encoder, generator, images), expected["latents"][:, -1], rtol=0, atol=1e-4)
