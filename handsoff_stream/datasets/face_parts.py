@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from handsoff_stream.datasets.canvas import Canvas, Light
+from handsoff_stream.datasets.face_labels import Part
 from handsoff_stream.datasets.face_scene import FaceScene, Hair, linear
 from handsoff_stream.datasets.raycast import (
     Array,
@@ -29,8 +30,6 @@ from handsoff_stream.datasets.raycast import (
     smoothstep,
     soft_shadow,
 )
-
-BACKGROUND, SKIN, NOSE, EYES, BROWS, EARS, MOUTH, HAIR, GLASSES, HAT = range(10)
 
 EYE_Y, MOUTH_Y, HAT_LINE = -0.02, -0.71, 0.50
 _WHITE = np.array([0.86, 0.86, 0.88], np.float32)
@@ -102,6 +101,7 @@ def draw_head(stage: Stage) -> None:
     local = stage.head.to_local(hits.points)
     paint = _Paint(hits, local, scene, stage.head)
     paint.skin()
+    paint.regions()
     paint.nose()
     for side in (-1, 1):
         paint.brow(side)
@@ -122,12 +122,12 @@ class _Paint:
         self.x, self.y, self.z = local_3P
         self.front = self.z > 0.2
         count = len(hits.index)
-        self.label = np.full(count, SKIN, np.uint8)
+        self.label = np.full(count, Part.SKIN, np.uint8)
         self.albedo = np.repeat(scene.skin[:, None], count, 1)
         self.gloss = np.full(count, 0.10, np.float32)
         self.exposure = np.ones(count, np.float32)
 
-    def _set(self, where: NDArray[Any], label: int, albedo: Array, gloss: float) -> None:
+    def _set(self, where: NDArray[Any], label: int | NDArray[np.uint8], albedo: Array, gloss: float) -> None:
         self.label[where] = label
         self.albedo[:, where] = albedo[:, None] if albedo.ndim == 1 else albedo
         self.gloss[where] = gloss
@@ -148,6 +148,25 @@ class _Paint:
         if scene.hat is not None:
             self.exposure *= 1 - 0.5 * smoothstep(HAT_LINE - 0.30, HAT_LINE, self.y + 0.15 * self.z)
 
+    def regions(self) -> None:
+        """Labels of the skin's regions, which nothing but their place on the face tells apart."""
+        scene, x, y = self.scene, self.x, self.y
+        across = np.abs(x)
+        tip = nose_tip(scene)[1]
+
+        def mark(where: NDArray[np.bool_], name: str) -> None:
+            self.label[where & self.front] = Part[name]
+
+        def mark_sides(where: NDArray[np.bool_], name: str) -> None:
+            mark(where & (x < 0), f"{name}_LEFT")
+            mark(where & (x >= 0), f"{name}_RIGHT")
+
+        mark((y > scene.brow_height) & (across < 0.62), "FOREHEAD")
+        mark_sides(((across - 0.44) / 0.24) ** 2 + ((y + 0.42) / 0.22) ** 2 < 1, "CHEEK")
+        mark_sides(((across - scene.eye_spacing) / 0.28) ** 2 + ((y - EYE_Y - 0.04) / 0.24) ** 2 < 1, "EYELID")
+        mark((across < 0.20) & (y < tip) & (y > MOUTH_Y), "PHILTRUM")
+        mark((x / 0.30) ** 2 + ((y + 1.0 - scene.chin) / 0.18) ** 2 < 1, "CHIN")
+
     def nose(self) -> None:
         """The class nose, a little rosier than the skin; nostrils."""
         _, tip, _ = nose_tip(self.scene)
@@ -155,7 +174,11 @@ class _Paint:
         share = self.hits.share
         warm = smoothstep(0.2, 0.9, share) * smoothstep(0.25, -0.15, self.y - tip)
         self.albedo *= 1 + warm * (rosy - 1)[:, None]
-        self.label[(share > 0.5) & self.front] = NOSE
+        part = np.where(self.y > tip + 0.13, Part.NOSE_BRIDGE, Part.NOSE_TIP)
+        wing = (np.abs(self.x) > 0.10 * self.scene.nose) & (self.y < tip + 0.07)
+        part = np.where(wing, np.where(self.x < 0, Part.NOSTRIL_LEFT, Part.NOSTRIL_RIGHT), part)
+        inside = (share > 0.5) & self.front
+        self.label[inside] = part[inside]
         self.gloss += 0.06 * share
         across = (np.abs(self.x) - 0.085 * self.scene.nose) / 0.05
         under = across**2 + ((self.y - tip + 0.115) / 0.035) ** 2
@@ -168,10 +191,10 @@ class _Paint:
         thickness = scene.brow_thickness * np.clip(1.05 - 0.40 * np.clip(u, 0, 1) ** 2, 0, 1)
         v = (self.y - middle) / thickness
         where = (u * u * u * u + v * v < 1) & self.front
-        self._set(where, BROWS, scene.brow_colour, 0.03)
+        self._set(where, Part.of_side("BROW", side), scene.brow_colour, 0.03)
 
     def eye(self, side: int) -> None:
-        """Sclera, iris, pupil, catchlight and upper lid line: all of class eyes."""
+        """Sclera, iris, pupil, catchlight and upper lid line, the lashes: all of class eyes."""
         scene = self.scene
         x, y = self.x - side * scene.eye_spacing, self.y - EYE_Y
         u = side * x / scene.eye_width
@@ -196,7 +219,10 @@ class _Paint:
         glint = np.hypot(x[inside] - gx - 0.045 * np.sign(scene.light_direction[0]), y[inside] - gy - 0.05)
         albedo = np.where(glint < 0.036, np.float32(1.0), albedo)
         albedo = np.where(depth < 0, scene.brow_colour[:, None] * 0.35, albedo)
-        self._set(inside, EYES, albedo, 0.0)
+        part = np.where(distance < radius, Part.of_side("IRIS", side), Part.of_side("SCLERA", side))
+        part = np.where(distance < 0.52 * radius, Part.of_side("PUPIL", side), part)
+        part = np.where(depth < 0, Part.of_side("LASHES", side), part)
+        self._set(inside, part.astype(np.uint8), albedo, 0.0)
         self.exposure[inside] = 1 - 0.5 * smoothstep(0.55, 0.0, depth)
         ball = np.stack([x[inside], y[inside], np.full(len(inside), 0.26, np.float32)])
         self.hits.normals[:, inside] = self.head.axes @ (ball / np.linalg.norm(ball, axis=0))
@@ -225,7 +251,9 @@ class _Paint:
         albedo = np.where(teeth, _WHITE[:, None], albedo)
         seam = (scene.mouth_open == 0) & (np.abs(y) < 0.022)
         albedo = np.where(seam, scene.lip_colour[:, None] * 0.25, albedo)
-        self._set(where, MOUTH, albedo, 0.0)
+        part = np.where(inner, Part.MOUTH_INSIDE, np.where(above, Part.UPPER_LIP, Part.LOWER_LIP))
+        part = np.where(teeth, Part.TEETH, part)
+        self._set(where, part.astype(np.uint8), albedo, 0.0)
         self.gloss[where] = np.where(inner, 0.0, 0.07)
         self.exposure[where] = np.where(inner, 1 - 0.25 * smoothstep(0.05, 0.0, half - y), 1.0)
         bulge = np.where(inner, 0, np.where(above, 0.55, -0.65) * (2 * profile - 0.9)).astype(np.float32)
@@ -247,17 +275,18 @@ def draw_ears(stage: Stage) -> None:
         inner = smoothstep(1.0, 0.35, ((u - side * 0.05) / 0.62) ** 2 + ((v - 0.08) / 0.66) ** 2)
         rosy = np.array([1.02, 0.84, 0.80], np.float32)
         albedo = (scene.skin * rosy)[:, None] * (1 - 0.35 * inner)
-        stage.canvas.draw(hits, EARS, albedo, gloss=0.08, exposure=1 - 0.45 * inner)
+        part = np.where(inner > 0.5, Part.of_side("CONCHA", side), Part.of_side("EAR", side)).astype(np.uint8)
+        stage.canvas.draw(hits, part, albedo, gloss=0.08, exposure=1 - 0.45 * inner)
 
 
 def draw_body(stage: Stage) -> None:
-    """Neck and clothing: they hide what is behind them and are labelled background."""
+    """Neck and clothing: they hide what is behind them and are of class background."""
     scene, light = stage.scene, stage.scene.light_direction
     head = Ellipsoid.at(stage.head, (0, -0.25, 0.05), (0.80, 0.95, 0.85))
     neck = cast_ellipsoids(stage.camera, [Ellipsoid.at(stage.body, (0, -1.35, -0.20), (0.40, 1.10, 0.40))])
     shadow = soft_shadow(neck.points, light, head, strength=0.55, softness=0.5)
     fold = 1 - 0.45 * smoothstep(-1.5, -1.0, neck.points[1])
-    stage.canvas.draw(neck, BACKGROUND, scene.skin * 0.92, gloss=0.05, exposure=shadow * fold)
+    stage.canvas.draw(neck, Part.NECK, scene.skin * 0.92, gloss=0.05, exposure=shadow * fold)
     torso = Ellipsoid.at(stage.body, (0, -2.50, -0.30), (1.60, 1.0, 0.75))
     collar = Ellipsoid.at(stage.body, (0, -1.58, -0.20), (0.54, 0.16 + scene.collar_width, 0.53))
     surface = Surface(stage.camera, [torso, collar])
@@ -267,7 +296,8 @@ def draw_body(stage: Stage) -> None:
     mix = smoothstep(0.4, 0.6, hits.share)
     albedo = scene.cloth[:, None] * (1 - mix) + scene.collar[:, None] * mix
     shadow = soft_shadow(hits.points, light, head, strength=0.4, softness=0.5)
-    stage.canvas.draw(hits, BACKGROUND, albedo, gloss=0.02, exposure=shadow)
+    part = np.where(mix > 0.5, Part.COLLAR, Part.CLOTHING).astype(np.uint8)
+    stage.canvas.draw(hits, part, albedo, gloss=0.02, exposure=shadow)
 
 
 def tucked(hair: Hair) -> bool:

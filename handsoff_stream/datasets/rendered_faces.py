@@ -21,34 +21,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from handsoff_stream.datasets import face_parts, face_wear
+from handsoff_stream.datasets.face_labels import CLASS_NAMES, CLASS_OF_PART, PALETTE, Part
 from handsoff_stream.datasets.face_parts import EYE_Y, MOUTH_Y, Stage
 from handsoff_stream.datasets.face_scene import FaceScene, sample_scene
 from handsoff_stream.datasets.raycast import Array
 
-CLASS_NAMES: tuple[str, ...] = (
-    "background",
-    "skin",
-    "nose",
-    "eyes",
-    "brows",
-    "ears",
-    "mouth",
-    "hair",
-    "glasses",
-    "hat",
-)
-PALETTE: tuple[tuple[int, int, int], ...] = (
-    (0, 0, 0),
-    (240, 190, 150),
-    (230, 130, 60),
-    (70, 140, 240),
-    (130, 80, 40),
-    (190, 90, 200),
-    (220, 50, 70),
-    (110, 200, 90),
-    (250, 230, 70),
-    (60, 210, 210),
-)
 LANDMARK_NAMES: tuple[str, ...] = (
     "left_eye",
     "right_eye",
@@ -82,7 +59,8 @@ class Attributes:
 class RenderedFace:
     """One image with its ground truth.
 
-    image: uint8 [H, W, 3]. mask: uint8 [H, W], ids into `CLASS_NAMES`.
+    image: uint8 [H, W, 3]. mask: uint8 [H, W], ids into `CLASS_NAMES`. parts: uint8 [H, W], ids of `Part`;
+    `CLASS_OF_PART[parts]` is the mask.
     landmarks: float32 [5, 2], pixel (x, y), pixel centres at integers; left and right are those of the
     image, in a frontal view.
     visible: bool [5], false where a landmark is outside the picture or turned away behind the head itself;
@@ -94,6 +72,7 @@ class RenderedFace:
 
     image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
+    parts: NDArray[np.uint8]
     landmarks: Array
     visible: NDArray[np.bool_]
     depth: Array
@@ -151,7 +130,8 @@ def render_scene(scene: FaceScene, size: int) -> RenderedFace:
     face_wear.draw_glasses(stage)
     return RenderedFace(
         image=stage.canvas.image(_background(scene, size)),
-        mask=stage.canvas.mask(),
+        mask=stage.canvas.mask(CLASS_OF_PART),
+        parts=stage.canvas.parts(CLASS_OF_PART),
         landmarks=pixels,
         visible=visible,
         depth=np.float32(CAMERA_DISTANCE) - stage.canvas.nearest(),

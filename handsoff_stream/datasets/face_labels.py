@@ -1,0 +1,103 @@
+"""What is labelled on a rendered face: the finest parts the renderer tells apart, and the ten classes they make up.
+
+Knows names, ids, colours, and which part belongs to which class. Does not know shapes or how parts are drawn.
+
+The parts follow the granularity of the 34 face classes of DatasetGAN (Zhang et al., CVPR 2021, appendix): parts of the
+eye, the nose, the mouth and the ear, regions of the skin, and what CelebAMask-HQ's classes leave to the background.
+Left and right are those of the image, in a frontal view.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+CLASS_NAMES: tuple[str, ...] = (
+    "background",
+    "skin",
+    "nose",
+    "eyes",
+    "brows",
+    "ears",
+    "mouth",
+    "hair",
+    "glasses",
+    "hat",
+)
+PALETTE: tuple[tuple[int, int, int], ...] = (
+    (0, 0, 0),
+    (240, 190, 150),
+    (230, 130, 60),
+    (70, 140, 240),
+    (130, 80, 40),
+    (190, 90, 200),
+    (220, 50, 70),
+    (110, 200, 90),
+    (250, 230, 70),
+    (60, 210, 210),
+)
+
+
+class Part(IntEnum):
+    """Ids of the parts. Sides that mirror each other are `_LEFT` and `_RIGHT` of one name."""
+
+    BACKGROUND = 0
+    NECK = 1
+    COLLAR = 2
+    CLOTHING = 3
+    SKIN = 4  # temples, jaw, scalp: what has no name below
+    FOREHEAD = 5
+    CHEEK_LEFT = 6
+    CHEEK_RIGHT = 7
+    EYELID_LEFT = 8
+    EYELID_RIGHT = 9
+    PHILTRUM = 10
+    CHIN = 11
+    NOSE_BRIDGE = 12
+    NOSE_TIP = 13
+    NOSTRIL_LEFT = 14  # with the wing around it
+    NOSTRIL_RIGHT = 15
+    SCLERA_LEFT = 16
+    SCLERA_RIGHT = 17
+    IRIS_LEFT = 18
+    IRIS_RIGHT = 19
+    PUPIL_LEFT = 20
+    PUPIL_RIGHT = 21
+    LASHES_LEFT = 22
+    LASHES_RIGHT = 23
+    BROW_LEFT = 24
+    BROW_RIGHT = 25
+    EAR_LEFT = 26
+    EAR_RIGHT = 27
+    CONCHA_LEFT = 28
+    CONCHA_RIGHT = 29
+    UPPER_LIP = 30
+    LOWER_LIP = 31
+    TEETH = 32
+    MOUTH_INSIDE = 33  # with the tongue
+    HAIR_FRONT = 34
+    HAIR_BEHIND = 35
+    GLASSES = 36
+    HAT = 37
+
+    @staticmethod
+    def of_side(name: str, side: int) -> "Part":
+        """The part of that name on the image's left, side -1, or right, side 1."""
+        return Part[f"{name}_{'LEFT' if side < 0 else 'RIGHT'}"]
+
+
+_PARTS_OF_CLASS = (
+    (Part.BACKGROUND, Part.CLOTHING),
+    (Part.SKIN, Part.CHIN),
+    (Part.NOSE_BRIDGE, Part.NOSTRIL_RIGHT),
+    (Part.SCLERA_LEFT, Part.LASHES_RIGHT),
+    (Part.BROW_LEFT, Part.BROW_RIGHT),
+    (Part.EAR_LEFT, Part.CONCHA_RIGHT),
+    (Part.UPPER_LIP, Part.MOUTH_INSIDE),
+    (Part.HAIR_FRONT, Part.HAIR_BEHIND),
+    (Part.GLASSES, Part.GLASSES),
+    (Part.HAT, Part.HAT),
+)
+CLASS_OF_PART = np.repeat(
+    np.arange(len(CLASS_NAMES), dtype=np.uint8), [last - first + 1 for first, last in _PARTS_OF_CLASS]
+)
+"""uint8 [parts]: the id into `CLASS_NAMES` of each part."""
