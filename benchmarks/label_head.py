@@ -36,7 +36,8 @@ from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint, load_checkpoint
 from handsoff_stream.features import FeaturePyramid
-from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer
+from handsoff_stream.options import SynthesisOptions
+from handsoff_stream.synthesizer import Synthesizer
 
 PUBLISHED = "published"
 PATHS = {

@@ -36,7 +36,8 @@ from handsoff_stream import load_checkpoint
 from handsoff_stream.features import FeaturePyramid
 from handsoff_stream.generators import Generator, StyleGAN2, Synthesis
 from handsoff_stream.seeding import latents
-from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer, quantize
+from handsoff_stream.options import SynthesisOptions
+from handsoff_stream.synthesizer import Synthesizer, quantize
 
 SEED = 1
 TRUNCATION = 0.7

@@ -20,7 +20,8 @@ from torch import Tensor
 from handsoff_stream.checkpoint import Checkpoint, CheckpointSource
 from handsoff_stream.device import resolve_device
 from handsoff_stream.filters import Threshold
-from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer
+from handsoff_stream.options import SynthesisOptions
+from handsoff_stream.synthesizer import Synthesizer
 from handsoff_stream.tasks import Segmentation
 from handsoff_stream.uncertainty import image_score
 

@@ -21,11 +21,12 @@ from handsoff_stream.batch import LabelledBatch, Labels, consecutive
 from handsoff_stream.checkpoint import Checkpoint, CheckpointSource
 from handsoff_stream.device import check_device, default_chunk_size, resolve_device
 from handsoff_stream.filters import Filter, make_filter
-from handsoff_stream.precision import default_precision, label_dtype
+from handsoff_stream.precision import default_precision, compute_dtype
 from handsoff_stream.prefetch import Chunk, Synthesize, prefetch
 from handsoff_stream.seeding import MAX_INDEX, check_seed
 from handsoff_stream.shard import Shard, detect, detect_worker
-from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer
+from handsoff_stream.options import SynthesisOptions
+from handsoff_stream.synthesizer import Synthesizer
 from handsoff_stream.transforms import JointTransform
 from handsoff_stream.walk import EPOCH_STRIDE, STATE_VERSION, Walk, check_version, options_that_differ
 
@@ -118,7 +119,7 @@ class HandsOffStream(IterableDataset[Any]):
             precision=default_precision(self.device) if precision is None else precision,
             kernel=kernel,
         )
-        label_dtype(self.options.precision, self.device)  # what this device cannot do is said now
+        compute_dtype(self.options.precision, self.device)  # what this device cannot do is said now
         self._filter = make_filter(filter)
         self._transform = None if transforms is None else JointTransform(transforms, seed)
         self._shard = shard

@@ -22,7 +22,9 @@ from handsoff_stream.label_generator import LabelGenerator
 from handsoff_stream.prefetch import CHUNKS_IN_FLIGHT
 from handsoff_stream.shard import Shard
 from handsoff_stream.stream import EPOCH_STRIDE, HandsOffStream
-from handsoff_stream.synthesizer import Head, SynthesisOptions, Synthesizer
+from handsoff_stream.checkpoint import Head
+from handsoff_stream.options import SynthesisOptions
+from handsoff_stream.synthesizer import Synthesizer
 from handsoff_stream.tasks import Segmentation
 
 
