@@ -6,7 +6,7 @@ networks by name and where their ImageNet weights lie; never starts a download. 
 HandsOff (section 4.1) names a "ResNet151" backbone, which does not exist; its published code uses ResNet-101.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +33,8 @@ class Backbone:
     """Number of classes => network with random weights, with `backbone` and `classifier`; logits under "out"."""
     url: str | None
     """Address of torchvision's ImageNet weights, which names the file in torch.hub's cache; None: in a package."""
+    weights_of: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    """State dict of the classification network => with the names of `backbone`."""
 
 
 def _torchvision(build: Callable[..., nn.Module], weights: Any) -> Backbone:
@@ -46,7 +48,12 @@ def _torchvision(build: Callable[..., nn.Module], weights: Any) -> Backbone:
             )
         return network  # type: ignore[no-any-return]
 
-    return Backbone(with_head, weights.url)
+    return Backbone(with_head, weights.url, _without_features)
+
+
+def _without_features(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MobileNet's backbone is the inside of `features`; a ResNet's names stay as they are."""
+    return {name.removeprefix("features."): tensor for name, tensor in state.items()}
 
 
 def _small_resnet18(num_classes: int) -> nn.Module:
@@ -73,8 +80,8 @@ BACKBONES: dict[str, Backbone] = {
     "mobilenet_v3_large": _torchvision(
         segmentation.deeplabv3_mobilenet_v3_large, models.MobileNet_V3_Large_Weights.IMAGENET1K_V1
     ),
-    "resnet18": Backbone(_small_resnet18, models.ResNet18_Weights.IMAGENET1K_V1.url),
-    "efficientnet-lite0": Backbone(EfficientNetDeepLab, None),
+    "resnet18": Backbone(_small_resnet18, models.ResNet18_Weights.IMAGENET1K_V1.url, _without_features),
+    "efficientnet-lite0": Backbone(EfficientNetDeepLab, None, timm_names),
 }
 
 
@@ -142,7 +149,8 @@ def build_deeplab(
         _use_short_memory(network)
     else:
         path = imagenet_weights(backbone) if pretrained_backbone is True else Path(pretrained_backbone)
-        _load_backbone(network.backbone, path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        _load_backbone(network.backbone, BACKBONES[backbone].weights_of(state), path)
     return DeepLab(network, num_classes)
 
 
@@ -164,14 +172,8 @@ def imagenet_weights(backbone: str) -> Path:
     return path
 
 
-def _load_backbone(backbone: nn.Module, path: Path) -> None:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    wanted = backbone.state_dict().keys()
-    if "model.conv_stem.weight" in wanted:
-        state = timm_names(state)
-    else:
-        # The backbone lacks the classifier, and MobileNet's is the inside of `features`.
-        state = {name.removeprefix("features."): tensor for name, tensor in state.items()}
+def _load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    wanted = backbone.state_dict().keys()  # without the classifier's
     missing = [name for name in wanted if name not in state]
     if missing:
         raise ValueError(

@@ -57,7 +57,17 @@ class EfficientNetDeepLab(nn.Module):
         self.classifier: nn.Module = parts.segmentation_head
 
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """Normalised images float32 [B, 3, H, W], H and W multiples of 16 => {"out": logits [B, K, H, W]}."""
+        """Normalised images float32 [B, 3, H, W], H and W multiples of 16 => {"out": logits [B, K, H, W]}.
+
+        Raises:
+            ValueError: images of another size.
+        """
+        height, width = images_BCHW.shape[-2:]
+        if height % 16 or width % 16:
+            raise ValueError(
+                f"images of {height} x {width} pixels do not divide into strides of 16, at which efficientnet-lite0 "
+                "looks at them; pad or crop them to multiples of 16, or choose another backbone"
+            )
         return {"out": self.classifier(self.decoder(self.backbone(images_BCHW)))}
 
 
@@ -79,7 +89,7 @@ def packaged_weights() -> Path:
 def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of the package's EfficientNet-Lite0 under timm's names, which start with `model.` in the encoder.
 
-    A state dict that has timm's names already is only given the prefix. Names of neither kind are left as they are.
+    A state dict that has timm's names already is only given the prefix.
     """
     return {f"model.{_timm_name(name)}": tensor for name, tensor in state.items()}
 

@@ -5,7 +5,7 @@ Knows: the classes, the splits, the ground truth, and the torch Dataset. It does
 shading (`canvas`).
 
 The mask has the eight classes of CelebAMask-HQ-8 and two rare ones, glasses and hat. As there, neck and
-clothing are background. Glasses are rims, bridge and temples; behind the lenses the face's classes go on.
+clothing are background. A second mask tells their parts apart (`labels`). Glasses are rims, bridge and temples; behind the lenses the face's classes go on.
 The image is the mean of 2 x 2 samples a pixel; the mask is hard-edged, the most frequent label of the four,
 ties to the larger id.
 """
@@ -59,8 +59,8 @@ class Attributes:
 class RenderedFace:
     """One image with its ground truth.
 
-    image: uint8 [H, W, 3]. mask: uint8 [H, W], ids into `CLASS_NAMES`. parts: uint8 [H, W], ids of `Part`;
-    `CLASS_OF_PART[parts]` is the mask.
+    image: uint8 [H, W, 3]. mask: uint8 [H, W], ids into `CLASS_NAMES`. parts: uint8 [H, W], ids into
+    `FINE_CLASS_NAMES`; `CLASS_OF_PART[parts]` is the mask.
     landmarks: float32 [5, 2], pixel (x, y), pixel centres at integers; left and right are those of the
     image, in a frontal view.
     visible: bool [5], false where a landmark is outside the picture or turned away behind the head itself;
@@ -175,7 +175,8 @@ def render_face(seed: int, index: int, *, size: int = 128, glasses: float = 0.05
 class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
     """`num_images` faces of one split, as (image, mask) pairs.
 
-    image: float32 [3, H, W] in [0, 1] on 8-bit levels. mask: int64 [H, W], ids into `CLASS_NAMES`.
+    image: float32 [3, H, W] in [0, 1] on 8-bit levels. mask: int64 [H, W], ids into `class_names`, which are
+    `CLASS_NAMES`, or with `fine` the names of the parts that these are made of, `FINE_CLASS_NAMES`.
 
     The splits `train`, `validation`, `test` and `generator` (unlabelled images for training a generator)
     share no scene. `transforms` is called as `transforms(image, mask)` and returns both.
@@ -193,6 +194,7 @@ class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
         seed: int = 0,
         glasses: float = 0.05,
         hat: float = 0.05,
+        fine: bool = False,
         transforms: Transforms | None = None,
     ) -> None:
         if split not in SPLITS:
@@ -201,7 +203,8 @@ class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError(f"num_images is {num_images}; a split holds between 1 and {SPLIT_SIZE} images")
         _check(size, glasses, hat)
         self.split, self.num_images, self.size, self.seed = split, num_images, size, seed
-        self.glasses, self.hat, self.transforms = glasses, hat, transforms
+        self.glasses, self.hat, self.fine, self.transforms = glasses, hat, fine, transforms
+        self.class_names = FINE_CLASS_NAMES if fine else CLASS_NAMES
 
     def __len__(self) -> int:
         return self.num_images
@@ -216,5 +219,5 @@ class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         face = self.scene(index)
         image = torch.from_numpy(face.image).permute(2, 0, 1).contiguous().float() / 255
-        mask = torch.from_numpy(face.mask).long()
+        mask = torch.from_numpy(face.parts if self.fine else face.mask).long()
         return (image, mask) if self.transforms is None else self.transforms(image, mask)

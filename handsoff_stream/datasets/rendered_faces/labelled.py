@@ -9,7 +9,9 @@ GLASSES = HAT = 0.15
 """Probability that a labelled face wears them, three times that of other faces."""
 
 
-def labelled_faces(num_images: int = 16, *, size: int = 128, transforms: Transforms | None = None) -> RenderedFaces:
+def labelled_faces(
+    num_images: int = 16, *, size: int = 128, fine: bool = False, transforms: Transforms | None = None
+) -> RenderedFaces:
     """The first `num_images` faces of the train split, glasses and hats over-represented.
 
     At the natural 5 %, 16 images are likely to show neither, and a class without an example cannot be learned; HandsOff
@@ -19,6 +21,9 @@ def labelled_faces(num_images: int = 16, *, size: int = 128, transforms: Transfo
     Args:
         num_images: how many; a smaller set is a prefix of a larger one.
         size: pixels a side.
+        fine: label the parts of the ten classes.
         transforms: called as `transforms(image, mask)`.
     """
-    return RenderedFaces("train", num_images=num_images, size=size, glasses=GLASSES, hat=HAT, transforms=transforms)
+    return RenderedFaces(
+        "train", num_images=num_images, size=size, glasses=GLASSES, hat=HAT, fine=fine, transforms=transforms
+    )

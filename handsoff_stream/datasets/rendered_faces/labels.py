@@ -101,3 +101,5 @@ CLASS_OF_PART = np.repeat(
     np.arange(len(CLASS_NAMES), dtype=np.uint8), [last - first + 1 for first, last in _PARTS_OF_CLASS]
 )
 """uint8 [parts]: the id into `CLASS_NAMES` of each part."""
+
+FINE_CLASS_NAMES: tuple[str, ...] = tuple(part.name.lower() for part in Part)
