@@ -7,7 +7,7 @@ heads, feature maps and kernels. Does not know latents, images or indices.
 Shape letters: B batch, C channels, M ensemble members, P pixels, K outputs, H W label size, h w native size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -103,9 +103,7 @@ class Labeller:
         return {name: (_whole_label(labels[name]), torch.cat(uncertainty[name], dim=1)) for name in order}
 
 
-def _fold(
-    head: Head, constant_map: Tensor | None, *, device: torch.device, dtype: torch.dtype
-) -> FoldedLabelGenerator:
+def _fold(head: Head, constant_map: Tensor | None, *, device: torch.device, dtype: torch.dtype) -> FoldedLabelGenerator:
     constant_map = None if constant_map is None else constant_map.to(device)
     return head.label_generator.to(device).fold(constant_map=constant_map, dtype=dtype)
 

@@ -33,8 +33,8 @@ class SynthesisOptions:
     precision: Precision = "exact"
     """Of images and labels: "exact" (float32) or "fast" (float16; bfloat16 on a CPU)."""
     kernel: KernelKind = "auto"
-    """Labels of voting heads: "triton" (one fused CUDA kernel), "torch", or "auto". "auto" takes the fused kernel on CUDA
-    at "fast" precision, for every head that fits it."""
+    """Labels of voting heads: "triton" (one fused CUDA kernel), "torch", or "auto". "auto" takes the fused kernel on
+    CUDA at "fast" precision, for every head that fits it."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.truncation <= 2.0:

@@ -2,8 +2,8 @@
 
     index => z => w => w+ => image and feature maps => label and uncertainty of each head => image score
 
-Does not know streams, filters, shards or files, nor how labels are computed. The same indices in the same chunk give the
-same bits.
+Does not know streams, filters, shards or files, nor how labels are computed. The same indices in the same chunk give
+the same bits.
 
 Shape letters: B batch, H W image size.
 """

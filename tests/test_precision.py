@@ -7,8 +7,8 @@ import torch
 
 from handsoff_stream import precision
 from handsoff_stream.checkpoint import Checkpoint
-from handsoff_stream.precision import cpu_multiplies_bfloat16, default_precision, fastest_precision, compute_dtype
 from handsoff_stream.options import SynthesisOptions
+from handsoff_stream.precision import compute_dtype, cpu_multiplies_bfloat16, default_precision, fastest_precision
 from handsoff_stream.synthesizer import Synthesizer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

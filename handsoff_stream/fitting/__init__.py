@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handsoff_stream.checkpoint import DEFAULT_TRUNCATION, Checkpoint
+from handsoff_stream.checkpoint import DEFAULT_TRUNCATION, Checkpoint, Head
 from handsoff_stream.fitting.annotation.sample import write_samples
 from handsoff_stream.fitting.augment import ViewSettings, with_views
 from handsoff_stream.fitting.calibration import calibrate
@@ -27,7 +27,6 @@ from handsoff_stream.fitting.inversion.latents import LatentSpace, find_latents,
 from handsoff_stream.fitting.inversion.perceptual import Perceptual, load_perceptual
 from handsoff_stream.fitting.inversion.store import invert_images
 from handsoff_stream.generators import Generator
-from handsoff_stream.checkpoint import Head
 from handsoff_stream.tasks import Task
 
 __all__ = [

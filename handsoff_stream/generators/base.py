@@ -78,8 +78,8 @@ class Generator(nn.Module, ABC):
     @property
     @abstractmethod
     def constant_map(self) -> Tensor | None:
-        """float32 [C, h, w], the first feature map if it is the same for every latent, as StyleGAN2's learned constant is;
-        None if it varies."""
+        """float32 [C, h, w], the first feature map if it is the same for every latent, as StyleGAN2's learned constant
+        is; None if it varies."""
 
     @property
     @abstractmethod

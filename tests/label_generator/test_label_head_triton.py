@@ -96,7 +96,7 @@ def streamed() -> dict[str, Any]:
     return {
         "errors": errors,
         "refused": refused,
-        "kernels": [name for name, kernel in kernels._kernels.items() if kernel is not None],
+        "kernels": list(kernels.labeller.kernels),
     }
 
 

@@ -9,11 +9,10 @@ from conftest import assert_resumes_exactly, assert_same, take
 from torch import Tensor
 
 from handsoff_stream import HandsOffStream
-from handsoff_stream.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from handsoff_stream.checkpoint import Checkpoint, Head, load_checkpoint, save_checkpoint
 from handsoff_stream.datasets.rendered_faces import LANDMARK_NAMES, RenderedFaces
 from handsoff_stream.fitting import FeatureTable, FitSettings, calibrate, fit_label_generator
 from handsoff_stream.label_generator import LabelGenerator
-from handsoff_stream.checkpoint import Head
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.synthesizer import Synthesizer
 from handsoff_stream.tasks import Depth, Keypoints, decode_heatmaps, task_from_config

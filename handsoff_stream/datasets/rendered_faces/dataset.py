@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from handsoff_stream.datasets.rendered_faces import parts, wear
-from handsoff_stream.datasets.rendered_faces.labels import CLASS_OF_PART
+from handsoff_stream.datasets.rendered_faces.labels import CLASS_NAMES, CLASS_OF_PART, FINE_CLASS_NAMES
 from handsoff_stream.datasets.rendered_faces.parts import EYE_Y, MOUTH_Y, Stage
 from handsoff_stream.datasets.rendered_faces.raycast import Array
 from handsoff_stream.datasets.rendered_faces.scene import FaceScene, sample_scene

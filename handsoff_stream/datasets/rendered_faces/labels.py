@@ -7,6 +7,7 @@ eye, the nose, the mouth and the ear, regions of the skin, and what CelebAMask-H
 Left and right are those of the image, in a frontal view.
 """
 
+import colorsys
 from enum import IntEnum
 
 import numpy as np
@@ -103,3 +104,15 @@ CLASS_OF_PART = np.repeat(
 """uint8 [parts]: the id into `CLASS_NAMES` of each part."""
 
 FINE_CLASS_NAMES: tuple[str, ...] = tuple(part.name.lower() for part in Part)
+
+
+def _shades() -> tuple[tuple[int, int, int], ...]:
+    """A colour for each part: hues far apart, at two saturations and three brightnesses."""
+    colors = [
+        colorsys.hsv_to_rgb(0.618034 * part % 1, 0.55 + 0.4 * (part % 2), 0.95 - 0.15 * (part % 3))
+        for part in range(len(Part) - 1)
+    ]
+    return ((0, 0, 0), *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colors))
+
+
+FINE_PALETTE: tuple[tuple[int, int, int], ...] = _shades()

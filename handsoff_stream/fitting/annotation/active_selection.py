@@ -106,7 +106,7 @@ def select_actively(
     Raises:
         ValueError: no head, or fewer than 10 candidates a sample.
     """
-    if not synthesizer.tasks:
+    if not synthesizer.labeller.tasks:
         raise ValueError(
             "active selection needs the uncertainty of a labelling head, and this is a generator alone; annotate some "
             "random samples first, fit a checkpoint, and select with that"
@@ -126,12 +126,12 @@ def select_actively(
 
 def _scores(synthesizer: Synthesizer, candidates: int, batch_size: int, progress: bool) -> Tensor:
     """float32 [N] on the CPU: image scores of samples 0 to N - 1."""
-    head = next(iter(synthesizer.tasks))
+    head = next(iter(synthesizer.labeller.tasks))
     scores: list[Tensor] = []
     with progress_bar("Scoring", candidates, show=progress) as update:
         for start in range(0, candidates, batch_size):
             indices: Sequence[int] = range(start, min(start + batch_size, candidates))
             _, uncertainty_BHW = synthesizer.label(head, synthesizer.generate(indices)[1])
-            scores.append(image_score(uncertainty_BHW, synthesizer.options.score).cpu())  # type: ignore[arg-type]
+            scores.append(image_score(uncertainty_BHW, synthesizer.options.score).cpu())
             update(start + len(indices), "")
     return torch.cat(scores)

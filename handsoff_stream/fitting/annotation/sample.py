@@ -32,9 +32,9 @@ from handsoff_stream.files.atomic import whole_file
 from handsoff_stream.files.tensors import is_safetensors
 from handsoff_stream.fitting.annotation.active_selection import select_actively
 from handsoff_stream.generators import Generator
+from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.progress import progress_bar
 from handsoff_stream.seeding import check_seed, latents
-from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.synthesizer import Synthesizer, quantize
 
 FORMAT_VERSION = 1

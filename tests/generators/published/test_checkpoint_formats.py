@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from handsoff_stream.checkpoint import import_generator, load_checkpoint, save_checkpoint
+from handsoff_stream.checkpoint import Checkpoint, Head, import_generator, load_checkpoint, save_checkpoint
 from handsoff_stream.cli import app
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.generators import Generator, StyleGAN1, StyleGAN2, load_generator
@@ -19,7 +19,6 @@ from handsoff_stream.generators.published import read_generator
 from handsoff_stream.generators.published.assemble import assemble
 from handsoff_stream.inspect import describe
 from handsoff_stream.label_generator import LabelGenerator
-from handsoff_stream.checkpoint import Head
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.synthesizer import Synthesizer
 from handsoff_stream.tasks import Segmentation
@@ -147,14 +146,12 @@ def test_stylegan1_can_be_labelled_although_its_first_map_is_not_constant(styleg
     labels = LabelGenerator(stylegan1.feature_channels, hidden=(6, 5), num_outputs=3, members=2).eval()
     head = Head(Segmentation(("a", "b", "c"), ((0, 0, 0), (1, 1, 1), (2, 2, 2))), labels)
 
-    class Source:
-        generator, heads, size, crop = stylegan1, {"segmentation": head}, (32, 32), None
-
-    synthesizer = Synthesizer(Source, SynthesisOptions(), torch.device("cpu"))
+    checkpoint = Checkpoint(stylegan1, {"segmentation": head}, output_size=(32, 32))
+    synthesizer = Synthesizer(checkpoint, SynthesisOptions(), torch.device("cpu"))
     _, features = synthesizer.generate([0, 1])
     with torch.no_grad():
         slow_MBKHW = labels.reference(features, (32, 32))
-        for rows, outputs_MPK in synthesizer._folded["segmentation"].tiles(features, (32, 32)):
+        for rows, outputs_MPK in synthesizer.labeller.folded["segmentation"].tiles(features, (32, 32)):
             want = slow_MBKHW[..., rows, :].permute(0, 1, 3, 4, 2).flatten(1, 3)
             assert_close(outputs_MPK, want, IMAGE)
 
