@@ -1,13 +1,12 @@
 """Rendered faces: labelled images of 3-D heads that need no download, each a pure function of (seed, index).
 
-Knows: the classes, the splits, the ground truth, and the torch Dataset. It does not know anatomy
-(`parts`), what heads wear (`wear`), distributions (`scene`), ray casting (`raycast`) or
-shading (`canvas`).
+Knows: the splits, the ground truth, and the torch Dataset. It does not know anatomy (`parts`), class names
+(`labels`), what heads wear (`wear`), distributions (`scene`), ray casting (`raycast`) or shading (`canvas`).
 
 The mask has the eight classes of CelebAMask-HQ-8 and two rare ones, glasses and hat. As there, neck and
-clothing are background. A second mask tells their parts apart (`labels`). Glasses are rims, bridge and temples; behind the lenses the face's classes go on.
-The image is the mean of 2 x 2 samples a pixel; the mask is hard-edged, the most frequent label of the four,
-ties to the larger id.
+clothing are background. Glasses are rims, bridge and temples; behind the lenses the face's classes go on.
+A second mask tells the parts of these ten classes apart. The image is the mean of 2 x 2 samples a pixel;
+masks are hard-edged, the most frequent label of the four, ties to the larger id.
 """
 
 from collections.abc import Callable
