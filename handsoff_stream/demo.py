@@ -34,7 +34,7 @@ from handsoff_stream.downstream import (
 )
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.files.atomic import whole_file
-from handsoff_stream.precision import fastest_precision
+from handsoff_stream.precision import Precision, fastest_precision
 from handsoff_stream.preview import preview_sheet
 from handsoff_stream.progress import progress_bar
 from handsoff_stream.stream import HandsOffStream
@@ -188,7 +188,7 @@ def train_on_stream(
     test_folders: tuple[Path, Path] | None,
     seed: int,
     device: str | None,
-    precision: str | None = None,
+    precision: Precision | None = None,
     console: Console,
 ) -> None:
     """Train DeepLabV3 on a checkpoint's stream, save its state dict, and score it if there is something to score on.

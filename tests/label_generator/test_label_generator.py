@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from handsoff_stream import label_rows
 from handsoff_stream.features import FeaturePyramid
 from handsoff_stream.label_generator import LabelGenerator
+from handsoff_stream.label_generator import rows as label_rows
 from handsoff_stream.label_generator.folded import join
 from handsoff_stream.label_generator.tiles import project_first
 from handsoff_stream.uncertainty import jensen_shannon_divergence, majority_vote

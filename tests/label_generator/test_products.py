@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from handsoff_stream import products as module
+from handsoff_stream.label_generator import products as module
 from handsoff_stream.label_generator.products import add_product_, linears, product, products
 
 

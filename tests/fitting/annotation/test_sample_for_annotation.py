@@ -23,13 +23,14 @@ from handsoff_stream.fitting import (
     fit_checkpoint,
     fit_label_generator,
     invert_images,
-    latents,
     read_latent,
-    sample_for_annotation,
     write_samples,
 )
+from handsoff_stream.fitting.annotation import sample as sample_for_annotation
 from handsoff_stream.fitting.annotation.active_selection import select_actively
 from handsoff_stream.fitting.annotation.sample import SAMPLE_KEY, regenerate
+from handsoff_stream.fitting.inversion import latents as latents_module
+from handsoff_stream.fitting.inversion.latents import find_latents
 from handsoff_stream.fitting.inversion.perceptual import Perceptual
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.synthesizer import Synthesizer
@@ -238,7 +239,7 @@ def annotated(folder: Path) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor]
 
 
 def test_given_latents_are_fitted_on_without_any_inversion(checkpoint, written, tmp_path, monkeypatch):
-    monkeypatch.setattr(latents, "load_perceptual", None)
+    monkeypatch.setattr(latents_module, "load_perceptual", None)
     images, given, targets = annotated(written)
     fitted = fit_checkpoint(
         checkpoint.generator, images, targets, TASK, tmp_path / "none", fit=SMALL, latents=given, calibration_samples=0
@@ -258,7 +259,7 @@ def test_images_without_a_latent_are_inverted_among_those_with_one(checkpoint, w
     images, given, _ = annotated(written)
     missing = given.pop("7-000001")
     settings = InversionSettings(steps=1, candidates=4)
-    found = latents.find_latents(
+    found = find_latents(
         checkpoint.generator, images, given, tmp_path / "inverted", inversion=settings, perceptual=Grey()
     )
     assert [f.name for f in (tmp_path / "inverted").iterdir()] == ["7-000001.safetensors"]
@@ -279,13 +280,13 @@ def test_latents_that_do_not_make_their_images_are_warned_of_by_name(checkpoint,
     images, given, _ = annotated(written)
     given["7-000001"] = given["7-000001"] + 5
     with pytest.warns(UserWarning, match=r"average latent does: 7-000001 \([^,]*, the average[^,]*\)\. "):
-        latents.find_latents(checkpoint.generator, images, given, tmp_path, inversion=InversionSettings())
+        find_latents(checkpoint.generator, images, given, tmp_path, inversion=InversionSettings())
 
 
 def test_latents_of_the_average_image_itself_raise_no_warning(checkpoint, tmp_path, recwarn):
     folder = write_samples(checkpoint, tmp_path / "samples", num=1, truncation=0.0, device="cpu").parent
     images, given, _ = annotated(folder)
-    latents.find_latents(checkpoint.generator, images, given, tmp_path, inversion=InversionSettings())
+    find_latents(checkpoint.generator, images, given, tmp_path, inversion=InversionSettings())
     assert not recwarn.list
 
 
@@ -304,7 +305,7 @@ def test_latents_and_images_that_do_not_belong_together_are_refused(checkpoint, 
     images, given, _ = annotated(written)
     change(images, given)
     with pytest.raises(ValueError, match=message):
-        latents.find_latents(checkpoint.generator, images, given, tmp_path, inversion=InversionSettings())
+        find_latents(checkpoint.generator, images, given, tmp_path, inversion=InversionSettings())
 
 
 @pytest.mark.parametrize("leading", [(), (1,)])

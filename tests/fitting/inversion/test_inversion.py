@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handsoff_stream.fitting import inversion_store
+from handsoff_stream.fitting.inversion import store as inversion_store
 from handsoff_stream.fitting.inversion.descent import (
     PUBLISHED_STEPS,
     InversionSettings,

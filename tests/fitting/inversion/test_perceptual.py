@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.models import squeezenet1_1
 
-from handsoff_stream.fitting import perceptual
+from handsoff_stream.fitting.inversion import perceptual
 from handsoff_stream.fitting.inversion.perceptual import Perceptual, load_perceptual
 
 
