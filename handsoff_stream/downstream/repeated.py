@@ -85,10 +85,11 @@ class RepeatedAugmented(Dataset[tuple[Tensor, Tensor]]):
     """`length` augmented views of a small dataset: view i is image `i % len(dataset)`, transformed by (seed, i).
 
     Args:
-        dataset: (image float32 [3, H, W] in [0, 1], label int64 [H, W]) samples; each is read once and kept.
+        dataset: (image float32 [3, H, W] in [0, 1], label int64 [H, W]) samples.
         length: views.
         seed: in [0, 2**64).
         transforms: joint transform of image and label; None means `ordinary_augmentation()`.
+        keep: read each sample once and keep it, instead of whenever a view of it is asked for.
     """
 
     def __init__(
@@ -98,8 +99,9 @@ class RepeatedAugmented(Dataset[tuple[Tensor, Tensor]]):
         length: int,
         seed: int = 0,
         transforms: Callable[..., Any] | None = None,
+        keep: bool = True,
     ):
-        self._samples = [dataset[i] for i in range(len(dataset))]  # type: ignore[arg-type]
+        self._samples: Any = [dataset[i] for i in range(len(dataset))] if keep else dataset  # type: ignore[arg-type]
         self._transform = JointTransform(transforms or ordinary_augmentation(), seed)
         self._length = length
 
