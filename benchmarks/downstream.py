@@ -2,7 +2,7 @@
 
     python benchmarks/downstream.py --steps 1000 --seeds 0 1 2
     python benchmarks/downstream.py --steps 1000 --seeds 0 1 2 --from-scratch --name downstream-scratch
-    python benchmarks/downstream.py --arms labelled unlimited --classes fine --name downstream-gap
+    python benchmarks/downstream.py --arms labelled unlimited --classes fine --varied --name downstream-gap
 
 Each arm gets the same network, steps, batch size, optimiser, rate and augmentation; all are scored once, at the end, on
 the same rendered test faces, which no training saw. Whatever is chosen is chosen on validation faces (`--curve`).
@@ -114,6 +114,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--classes", choices=CLASSES, help="of arms without a stream; default: the checkpoint's")
     parser.add_argument("--labelled", type=int, default=16, help=f"labelled images, at most {MOST_LABELLED}")
     parser.add_argument("--size", type=int, default=128, help="pixels a side, those of the checkpoint")
+    parser.add_argument(
+        "--varied", action="store_true", help="varied faces, for a checkpoint whose generator draws them"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--judge-steps", type=int, default=1000, help="steps that the judge is trained")

@@ -46,6 +46,8 @@ class Experiment:
     """Labelled images, at most `MOST_LABELLED`."""
     size: int
     """Pixels a side."""
+    varied: bool
+    """Of the varied faces, which the checkpoint's generator must have learnt."""
     backbone: str
     pretrained: bool
     steps: int
@@ -73,11 +75,11 @@ class Experiment:
         )
 
     def faces(self, split: str, num_images: int) -> RenderedFaces:
-        return RenderedFaces(split, num_images=num_images, size=self.size, fine=self.fine)
+        return RenderedFaces(split, num_images=num_images, size=self.size, fine=self.fine, varied=self.varied)
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        return None if self.dtype is None else getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        return None if self.dtype is None else getattr(torch, self.dtype)
 
 
 def class_names_of(checkpoint: str) -> tuple[str, ...]:
@@ -153,7 +155,7 @@ def judged(experiment: Experiment, seed: int, steps: int) -> Batches:
 
 def labelled(experiment: Experiment, seed: int, steps: int, *, batch: int | None = None) -> Batches:
     batch = batch or experiment.batch
-    faces = labelled_faces(experiment.labelled, size=experiment.size, fine=experiment.fine)
+    faces = labelled_faces(experiment.labelled, size=experiment.size, fine=experiment.fine, varied=experiment.varied)
     augmentation = ordinary_augmentation(experiment.class_names)
     views = RepeatedAugmented(faces, length=steps * batch, seed=seed, transforms=augmentation)
     return DataLoader(views, batch_size=batch, shuffle=True, generator=torch.Generator().manual_seed(seed))
@@ -170,7 +172,7 @@ def mixed(experiment: Experiment, seed: int, steps: int) -> Iterator[tuple[Tenso
 def unlimited(experiment: Experiment, seed: int, steps: int) -> Batches:
     num_images = steps * experiment.batch
     first = MOST_LABELLED + seed * num_images
-    faces = labelled_faces(first + num_images, size=experiment.size, fine=experiment.fine)
+    faces = labelled_faces(first + num_images, size=experiment.size, fine=experiment.fine, varied=experiment.varied)
     views = RepeatedAugmented(
         Subset(faces, range(first, first + num_images)),
         length=num_images,

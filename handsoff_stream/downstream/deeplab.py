@@ -46,7 +46,7 @@ def _torchvision(build: Callable[..., nn.Module], weights: Any) -> Backbone:
             raise RuntimeError(
                 f"torchvision built a head of {outputs} classes instead of {num_classes}; use torchvision >= 0.21"
             )
-        return network  # type: ignore[no-any-return]
+        return network
 
     return Backbone(with_head, weights.url, _without_features)
 

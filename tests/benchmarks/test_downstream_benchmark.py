@@ -51,6 +51,7 @@ def experiment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         class_names=request.param,
         labelled=2,
         size=16,
+        varied=False,
         backbone="efficientnet-lite0",
         pretrained=True,
         steps=5,

@@ -24,6 +24,7 @@ from handsoff_stream.datasets.rendered_faces.labels import CLASS_NAMES, CLASS_OF
 from handsoff_stream.datasets.rendered_faces.parts import EYE_Y, MOUTH_Y, Stage
 from handsoff_stream.datasets.rendered_faces.raycast import Array
 from handsoff_stream.datasets.rendered_faces.scene import FaceScene, sample_scene
+from handsoff_stream.datasets.rendered_faces.variety import sample_varied_scene
 
 LANDMARK_NAMES: tuple[str, ...] = (
     "left_eye",
@@ -34,6 +35,7 @@ LANDMARK_NAMES: tuple[str, ...] = (
 )
 SPLIT_SIZE = 2**32
 SPLITS: dict[str, int] = {name: i * SPLIT_SIZE for i, name in enumerate(("train", "validation", "test", "generator"))}
+NATURAL_RATE, VARIED_RATE = 0.05, 0.10  # of faces that wear glasses, and of those that wear a hat
 CAMERA_DISTANCE = 4.0  # from the camera's plane to the centre of the head, in head radii
 
 Transforms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -145,19 +147,29 @@ def render_scene(scene: FaceScene, size: int) -> RenderedFace:
     )
 
 
-def _check(size: int, glasses: float, hat: float) -> None:
+def _check(size: int, glasses: float | None, hat: float | None) -> None:
     if size < 1:
         raise ValueError(f"size is {size}, so there is nothing to render; give a positive number of pixels")
     for name, probability in (("glasses", glasses), ("hat", hat)):
-        if not 0 <= probability <= 1:
+        if probability is not None and not 0 <= probability <= 1:
             raise ValueError(f"{name} is {probability}, which is no probability; give a number in [0, 1]")
 
 
-def render_face(seed: int, index: int, *, size: int = 128, glasses: float = 0.05, hat: float = 0.05) -> RenderedFace:
+def render_face(
+    seed: int,
+    index: int,
+    *,
+    size: int = 128,
+    glasses: float | None = None,
+    hat: float | None = None,
+    varied: bool = False,
+) -> RenderedFace:
     """The face of (seed, index): same bits for the same arguments.
 
     `index` runs over all splits, `SPLITS` gives where each begins. `size` scales the picture and changes
-    nothing else. `glasses` and `hat` are the probabilities of being worn and change nothing else.
+    nothing else. `glasses` and `hat` are the probabilities of being worn and change nothing else; None means
+    `NATURAL_RATE`, of varied faces `VARIED_RATE`. `varied` draws pose, light, colours and shape from wider
+    distributions, and beards and patterns beside them (`variety`).
 
     Raises ValueError for a size below 1, a probability outside [0, 1] or a negative seed, IndexError for an
     index outside all splits.
@@ -168,7 +180,9 @@ def render_face(seed: int, index: int, *, size: int = 128, glasses: float = 0.05
     end = len(SPLITS) * SPLIT_SIZE
     if not 0 <= index < end:
         raise IndexError(f"index is {index}, outside every split; give one in [0, {end})")
-    return render_scene(sample_scene(seed, index, glasses=glasses, hat=hat), size)
+    rate = VARIED_RATE if varied else NATURAL_RATE
+    worn = {"glasses": rate if glasses is None else glasses, "hat": rate if hat is None else hat}
+    return render_scene((sample_varied_scene if varied else sample_scene)(seed, index, **worn), size)
 
 
 class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
@@ -178,7 +192,7 @@ class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
     `CLASS_NAMES`, or with `fine` the names of the parts that these are made of, `FINE_CLASS_NAMES`.
 
     The splits `train`, `validation`, `test` and `generator` (unlabelled images for training a generator)
-    share no scene. `transforms` is called as `transforms(image, mask)` and returns both.
+    share no scene. `glasses`, `hat` and `varied` are those of `render_face`. `transforms` is called as `transforms(image, mask)` and returns both.
 
     Raises ValueError for an unknown split, a size below 1, a probability outside [0, 1] or more images than a
     split holds, IndexError for an index outside [0, num_images).
@@ -191,9 +205,10 @@ class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
         num_images: int,
         size: int = 128,
         seed: int = 0,
-        glasses: float = 0.05,
-        hat: float = 0.05,
+        glasses: float | None = None,
+        hat: float | None = None,
         fine: bool = False,
+        varied: bool = False,
         transforms: Transforms | None = None,
     ) -> None:
         if split not in SPLITS:
@@ -202,7 +217,7 @@ class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError(f"num_images is {num_images}; a split holds between 1 and {SPLIT_SIZE} images")
         _check(size, glasses, hat)
         self.split, self.num_images, self.size, self.seed = split, num_images, size, seed
-        self.glasses, self.hat, self.fine, self.transforms = glasses, hat, fine, transforms
+        self.glasses, self.hat, self.fine, self.varied, self.transforms = glasses, hat, fine, varied, transforms
         self.class_names = FINE_CLASS_NAMES if fine else CLASS_NAMES
 
     def __len__(self) -> int:
@@ -213,7 +228,7 @@ class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
         if not 0 <= index < self.num_images:
             raise IndexError(f"index is {index}, but {self.split} has {self.num_images} images; start at 0")
         position = SPLITS[self.split] + index
-        return render_face(self.seed, position, size=self.size, glasses=self.glasses, hat=self.hat)
+        return render_face(self.seed, position, size=self.size, glasses=self.glasses, hat=self.hat, varied=self.varied)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         face = self.scene(index)

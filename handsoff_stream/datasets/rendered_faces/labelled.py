@@ -6,11 +6,16 @@ Knows which rendered faces those are. Does not know what they are used for.
 from handsoff_stream.datasets.rendered_faces.dataset import RenderedFaces, Transforms
 
 GLASSES = HAT = 0.15
-"""Probability that a labelled face wears them, three times that of other faces."""
+"""Probability that a labelled face wears them, three times that of other plain faces."""
 
 
 def labelled_faces(
-    num_images: int = 16, *, size: int = 128, fine: bool = False, transforms: Transforms | None = None
+    num_images: int = 16,
+    *,
+    size: int = 128,
+    fine: bool = False,
+    varied: bool = False,
+    transforms: Transforms | None = None,
 ) -> RenderedFaces:
     """The first `num_images` faces of the train split, glasses and hats over-represented.
 
@@ -22,8 +27,16 @@ def labelled_faces(
         num_images: how many; a smaller set is a prefix of a larger one.
         size: pixels a side.
         fine: label the parts of the ten classes.
+        varied: of the varied faces.
         transforms: called as `transforms(image, mask)`.
     """
     return RenderedFaces(
-        "train", num_images=num_images, size=size, glasses=GLASSES, hat=HAT, fine=fine, transforms=transforms
+        "train",
+        num_images=num_images,
+        size=size,
+        glasses=GLASSES,
+        hat=HAT,
+        fine=fine,
+        varied=varied,
+        transforms=transforms,
     )

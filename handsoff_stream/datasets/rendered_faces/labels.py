@@ -53,32 +53,33 @@ class Part(IntEnum):
     EYELID_RIGHT = 9
     PHILTRUM = 10
     CHIN = 11
-    NOSE_BRIDGE = 12
-    NOSE_TIP = 13
-    NOSTRIL_LEFT = 14  # with the wing around it
-    NOSTRIL_RIGHT = 15
-    SCLERA_LEFT = 16
-    SCLERA_RIGHT = 17
-    IRIS_LEFT = 18
-    IRIS_RIGHT = 19
-    PUPIL_LEFT = 20
-    PUPIL_RIGHT = 21
-    LASHES_LEFT = 22
-    LASHES_RIGHT = 23
-    BROW_LEFT = 24
-    BROW_RIGHT = 25
-    EAR_LEFT = 26
-    EAR_RIGHT = 27
-    CONCHA_LEFT = 28
-    CONCHA_RIGHT = 29
-    UPPER_LIP = 30
-    LOWER_LIP = 31
-    TEETH = 32
-    MOUTH_INSIDE = 33  # with the tongue
-    HAIR_FRONT = 34
-    HAIR_BEHIND = 35
-    GLASSES = 36
-    HAT = 37
+    BEARD = 12
+    NOSE_BRIDGE = 13
+    NOSE_TIP = 14
+    NOSTRIL_LEFT = 15  # with the wing around it
+    NOSTRIL_RIGHT = 16
+    SCLERA_LEFT = 17
+    SCLERA_RIGHT = 18
+    IRIS_LEFT = 19
+    IRIS_RIGHT = 20
+    PUPIL_LEFT = 21
+    PUPIL_RIGHT = 22
+    LASHES_LEFT = 23
+    LASHES_RIGHT = 24
+    BROW_LEFT = 25
+    BROW_RIGHT = 26
+    EAR_LEFT = 27
+    EAR_RIGHT = 28
+    CONCHA_LEFT = 29
+    CONCHA_RIGHT = 30
+    UPPER_LIP = 31
+    LOWER_LIP = 32
+    TEETH = 33
+    MOUTH_INSIDE = 34  # with the tongue
+    HAIR_FRONT = 35
+    HAIR_BEHIND = 36
+    GLASSES = 37
+    HAT = 38
 
     @staticmethod
     def of_side(name: str, side: int) -> "Part":
@@ -88,7 +89,7 @@ class Part(IntEnum):
 
 _PARTS_OF_CLASS = (
     (Part.BACKGROUND, Part.CLOTHING),
-    (Part.SKIN, Part.CHIN),
+    (Part.SKIN, Part.BEARD),
     (Part.NOSE_BRIDGE, Part.NOSTRIL_RIGHT),
     (Part.SCLERA_LEFT, Part.LASHES_RIGHT),
     (Part.BROW_LEFT, Part.BROW_RIGHT),

@@ -106,6 +106,7 @@ def draw_head(stage: Stage) -> None:
     for side in (-1, 1):
         paint.brow(side)
         paint.eye(side)
+    paint.beard()
     paint.mouth()
     tip = Ellipsoid.at(stage.head, nose_tip(scene), (0.15, 0.15, 0.15))
     behind = smoothstep(0.55, 0.35, hits.share)
@@ -227,6 +228,25 @@ class _Paint:
         ball = np.stack([x[inside], y[inside], np.full(len(inside), 0.26, np.float32)])
         self.hits.normals[:, inside] = self.head.axes @ (ball / np.linalg.norm(ball, axis=0))
 
+    def beard(self) -> None:
+        """Hair around the mouth and on the jaw, painted onto the skin."""
+        beard = self.scene.beard
+        if beard is None:
+            return
+        x, y, size = np.abs(self.x), self.y, beard.size
+        lip = MOUTH_Y + 0.10 + 0.5 * self.scene.mouth_open
+        moustache = (x < 0.30 * size) & (np.abs(y - lip - 0.05 + 0.25 * x) < 0.065 * size)
+        chin = (x / (0.26 * size)) ** 2 + ((y + 0.95 - self.scene.chin) / 0.20) ** 2 < 1
+        cheeks = y < -0.42 - 0.30 * np.clip(1 - (x / 0.55) ** 2, 0, 1) + 0.1 * (size - 1)
+        where = {"moustache": moustache, "goatee": moustache | chin}.get(beard.style, moustache | chin | cheeks)
+        where = where & (self.z > 0.0) & (self.hits.share < 0.5)
+        colour = beard.colour[:, None]
+        if beard.style == "stubble":
+            colour = 0.55 * self.albedo[:, where] + 0.45 * colour
+        else:
+            colour = colour * (1 + 0.18 * np.sin(38 * self.x[where] + 9 * y[where]))
+        self._set(where, Part.BEARD, colour.astype(np.float32) * np.ones(int(where.sum()), np.float32), 0.03)
+
     def mouth(self) -> None:
         """Two lips along a smile; when open, the dark inside with teeth and tongue: all of class mouth."""
         scene = self.scene
@@ -294,10 +314,23 @@ def draw_body(stage: Stage) -> None:
     surface.add(collar, blend=0.05, share=1.0)
     hits = surface.hits()
     mix = smoothstep(0.4, 0.6, hits.share)
-    albedo = scene.cloth[:, None] * (1 - mix) + scene.collar[:, None] * mix
+    albedo = _cloth(stage, hits) * (1 - mix) + scene.collar[:, None] * mix
     shadow = soft_shadow(hits.points, light, head, strength=0.4, softness=0.5)
     part = np.where(mix > 0.5, Part.COLLAR, Part.CLOTHING).astype(np.uint8)
     stage.canvas.draw(hits, part, albedo, gloss=0.02, exposure=shadow)
+
+
+def _cloth(stage: Stage, hits: Hits) -> Array:
+    """Colour of the clothing, with its pattern: linear [3, P] or [3, 1]."""
+    scene, pattern = stage.scene, stage.scene.pattern
+    if pattern is None:
+        return scene.cloth[:, None]
+    u, v, _ = stage.body.to_local(hits.points) * pattern.frequency
+    along, across = np.cos(pattern.angle), np.sin(pattern.angle)
+    first, second = np.sin(along * u + across * v), np.sin(along * v - across * u)
+    field = {"stripes": first, "checks": first * second, "dots": first + second - 0.9}[pattern.style]
+    share = smoothstep(-0.15, 0.15, field.astype(np.float32))
+    return np.asarray(scene.cloth[:, None] * (1 - share) + pattern.colour[:, None] * share, np.float32)
 
 
 def tucked(hair: Hair) -> bool:
