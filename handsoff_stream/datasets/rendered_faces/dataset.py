@@ -192,7 +192,8 @@ class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
     `CLASS_NAMES`, or with `fine` the names of the parts that these are made of, `FINE_CLASS_NAMES`.
 
     The splits `train`, `validation`, `test` and `generator` (unlabelled images for training a generator)
-    share no scene. `glasses`, `hat` and `varied` are those of `render_face`. `transforms` is called as `transforms(image, mask)` and returns both.
+    share no scene. `glasses`, `hat` and `varied` are those of `render_face`. `transforms` is called as
+    `transforms(image, mask)` and returns both.
 
     Raises ValueError for an unknown split, a size below 1, a probability outside [0, 1] or more images than a
     split holds, IndexError for an index outside [0, num_images).

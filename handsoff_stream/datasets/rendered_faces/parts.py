@@ -1,4 +1,4 @@
-"""Head, ears and body, each drawn onto a canvas, and the field that says where hair grows.
+"""Head, ears and body, each drawn onto a canvas.
 
 Knows: the anatomy in the head's local frame and which class each part carries. It does not know what is worn
 on the head (`wear`), how a scene is drawn at random, nor files, datasets or torch.
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from handsoff_stream.datasets.rendered_faces.canvas import Canvas, Light
+from handsoff_stream.datasets.rendered_faces.hairline import hairness, tucked
 from handsoff_stream.datasets.rendered_faces.labels import Part
 from handsoff_stream.datasets.rendered_faces.raycast import (
     Array,
@@ -29,7 +30,7 @@ from handsoff_stream.datasets.rendered_faces.raycast import (
     smoothstep,
     soft_shadow,
 )
-from handsoff_stream.datasets.rendered_faces.scene import FaceScene, Hair, linear
+from handsoff_stream.datasets.rendered_faces.scene import FaceScene, linear
 
 EYE_Y, MOUTH_Y, HAT_LINE = -0.02, -0.71, 0.50
 _WHITE = np.array([0.86, 0.86, 0.88], np.float32)
@@ -331,29 +332,3 @@ def _cloth(stage: Stage, hits: Hits) -> Array:
     field = {"stripes": first, "checks": first * second, "dots": first + second - 0.9}[pattern.style]
     share = smoothstep(-0.15, 0.15, field.astype(np.float32))
     return np.asarray(scene.cloth[:, None] * (1 - share) + pattern.colour[:, None] * share, np.float32)
-
-
-def tucked(hair: Hair) -> bool:
-    """Whether long hair goes behind the ears."""
-    return hair.opening < 0.4
-
-
-def hairness(hair: Hair, x: Array, y: Array, z: Array) -> Array:
-    """Signed distance-like field in the head frame, positive where the scalp is covered."""
-    forward = np.asarray(z / np.sqrt(x * x + z * z + np.float32(1e-4)), np.float32)
-    lean = hair.line + 0.10 * hair.part * x - 0.16 * x * x
-    if hair.style in ("bob", "long") and not tucked(hair):
-        edge = 0.30 + 0.30 * hair.opening - 0.12 * smoothstep(0.3, -0.7, y)
-        fringe = lean - 0.10 * (hair.part > 0) + 0.05 * np.cos(4 * x + hair.part)
-        return np.minimum(np.maximum(y - fringe, edge - forward), y + _bottom(hair))
-    side = 0.10 + 0.10 * smoothstep(0.45, 0.1, np.abs(forward - 0.1))
-    line = lean + (side - lean) * smoothstep(0.75, 0.25, forward)
-    line = line + (-0.45 - side) * smoothstep(-0.12, -0.5, forward)
-    if hair.style in ("bob", "long"):
-        return np.minimum(np.maximum(y - line, -0.25 - forward), y + _bottom(hair))
-    return y - line
-
-
-def _bottom(hair: Hair) -> float:
-    """How far below the head's centre bobbed hair is cut."""
-    return 0.75 + 0.25 * hair.length

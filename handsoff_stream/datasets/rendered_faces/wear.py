@@ -8,14 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from handsoff_stream.datasets.rendered_faces.hairline import hairness, tucked
 from handsoff_stream.datasets.rendered_faces.labels import Part
 from handsoff_stream.datasets.rendered_faces.parts import (
     EYE_Y,
     HAT_LINE,
     Stage,
-    hairness,
     skull,
-    tucked,
 )
 from handsoff_stream.datasets.rendered_faces.raycast import (
     Array,

@@ -98,7 +98,10 @@ def test_fine_masks_are_asked_for_and_name_their_classes() -> None:
     assert torch.equal(torch.from_numpy(CLASS_OF_PART).long()[parts], mask)
 
 
-def test_every_fine_class_occurs_among_the_sixteen_labelled_faces() -> None:
-    faces = labelled_faces(16, fine=True)
-    found = {int(part) for _, parts in (faces[i] for i in range(16)) for part in parts.unique()}
-    assert found == {int(part) for part in Part}
+def test_every_fine_class_occurs_among_the_sixteen_labelled_faces_and_beards_among_the_varied() -> None:
+    plain, varied = (
+        {int(part) for i in range(16) for part in labelled_faces(16, fine=True, varied=varied)[i][1].unique()}
+        for varied in (False, True)
+    )
+    assert varied == {int(part) for part in Part}
+    assert plain == varied - {int(Part.BEARD)}
