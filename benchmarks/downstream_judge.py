@@ -12,7 +12,7 @@ from handsoff_stream.checkpoint import load_checkpoint
 from handsoff_stream.datasets.rendered_faces import FINE_PALETTE, PALETTE
 from handsoff_stream.device import resolve_device
 from handsoff_stream.downstream import SegmentationScores, evaluate, train_segmentation
-from handsoff_stream.fitting import fit_checkpoint
+from handsoff_stream.fitting import FitSettings, fit_checkpoint
 from handsoff_stream.fitting.annotation.sample import regenerate
 from handsoff_stream.fitting.from_files import save_calibrated
 from handsoff_stream.tasks import Segmentation
@@ -41,7 +41,7 @@ def train_judge(experiment: Experiment, steps: int) -> SegmentationScores:
     return evaluate(judge, validation, experiment.class_names, dtype=experiment.torch_dtype)
 
 
-def fit_on_samples(experiment: Experiment, calibration_samples: int = 2000) -> None:
+def fit_on_samples(experiment: Experiment, *, fit: FitSettings | None = None, calibration_samples: int = 2000) -> None:
     """DatasetGAN's way: fit a label generator on samples of the checkpoint's generator; writes `experiment.sampled`.
 
     DatasetGAN has people label them (Zhang et al., CVPR 2021, section 3.2); here the judge does. As many samples as
@@ -65,6 +65,7 @@ def fit_on_samples(experiment: Experiment, calibration_samples: int = 2000) -> N
         torch.stack(labels),
         Segmentation(experiment.class_names, palette),
         Path(experiment.sampled).with_suffix(".latents"),
+        fit=fit,
         latents=latents,
         truncation=psi,
         calibration_samples=0,

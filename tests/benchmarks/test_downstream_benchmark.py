@@ -27,6 +27,7 @@ from handsoff_stream.datasets.rendered_faces import (  # noqa: E402
     labelled_faces,
 )
 from handsoff_stream.downstream import SegmentationScores  # noqa: E402
+from handsoff_stream.fitting import FitSettings  # noqa: E402
 from handsoff_stream.label_generator import LabelGenerator  # noqa: E402
 from handsoff_stream.tasks import Segmentation  # noqa: E402
 
@@ -71,7 +72,7 @@ def experiment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def judged_experiment(experiment: batches.Experiment) -> batches.Experiment:
     judge.train_judge(experiment, 2)
-    judge.fit_on_samples(experiment, calibration_samples=20)
+    judge.fit_on_samples(experiment, fit=FitSettings(members=2, epochs=1), calibration_samples=20)
     return experiment
 
 
