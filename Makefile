@@ -31,3 +31,22 @@ $(VENV)/.installed: pyproject.toml
 
 clean:
 	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The documentation: strict, so a dead link or a docstring that the reference cannot read is an error. The tools are those
+# of the extra `docs`; the package itself is not installed, because the reference is read from the source text.
+# Without --quiet, because mkdocs does not count warnings that it does not print.
+DOCS := .venv-docs
+
+.PHONY: docs clean-docs
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(DOCS)/requirements.txt
+	touch $@
+
+clean: clean-docs
+clean-docs:
+	rm -rf $(DOCS) site

@@ -38,6 +38,7 @@ class TrainingReport:
 
     @property
     def images_per_second(self) -> float:
+        """Images that the network was trained on per second, waiting for data included."""
         return self.num_images / self.seconds
 
 

@@ -81,13 +81,15 @@ def fit_checkpoint(
         targets: [N, H, W] or [N, H, W, K], one per image, whatever `task.loss` takes for a pixel.
         task: becomes the head named `task.name`.
         out_dir: where inversions are kept; see `invert_images`.
-        inversion, fit: settings; the defaults if None.
+        inversion: settings; the defaults if None.
+        fit: settings; the defaults if None.
         perceptual: image distance of the inversion; `load_perceptual()` if None and there is something to invert.
         encodings: name => w_e of an encoder, to start from and stay near.
         latents: name => w+ [L, D] of the images that need no inversion, because this generator made them.
         truncation: psi that the checkpoint's streams use by default, and that it is calibrated with.
         calibration_samples: 0 leaves the calibration to the caller, as one must who stores float16 weights.
-        memory_gb, cache_dir: for the features of the images; see `FeatureTable.collect`.
+        memory_gb: for the features of the images; see `FeatureTable.collect`.
+        cache_dir: for features that do not fit; see `FeatureTable.collect`.
         sources: file => sha256, for provenance.
         progress: show bars.
     """

@@ -103,6 +103,7 @@ class FeatureTable:
 
     @property
     def bytes_in_files(self) -> int:
+        """Bytes of features that lie in temporary files because they did not fit into memory."""
         return sum(level.rows.num_bytes for level in self._levels if isinstance(level.rows, FileRows))
 
     @classmethod

@@ -36,7 +36,8 @@ def encode_images(
 
     Args:
         encoder: moved to the generator's device.
-        generator, images: see `encode`.
+        generator: see `encode`.
+        images: see `encode`; with names.
         batch_size: images encoded together. With more than one, the last bits depend on which images share a batch,
             and a list that grows makes `invert_images` do its finished images again.
         progress: show a bar.

@@ -43,7 +43,9 @@ def invert_images(
     """Invert the images that `out_dir` has no result of yet.
 
     Args:
-        generator, perceptual, settings: as for `invert`.
+        generator: as for `invert`.
+        perceptual: as for `invert`.
+        settings: as for `invert`.
         images: (name, float32 [3, H, W] in [0, 1]); names are unique and become file names.
         out_dir: folder of the results; created if missing. A file is written when its batch is done, whole or
             not at all.
