@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
+RECIPE = Path(__file__).parent.parent / "recipes" / "faces"
+sys.path.insert(0, str(RECIPE))
 
 from discriminator import Discriminator  # noqa: E402
 from fit_faces import TrainedDistance, open_run  # noqa: E402
@@ -18,7 +18,7 @@ from handsoff_stream import HandsOffStream, load_checkpoint  # noqa: E402
 
 
 def script(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments), "--device", "cpu"]
+    command = [sys.executable, str(RECIPE / name), *map(str, arguments), "--device", "cpu"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

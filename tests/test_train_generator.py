@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
+RECIPE = Path(__file__).parent.parent / "recipes" / "faces"
+sys.path.insert(0, str(RECIPE))
 
 from discriminator import Discriminator, Encoder, grow, minibatch_standard_deviation  # noqa: E402
 from gan_trainer import Settings, Trainer, average, feature_distance, pyramid_distance  # noqa: E402
@@ -275,7 +275,7 @@ def test_two_processes_on_different_images_hold_the_same_weights(tmp_path):
 def test_torchrun_trains_what_one_process_resumes_and_sigterm_stops_after_a_step(tmp_path):
     options = ["--resolution", "16", "--batch", "4", "--channels", "8", "7", "6", "--z-dim", "8", "--workers", "0"]
     options += ["--mapping-layers", "2", "--sheet-every", "8", "--device", "cpu"]
-    script = [str(EXAMPLES / "train_generator.py"), str(tmp_path / "run"), *options]
+    script = [str(RECIPE / "train_generator.py"), str(tmp_path / "run"), *options]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
     running = subprocess.Popen([*launcher, "--images", "1000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log = tmp_path / "run" / "metrics.jsonl"
@@ -292,7 +292,7 @@ def test_torchrun_trains_what_one_process_resumes_and_sigterm_stops_after_a_step
 
 def test_the_script_trains_resumes_and_writes_a_generator_that_loads(tmp_path):
     def run(images):
-        command = [sys.executable, str(EXAMPLES / "train_generator.py"), str(tmp_path / "run"), "--resolution", "16"]
+        command = [sys.executable, str(RECIPE / "train_generator.py"), str(tmp_path / "run"), "--resolution", "16"]
         command += ["--images", str(images), "--batch", "4", "--channels", "8", "7", "6", "--z-dim", "8"]
         command += ["--mapping-layers", "2", "--workers", "0", "--sheet-every", "8", "--device", "cpu"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,8 +1,8 @@
 """Train a StyleGAN2: on rendered faces out of the box, on a folder of your own images with the same command.
 
-    python examples/train_generator.py runs/faces
-    python examples/train_generator.py runs/mine --data photos/ --resolution 256 --images 5000000
-    torchrun --nproc-per-node 8 examples/train_generator.py runs/mine --data photos/ --resolution 256
+    python recipes/faces/train_generator.py runs/faces
+    python recipes/faces/train_generator.py runs/mine --data photos/ --resolution 256 --images 5000000
+    torchrun --nproc-per-node 8 recipes/faces/train_generator.py runs/mine --data photos/ --resolution 256
 
 Non-saturating logistic loss, lazy R1, style mixing, EMA, minibatch standard deviation (StyleGAN2, Karras et al., CVPR
 2020); bfloat16 convolutions. Ctrl-C or SIGTERM stops after the step and saves; the same command resumes from
@@ -26,7 +26,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from gan_trainer import Settings, Trainer
+from gan_networks import Settings
+from gan_trainer import Trainer
 from generator_images import RandomOrder, open_data
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -34,6 +35,9 @@ from torch.utils.data import DataLoader
 
 from handsoff_stream.checkpoint import Checkpoint, save_checkpoint
 from handsoff_stream.generators import StyleGAN2
+from handsoff_stream.precision import cpu_multiplies_bfloat16
+
+SAVE_SECONDS = 300.0
 
 
 @torch.no_grad()
@@ -60,7 +64,7 @@ def save_state(trainer: Trainer, out: Path) -> None:
     }
     data = "rendered faces" if trainer.settings.data is None else Path(trainer.settings.data).name
     settings = asdict(trainer.settings) | {"data": data}
-    provenance |= {"trained_by": "examples/train_generator.py", "settings": settings}
+    provenance |= {"trained_by": "recipes/faces/train_generator.py", "settings": settings}
     save_checkpoint(out / "generator.safetensors", Checkpoint(trainer.networks["ema"], provenance=provenance))
 
 
@@ -91,7 +95,8 @@ def train(settings: Settings, out: Path, args: argparse.Namespace) -> None:
     stop = Stop(args.seconds)
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
-    trainer = Trainer(settings, device, torch.bfloat16)
+    bfloat16 = device.type != "cpu" or cpu_multiplies_bfloat16()
+    trainer = Trainer(settings, device, torch.bfloat16 if bfloat16 else torch.float32, compiled=args.compile)
     if (out / "state.pt").exists():
         state = torch.load(out / "state.pt", map_location=device, weights_only=True)
         trainer.load_state_dict(state)
@@ -118,6 +123,7 @@ def train_stage(trainer: Trainer, until: int, out: Path, args: argparse.Namespac
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     next_sheet = (trainer.num_images // args.sheet_every + 1) * args.sheet_every
     started, images_before = time.monotonic(), trainer.num_images
+    next_save = started + SAVE_SECONDS
     log_path = out / "metrics.jsonl" if rank == 0 else Path(os.devnull)
     with Progress(*columns, disable=rank > 0) as progress, log_path.open("a") as log:
         bar = progress.add_task(f"{trainer.resolution}x{trainer.resolution}", total=until)
@@ -136,6 +142,9 @@ def train_stage(trainer: Trainer, until: int, out: Path, args: argparse.Namespac
                 }
                 log.write(json.dumps({k: round(float(v), 4) for k, v in row.items()}) + "\n")
                 log.flush()
+            if rank == 0 and time.monotonic() > next_save:
+                save_state(trainer, out)
+                next_save = time.monotonic() + SAVE_SECONDS
             if trainer.num_images >= next_sheet:
                 if rank == 0:
                     save_state(trainer, out)
@@ -179,6 +188,10 @@ def main() -> None:
     parser.add_argument("--kl", type=float, default=5e-4, help="with --autoencode: weight of a nat")
     parser.add_argument("--start-from", metavar="FILE", help="fine-tune the generator of this file or checkpoint")
     parser.add_argument("--discriminator-first", type=int, default=0, metavar="IMAGES", help="with --start-from")
+    parser.add_argument("--projected", type=float, default=0.0, metavar="WEIGHT", help="heads on ImageNet features")
+    parser.add_argument("--hinge-bound", type=float, default=0.6, help="heads with a smaller loss are not updated")
+    parser.add_argument("--halvings", type=int, default=0, help="of images before the own discriminator sees them")
+    parser.add_argument("--compile", action="store_true", help="compile element-wise passes: see fused_synthesis.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--sheet-every", type=int, default=10_000)
@@ -190,6 +203,7 @@ def main() -> None:
     names = [
         *("data", "batch", "z_dim", "mapping_layers", "lr", "r1", "r1_every", "mixing", "ema_images", "seed"),
         *("autoencode", "autoencode_first", "kl", "start_from", "discriminator_first", "rare"),
+        *("projected", "hinge_bound", "halvings"),
     ]
     settings = Settings(stages=stages, channels=tuple(args.channels), **{name: getattr(args, name) for name in names})
     if "RANK" in os.environ:  # torchrun
