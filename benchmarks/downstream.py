@@ -36,8 +36,8 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import tv_tensors
 
 from handsoff_stream.checkpoint import read_manifest
-from handsoff_stream.datasets.labelled_faces import labelled_faces
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
+from handsoff_stream.datasets.rendered_faces.labelled import labelled_faces
 from handsoff_stream.device import resolve_device
 from handsoff_stream.downstream import (
     RepeatedAugmented,

@@ -29,8 +29,9 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from handsoff_stream import load_checkpoint
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
 from handsoff_stream.downstream import build_deeplab, evaluate, train_segmentation
+from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.progress import progress_bar
-from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer
+from handsoff_stream.synthesizer import Synthesizer
 
 MIN_PIXELS = 20
 LONG_TAIL = ("glasses", "hat")

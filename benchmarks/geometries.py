@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from handsoff_stream.checkpoint import Checkpoint, save_checkpoint
+from handsoff_stream.checkpoint import Checkpoint, Head, save_checkpoint
 from handsoff_stream.generators import StyleGAN2
 from handsoff_stream.label_generator import LabelGenerator
-from handsoff_stream.synthesizer import Head
 from handsoff_stream.tasks import Segmentation
 
 PREFIX = "config-f-"

@@ -28,12 +28,12 @@ from torch import Tensor
 
 from handsoff_stream.checkpoint import load_checkpoint
 from handsoff_stream.datasets.rendered_faces import RenderedFaces
-from handsoff_stream.fitting.inversion import InversionSettings, invert
-from handsoff_stream.fitting.perceptual import Perceptual, load_perceptual
-from handsoff_stream.fitting.restyle import encode
-from handsoff_stream.fitting.restyle_backbones import StyleEncoder
-from handsoff_stream.fitting.restyle_files import load_restyle
-from handsoff_stream.fitting.train_encoder import EncoderSettings, train_encoder
+from handsoff_stream.fitting.encoder.backbones import StyleEncoder
+from handsoff_stream.fitting.encoder.files import load_restyle
+from handsoff_stream.fitting.encoder.restyle import encode
+from handsoff_stream.fitting.encoder.train import EncoderSettings, train_encoder
+from handsoff_stream.fitting.inversion.descent import InversionSettings, invert
+from handsoff_stream.fitting.inversion.perceptual import Perceptual, load_perceptual
 from handsoff_stream.generators import Generator
 
 UNBOUNDED = 1e9

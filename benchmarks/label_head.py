@@ -36,7 +36,8 @@ from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint, load_checkpoint
 from handsoff_stream.features import FeaturePyramid
-from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer
+from handsoff_stream.options import SynthesisOptions
+from handsoff_stream.synthesizer import Synthesizer
 
 PUBLISHED = "published"
 PATHS = {
@@ -117,7 +118,7 @@ def output_error(synthesizer: Synthesizer, checkpoint: Checkpoint, features: Fea
     expected_MPK = checkpoint.heads[name].label_generator(features.rows_at(pixels_P, checkpoint.size))
     probed: list[Tensor] = []
     order: list[Tensor] = []
-    for rows, outputs_MPK in synthesizer._folded[name].tiles(features, checkpoint.size):
+    for rows, outputs_MPK in synthesizer.labeller.folded[name].tiles(features, checkpoint.size):
         here = (pixels_P >= rows.start * width) & (pixels_P < rows.stop * width)
         probed.append(outputs_MPK[:, pixels_P[here] - rows.start * width])
         order.append(here.nonzero()[:, 0])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from handsoff_stream.features import FeaturePyramid
 from handsoff_stream.generators import StyleGAN2, Synthesis
-from handsoff_stream.generators.style_layers import ModulatedConv, StyleLayer, ToRGB
+from handsoff_stream.generators.stylegan2.style_layers import ModulatedConv, StyleLayer, ToRGB
 
 
 def plain_synthesis(generator: StyleGAN2, w_plus_BLD: Tensor, noise: Sequence[Tensor | None]) -> Synthesis:

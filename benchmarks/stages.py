@@ -118,7 +118,7 @@ def stages(synthesizer: Synthesizer, indices: Sequence[int]) -> Stages:
     """Every stage as a function of nothing; "generation" holds "mapping" and what follows it."""
     _, features = synthesizer.generate(indices)
     batch = synthesizer(indices)
-    name = next(iter(synthesizer.tasks))
+    name = next(iter(synthesizer.labeller.tasks))
     _, uncertainty_BHW = synthesizer.label(name, features)
     filter = RollingPercentile()
     filter.start(batch.uncertainty.tolist() * 100)
@@ -135,7 +135,7 @@ def stages(synthesizer: Synthesizer, indices: Sequence[int]) -> Stages:
     return {
         "mapping": map_latents,
         "generation": lambda: synthesizer.generate(indices),
-        "label head": lambda: [synthesizer.label(head, features) for head in synthesizer.tasks],
+        "label head": lambda: [synthesizer.label(head, features) for head in synthesizer.labeller.tasks],
         "filter": decide,
     }
 
@@ -152,8 +152,10 @@ class ReadyChunk:
 
 def hand_over(path: str, batch: LabelledBatch, *, batch_size: int, device: str) -> Callable[[], object]:
     """One batch through a stream that has nothing to synthesise and drops nothing."""
-    stream = HandsOffStream(path, batch_size=batch_size, filter=None, device=device, chunk_size=len(batch))
-    stream._synthesizer = ReadyChunk(batch)  # type: ignore[assignment]
+    chunk = len(batch)
+    stream = HandsOffStream(
+        path, batch_size=batch_size, filter=None, device=device, chunk_size=chunk, synthesize=ReadyChunk(batch)
+    )
     batches = iter(stream)
     return lambda: next(batches)
 

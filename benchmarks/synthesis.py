@@ -35,8 +35,9 @@ from torch import Tensor
 from handsoff_stream import load_checkpoint
 from handsoff_stream.features import FeaturePyramid
 from handsoff_stream.generators import Generator, StyleGAN2, Synthesis
+from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.seeding import latents
-from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer, quantize
+from handsoff_stream.synthesizer import Synthesizer, quantize
 
 SEED = 1
 TRUNCATION = 0.7
@@ -142,7 +143,7 @@ def compare(synthesizer: Synthesizer, exact: Synthesis, fast: Synthesis) -> dict
 
     The relative error is in the norm of the map, the largest one in units of the map's largest value.
     """
-    head = next(iter(synthesizer.tasks))
+    head = next(iter(synthesizer.labeller.tasks))
     maps = tuple(m.float() for m in fast.features.maps)
     images = [quantize(s.images, synthesizer.size) for s in (exact, fast)]
     labels = [synthesizer.label(head, features)[0] for features in (exact.features, FeaturePyramid(maps))]

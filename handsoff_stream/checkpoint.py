@@ -13,21 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.features import Window
-from handsoff_stream.files import whole_file
+from handsoff_stream.files.tensors import is_safetensors, write_tensors
 from handsoff_stream.generators import Generator
-from handsoff_stream.generators.checkpoints import native, read_generator
+from handsoff_stream.generators.published import native, read_generator
 from handsoff_stream.label_generator import LabelGenerator
-from handsoff_stream.synthesizer import Head, SynthesisOptions
-from handsoff_stream.tasks import task_from_config
+from handsoff_stream.options import SynthesisOptions
+from handsoff_stream.tasks import Task, task_from_config
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_TRUNCATION = 0.7  # what the published code applies, around the mean latent
+
+
+@dataclass(frozen=True)
+class Head:
+    """What to predict, and the ensemble that predicts it."""
+
+    task: Task
+    label_generator: LabelGenerator
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = Fa
     path = Path(path)
     if half:
         checkpoint = _rounded(checkpoint)
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in checkpoint.tensors().items()}
+    tensors = checkpoint.tensors()
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
@@ -151,9 +157,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, *, half: bool = Fa
             )
         if half and tensor.ndim >= 2:
             tensors[name] = tensor.half()
-    metadata = {native.MANIFEST_KEY: json.dumps(checkpoint.manifest())}
-    with whole_file(path) as partial:
-        save_file(tensors, partial, metadata=metadata)
+    write_tensors(path, tensors, key=native.MANIFEST_KEY, manifest=checkpoint.manifest())
 
 
 def _rounded(checkpoint: Checkpoint) -> Checkpoint:
@@ -190,15 +194,7 @@ def read_manifest(name_or_path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: as `load_checkpoint`.
     """
-    path = resolve(name_or_path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return native.parse_manifest(path, file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: no safetensors file, or a damaged one ({error}); copy it again. Published generator files "
-            "are read by load_generator()"
-        ) from error
+    return native.read_manifest(resolve(name_or_path))
 
 
 def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
@@ -240,7 +236,7 @@ def import_generator(path: str | Path, *, average_latent: str | Path | None = No
         CheckpointError: a file that cannot be read, or one that is a handsoff_stream checkpoint already.
     """
     path = Path(path)
-    if path.is_file() and native.is_safetensors(path):
+    if path.is_file() and is_safetensors(path):
         raise CheckpointError(f"{path}: is a handsoff_stream checkpoint already; there is nothing to convert")
     read = read_generator(path, average_latent=average_latent)
     files = [path] if average_latent is None else [path, Path(average_latent)]

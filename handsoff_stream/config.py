@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
-from handsoff_stream.datasets.class_maps import ClassMap, MappedClass, Sources
+from handsoff_stream.datasets.labelled_images.class_maps import ClassMap, MappedClass, Sources
 
 CLASS_MAPS = Path(__file__).parent / "assets" / "class_maps"
 T = TypeVar("T")

@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from handsoff_stream.checkpoint import load_checkpoint
-from handsoff_stream.datasets.class_maps import ClassMap
-from handsoff_stream.datasets.labelled_faces import labelled_faces
 from handsoff_stream.datasets.labelled_images import LabelledImages, list_labelled
+from handsoff_stream.datasets.labelled_images.class_maps import ClassMap
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
+from handsoff_stream.datasets.rendered_faces.labelled import labelled_faces
 from handsoff_stream.device import resolve_device
 from handsoff_stream.downstream import (
     RepeatedAugmented,
@@ -33,8 +33,8 @@ from handsoff_stream.downstream import (
     train_segmentation,
 )
 from handsoff_stream.errors import CheckpointError
-from handsoff_stream.files import whole_file
-from handsoff_stream.precision import fastest_precision
+from handsoff_stream.files.atomic import whole_file
+from handsoff_stream.precision import Precision, fastest_precision
 from handsoff_stream.preview import preview_sheet
 from handsoff_stream.progress import progress_bar
 from handsoff_stream.stream import HandsOffStream
@@ -188,7 +188,7 @@ def train_on_stream(
     test_folders: tuple[Path, Path] | None,
     seed: int,
     device: str | None,
-    precision: str | None = None,
+    precision: Precision | None = None,
     console: Console,
 ) -> None:
     """Train DeepLabV3 on a checkpoint's stream, save its state dict, and score it if there is something to score on.

@@ -26,7 +26,7 @@ def fastest_precision(device: torch.device) -> Precision:
     return "exact" if device.type == "cpu" and not cpu_multiplies_bfloat16() else "fast"
 
 
-def label_dtype(precision: str, device: torch.device) -> torch.dtype:
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The format of weights and activations.
 
     Raises:

@@ -20,9 +20,10 @@ from torch import Tensor
 from handsoff_stream.checkpoint import Checkpoint, CheckpointSource
 from handsoff_stream.device import resolve_device
 from handsoff_stream.filters import Threshold
-from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer
+from handsoff_stream.options import SynthesisOptions
+from handsoff_stream.synthesizer import Synthesizer
 from handsoff_stream.tasks import Segmentation
-from handsoff_stream.uncertainty import image_score
+from handsoff_stream.uncertainty import ScoreKind, image_score
 
 Pixels = NDArray[np.uint8]
 
@@ -70,7 +71,7 @@ def preview_sheet(
     seed: int = 0,
     columns: int = 8,
     truncation: float | None = None,
-    score: str = "top10_mean",
+    score: ScoreKind = "top10_mean",
     percentile: float = 90.0,
     device: str | torch.device | None = None,
 ) -> list[PreviewSample]:
@@ -140,7 +141,7 @@ def _synthesize(
 ) -> list[PreviewSample]:
     images_B3HW, features = synthesizer.generate(indices)
     label_BHW, uncertainty_BHW = synthesizer.label(head, features)
-    scores = image_score(uncertainty_BHW, synthesizer.options.score).tolist()  # type: ignore[arg-type]
+    scores = image_score(uncertainty_BHW, synthesizer.options.score).tolist()
     return [
         PreviewSample(
             index=index,

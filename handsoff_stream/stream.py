@@ -7,7 +7,7 @@ from indices to a batch. Does not know networks, tasks, files or CUDA.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby, islice
 from pathlib import Path
@@ -21,12 +21,14 @@ from handsoff_stream.batch import LabelledBatch, Labels, consecutive
 from handsoff_stream.checkpoint import Checkpoint, CheckpointSource
 from handsoff_stream.device import check_device, default_chunk_size, resolve_device
 from handsoff_stream.filters import Filter, make_filter
-from handsoff_stream.precision import default_precision, label_dtype
+from handsoff_stream.options import FilterKind, KernelKind, NoiseKind, SynthesisOptions
+from handsoff_stream.precision import Precision, compute_dtype, default_precision
 from handsoff_stream.prefetch import Chunk, Synthesize, prefetch
 from handsoff_stream.seeding import MAX_INDEX, check_seed
 from handsoff_stream.shard import Shard, detect, detect_worker
-from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer
+from handsoff_stream.synthesizer import Synthesizer
 from handsoff_stream.transforms import JointTransform
+from handsoff_stream.uncertainty import ScoreKind
 from handsoff_stream.walk import EPOCH_STRIDE, STATE_VERSION, Walk, check_version, options_that_differ
 
 Sample = tuple[Tensor, Labels]
@@ -71,6 +73,8 @@ class HandsOffStream(IterableDataset[Any]):
         kernel: of labels, "triton" (one fused CUDA kernel), "torch", or "auto".
         chunk_size: indices synthesised at once; None means 16 on CUDA, 4 on a CPU.
         shard: this process's part; None asks torch.distributed or the launcher's environment.
+        synthesize: indices => `LabelledBatch` on `device`, instead of the checkpoint's own networks: for tests, and for
+            synthesis that runs elsewhere. It must be a pure function of the indices, and picklable if workers spawn.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or has no labelling head.
@@ -83,18 +87,19 @@ class HandsOffStream(IterableDataset[Any]):
         *,
         batch_size: int | None = None,
         seed: int = 0,
-        filter: str | Filter | None = "rolling",
+        filter: FilterKind | Filter | None = "rolling",
         truncation: float | None = None,
         num_samples: int | None = None,
         device: str | torch.device | None = None,
         output_device: str | torch.device | None = None,
         transforms: Callable[..., Any] | None = None,
-        noise: str = "const",
-        score: str = "top10_mean",
-        precision: str | None = None,
-        kernel: str = "auto",
+        noise: NoiseKind = "const",
+        score: ScoreKind = "top10_mean",
+        precision: Precision | None = None,
+        kernel: KernelKind = "auto",
         chunk_size: int | None = None,
         shard: Shard | None = None,
+        synthesize: Synthesize | None = None,
     ):
         super().__init__()
         for name, value in (
@@ -118,14 +123,14 @@ class HandsOffStream(IterableDataset[Any]):
             precision=default_precision(self.device) if precision is None else precision,
             kernel=kernel,
         )
-        label_dtype(self.options.precision, self.device)  # what this device cannot do is said now
+        compute_dtype(self.options.precision, self.device)  # what this device cannot do is said now
         self._filter = make_filter(filter)
         self._transform = None if transforms is None else JointTransform(transforms, seed)
         self._shard = shard
         self._epoch = 0
         self._walk: Walk | None = None
         self._resume: dict[str, Any] | None = None
-        self._synthesizer: Synthesizer | None = None
+        self._synthesize, self._given_synthesize = synthesize, synthesize is not None
 
     # Iteration -------------------------------------------------------------------------------------------------
 
@@ -140,13 +145,14 @@ class HandsOffStream(IterableDataset[Any]):
             walk.load_state_dict(self._resume["walk"])
             self._resume = None
         self._walk = walk
-        rows = walk.rows(self._prefetch)
+        rows = walk.select(self._prefetch(walk.chunks()))
         if self.batch_size is None:
             return (self._sample(row) for row in rows)
         return self._batches(rows, self.batch_size, walk)
 
-    def _prefetch(self, chunks: Iterator[range]) -> Iterator[Chunk]:
-        return prefetch(self._synthesize(), chunks, self.device, self.output_device)
+    def _prefetch(self, chunks: Iterable[range]) -> Iterator[Chunk]:
+        """Finished chunks; the networks are prepared when the first one is asked for."""
+        return prefetch(self._prepared(), chunks, self.device, self.output_device)
 
     def _batches(self, rows: Iterator[Row], size: int, walk: Walk) -> Iterator[LabelledBatch]:
         while taken := list(islice(rows, size)):
@@ -278,16 +284,18 @@ class HandsOffStream(IterableDataset[Any]):
         for device in (self.device, self.output_device):
             check_device(device, in_worker=detect_worker() is not None)
 
-    def _synthesize(self) -> Synthesize:
-        if self._synthesizer is None:
-            self._synthesizer = Synthesizer(self._source.load(), self.options, self.device)
-        return self._synthesizer
+    def _prepared(self) -> Synthesize:
+        if self._synthesize is None:
+            self._synthesize = Synthesizer(self._source.load(), self.options, self.device)
+        return self._synthesize
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy for another process starts where this stream would; it builds its own networks on first use.
         state = self.__dict__.copy()
         state["_resume"] = self.state_dict() if self._walk is not None else self._resume
-        state["_walk"] = state["_synthesizer"] = None
+        state["_walk"] = None
+        if not self._given_synthesize:
+            state["_synthesize"] = None
         return state
 
 

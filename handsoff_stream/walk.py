@@ -8,7 +8,7 @@ networks or devices.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -73,13 +73,16 @@ class Walk:
         self.taken = Taken()
         self._span = math.lcm(chunk_size, filter.span)
 
-    def rows(self, produce: Callable[[Iterator[range]], Iterator[C]]) -> Iterator[tuple[C, int]]:
-        """(chunk, row) of every sample that is kept, until this shard's part of `num_samples` is handed out."""
+    def select(self, chunks: Iterable[C]) -> Iterator[tuple[C, int]]:
+        """(chunk, row) of every sample that is kept, until this shard's part of `num_samples` is handed out.
+
+        `chunks`: those of `chunks()`, synthesized, in their order.
+        """
         quota = None if self.num_samples is None else self.shard.share(self.num_samples - self.taken.samples)
         undecided: deque[tuple[int, C, int]] = deque()
         if self.monitor.accepted == quota:
             return
-        for chunk in produce(self._chunks()):
+        for chunk in chunks:
             begin = self._begin(chunk.indices[0])
             pushed = self._block(begin)
             for row, (index, score) in enumerate(zip(chunk.indices, chunk.scores(), strict=True)):
@@ -98,7 +101,7 @@ class Walk:
                     if self.monitor.accepted == quota:
                         return
 
-    def _chunks(self) -> Iterator[range]:
+    def chunks(self) -> Iterator[range]:
         """The chunks to synthesise: whole, aligned, increasing."""
         for span in self.shard.spans(self.cursor, self._span):
             pushed = self._block(self._begin(span.start))

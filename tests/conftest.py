@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from handsoff_stream.batch import LabelledBatch
-from handsoff_stream.checkpoint import Calibration, Checkpoint, save_checkpoint
+from handsoff_stream.checkpoint import Calibration, Checkpoint, Head, save_checkpoint
 from handsoff_stream.generators import StyleGAN2
 from handsoff_stream.label_generator import LabelGenerator
+from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.stream import HandsOffStream
-from handsoff_stream.synthesizer import Head, SynthesisOptions, Synthesizer
+from handsoff_stream.synthesizer import Synthesizer
 from handsoff_stream.tasks import Segmentation
 
 # Tiny tensors gain nothing from threads, and idle OpenMP threads that spin slow down a busy machine tenfold.

@@ -12,7 +12,7 @@ from handsoff_stream import checkpoint as module
 from handsoff_stream.checkpoint import Checkpoint, load_checkpoint, read_manifest, save_checkpoint
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.generators import load_generator
-from handsoff_stream.generators.checkpoints.native import MANIFEST_KEY
+from handsoff_stream.generators.published.native import MANIFEST_KEY
 from handsoff_stream.stream import HandsOffStream
 
 

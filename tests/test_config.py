@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from handsoff_stream.config import class_map_names, load_class_map, load_config, save_config
-from handsoff_stream.datasets.class_maps import Sources
+from handsoff_stream.datasets.labelled_images.class_maps import Sources
 from handsoff_stream.fitting import FitSettings, InversionSettings
 
 

@@ -31,11 +31,10 @@ def synthesize(indices) -> LabelledBatch:
 
 def stream(checkpoint, shard=None, filter="block", **options) -> HandsOffStream:
     choice = FILTERS[filter]() if filter in FILTERS else filter
-    made = HandsOffStream(
-        checkpoint, device="cpu", filter=choice, shard=shard or Shard(), **{"chunk_size": 4, **options}
+    chosen = {"chunk_size": 4, **options}
+    return HandsOffStream(
+        checkpoint, device="cpu", filter=choice, shard=shard or Shard(), synthesize=synthesize, **chosen
     )
-    made._synthesizer = synthesize
-    return made
 
 
 def indices(iterator, count: int) -> list[int]:
@@ -148,13 +147,12 @@ def test_a_merged_state_positions_the_workers_of_a_dataloader(checkpoint, worker
 
 
 class PlainLabels(torch.utils.data.IterableDataset):
-    """The stream's labels as integers; carries the fake synthesizer, which a stream does not, to the workers."""
+    """The stream's labels as integers."""
 
     def __init__(self, inner):
         self.inner = inner
 
     def __iter__(self):
-        self.inner._synthesizer = synthesize
         return (int(label) for _, label in self.inner)
 
 

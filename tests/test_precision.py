@@ -7,23 +7,24 @@ import torch
 
 from handsoff_stream import precision
 from handsoff_stream.checkpoint import Checkpoint
-from handsoff_stream.precision import cpu_multiplies_bfloat16, default_precision, fastest_precision, label_dtype
-from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer
+from handsoff_stream.options import SynthesisOptions
+from handsoff_stream.precision import compute_dtype, cpu_multiplies_bfloat16, default_precision, fastest_precision
+from handsoff_stream.synthesizer import Synthesizer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_exact_is_float32_everywhere_and_fast_what_the_device_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: True)
-    assert {label_dtype("exact", device) for device in (CPU, CUDA)} == {torch.float32}
-    assert label_dtype("fast", CPU) == torch.bfloat16 and label_dtype("fast", CUDA) == torch.float16
+    assert {compute_dtype("exact", device) for device in (CPU, CUDA)} == {torch.float32}
+    assert compute_dtype("fast", CPU) == torch.bfloat16 and compute_dtype("fast", CUDA) == torch.float16
     assert default_precision(CPU) == "exact" and default_precision(CUDA) == "fast"
 
 
 def test_fast_is_refused_on_a_cpu_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: False)
     with pytest.raises(ValueError, match='bfloat16.*pass precision="exact"'):
-        label_dtype("fast", CPU)
+        compute_dtype("fast", CPU)
 
 
 def test_whether_a_cpu_multiplies_bfloat16_is_known() -> None:
@@ -34,14 +35,14 @@ def test_the_fastest_precision_is_one_the_device_has(monkeypatch: pytest.MonkeyP
     for has in (True, False):
         monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda has=has: has)
         assert fastest_precision(CPU) == ("fast" if has else "exact") and fastest_precision(CUDA) == "fast"
-        label_dtype(fastest_precision(CPU), CPU)
+        compute_dtype(fastest_precision(CPU), CPU)
 
 
 def test_unknown_names_are_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match="precision='half'.*exact.*fast"):
         SynthesisOptions(precision="half")
     with pytest.raises(ValueError, match="precision='half'.*exact.*fast"):
-        label_dtype("half", CPU)
+        compute_dtype("half", CPU)
     with pytest.raises(ValueError, match="kernel='cuda'.*auto.*triton.*torch"):
         SynthesisOptions(kernel="cuda")
 

@@ -14,9 +14,12 @@ from late_cuda import POLICIES, LateCuda, Stream
 
 from handsoff_stream import prefetch as module
 from handsoff_stream.batch import LabelledBatch
+from handsoff_stream.checkpoint import load_checkpoint
 from handsoff_stream.device import default_chunk_size
+from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.prefetch import CHUNKS_IN_FLIGHT, prefetch
 from handsoff_stream.stream import HandsOffStream
+from handsoff_stream.synthesizer import Synthesizer
 
 CPU, CUDA, CUDA_0, CUDA_1 = map(torch.device, ("cpu", "cuda", "cuda:0", "cuda:1"))
 CHUNKS = [range(4 * k, 4 * k + 4) for k in range(12)]
@@ -293,7 +296,7 @@ def test_on_a_gpu_an_interpreter_that_exits_in_the_middle_exits_quietly():
 
 @pytest.mark.gpu
 def test_on_a_gpu_no_stage_of_the_synthesis_waits_for_the_device():
-    synthesize = HandsOffStream("faces", device="cuda")._synthesize()
+    synthesize = Synthesizer(load_checkpoint("faces"), SynthesisOptions(precision="fast"), CUDA)
     synthesize(range(16))
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -307,7 +310,7 @@ def test_on_a_gpu_no_stage_of_the_synthesis_waits_for_the_device():
 def test_on_a_gpu_a_stream_gives_what_the_synthesizer_gives_when_everything_waits():
     stream = HandsOffStream("faces", device="cuda", batch_size=24)
     batches = [batch.to("cpu") for batch in itertools.islice(stream, 8)]
-    synthesize = stream._synthesize()
+    synthesize = Synthesizer(load_checkpoint("faces"), stream.options, CUDA)
     for batch in batches:
         for row, index in enumerate(batch.indices.tolist()):
             whole = synthesize(range(index // 16 * 16, index // 16 * 16 + 16)).to("cpu")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from handsoff_stream.checkpoint import Checkpoint
+from handsoff_stream.checkpoint import Checkpoint, Head
 from handsoff_stream.preview import (
     GAP,
     MARGIN,
@@ -23,7 +23,6 @@ from handsoff_stream.preview import (
     preview_sheet,
 )
 from handsoff_stream.stream import HandsOffStream
-from handsoff_stream.synthesizer import Head
 
 
 def test_a_sheet_shows_the_streams_own_samples_in_the_order_asked_for(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -13,16 +13,17 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from handsoff_stream.batch import LabelledBatch
-from handsoff_stream.checkpoint import Checkpoint, save_checkpoint
+from handsoff_stream.checkpoint import Checkpoint, Head, save_checkpoint
 from handsoff_stream.errors import CheckpointError, StreamError
 from handsoff_stream.features import Window
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
 from handsoff_stream.generators import StyleGAN2
 from handsoff_stream.label_generator import LabelGenerator
+from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.prefetch import CHUNKS_IN_FLIGHT
 from handsoff_stream.shard import Shard
 from handsoff_stream.stream import EPOCH_STRIDE, HandsOffStream
-from handsoff_stream.synthesizer import Head, SynthesisOptions, Synthesizer
+from handsoff_stream.synthesizer import Synthesizer
 from handsoff_stream.tasks import Segmentation
 
 
@@ -41,9 +42,8 @@ class FakeSynthesizer:
 
 
 def fake_stream(checkpoint, **options) -> HandsOffStream:
-    stream = HandsOffStream(checkpoint, device="cpu", **{"filter": Threshold(value=900), **options})
-    stream._synthesizer = FakeSynthesizer()
-    return stream
+    chosen = {"filter": Threshold(value=900), "synthesize": FakeSynthesizer(), **options}
+    return HandsOffStream(checkpoint, device="cpu", **chosen)
 
 
 def indices_of(stream, count: int) -> list[int]:
@@ -273,16 +273,16 @@ def test_the_walk_visits_every_index_once_in_order(checkpoint):
 
 
 def test_whole_aligned_chunks_are_asked_for(checkpoint):
-    stream = fake_stream(checkpoint, chunk_size=8, shard=Shard(1, 2))
-    take(stream, 30)
-    for chunk in stream._synthesizer.chunks:
+    fake = FakeSynthesizer()
+    take(fake_stream(checkpoint, chunk_size=8, shard=Shard(1, 2), synthesize=fake), 30)
+    for chunk in fake.chunks:
         assert len(chunk) == 8 and chunk[0] % 8 == 0 and chunk[0] // 8 % 2 == 1
 
 
 def test_no_more_is_synthesised_than_is_asked_for(checkpoint):
-    stream = fake_stream(checkpoint, chunk_size=4, filter=None)
-    take(stream, 9)
-    assert len(stream._synthesizer.chunks) == 3
+    fake = FakeSynthesizer()
+    take(fake_stream(checkpoint, chunk_size=4, filter=None, synthesize=fake), 9)
+    assert len(fake.chunks) == 3
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -427,9 +427,7 @@ def late_stream(checkpoint, cuda, **options) -> HandsOffStream:
     def synthesize(indices):
         return FakeSynthesizer()(indices).map(lambda tensor: cuda.upload(tensor.contiguous()))
 
-    stream = HandsOffStream(checkpoint, device="cuda", chunk_size=4, **options)
-    stream._synthesizer = synthesize
-    return stream
+    return HandsOffStream(checkpoint, device="cuda", chunk_size=4, synthesize=synthesize, **options)
 
 
 def on_host(item):

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from handsoff_stream.errors import StreamError
+from handsoff_stream.precision import Precision
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,7 +25,7 @@ console = Console()
 
 CheckpointArgument = Annotated[str, typer.Argument(help="A name that ships (faces) or a .safetensors file.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: CUDA if there is one.")]
-PrecisionOption = Annotated[str | None, typer.Option(help="exact or fast; default: fast on CUDA, else exact.")]
+PrecisionOption = Annotated[Precision | None, typer.Option(help="exact or fast; default: fast on CUDA, else exact.")]
 SeedOption = Annotated[int, typer.Option(help="Which stream; in [0, 2**64).")]
 
 # What a user can get wrong. Anything else is a defect of this program and keeps its traceback.

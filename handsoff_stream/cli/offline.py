@@ -55,7 +55,7 @@ def import_labels(
     device: DeviceOption = None,
 ) -> None:
     """Make a checkpoint of a label generator that HandsOff's or DatasetGAN's code trained."""
-    from handsoff_stream.fitting.commands import import_label_generator
+    from handsoff_stream.fitting.from_files import import_label_generator
 
     names = None if classes is None else [name.strip() for name in classes.split(",")]
     import_label_generator(
@@ -78,7 +78,7 @@ def train_encoder(
     device: DeviceOption = None,
 ) -> None:
     """Train a ReStyle encoder for a domain that has none: it guesses the latents that inversion starts from."""
-    from handsoff_stream.fitting.commands import train_encoder_on_folder
+    from handsoff_stream.fitting.from_files import train_encoder_on_folder
 
     train_encoder_on_folder(
         generator, images, out, steps=steps, architecture=architecture, fit=fit, net=net, device=device
@@ -101,7 +101,7 @@ def invert(
     device: DeviceOption = None,
 ) -> None:
     """Find the latents of real images; run again to continue an interrupted run."""
-    from handsoff_stream.fitting.commands import inversion_settings, invert_folder
+    from handsoff_stream.fitting.from_files import inversion_settings, invert_folder
 
     settings = inversion_settings(domain, steps, radius)
     found = invert_folder(generator, images, out, settings, encoder=encoder, fit=fit, net=net, device=device)
@@ -186,7 +186,7 @@ def fit(
 ) -> None:
     """Learn to label what a generator makes, from a few labelled images; writes a checkpoint to stream from."""
     from handsoff_stream.fitting import LatentSpace
-    from handsoff_stream.fitting.commands import (
+    from handsoff_stream.fitting.from_files import (
         LabelledFiles,
         fit_files,
         fit_settings,

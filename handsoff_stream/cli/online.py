@@ -21,7 +21,7 @@ from handsoff_stream.cli.app import (
 @plain_errors
 def inspect(checkpoint: CheckpointArgument) -> None:
     """Say what a checkpoint or generator file is."""
-    from handsoff_stream.describe import describe
+    from handsoff_stream.inspect import describe
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)

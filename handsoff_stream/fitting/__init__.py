@@ -13,21 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handsoff_stream.checkpoint import DEFAULT_TRUNCATION, Checkpoint
+from handsoff_stream.checkpoint import DEFAULT_TRUNCATION, Checkpoint, Head
+from handsoff_stream.fitting.annotation.sample import write_samples
+from handsoff_stream.fitting.augment import ViewSettings, with_views
 from handsoff_stream.fitting.calibration import calibrate
+from handsoff_stream.fitting.encoder.files import load_restyle
+from handsoff_stream.fitting.encoder.restyle import encode_images
+from handsoff_stream.fitting.encoder.train import EncoderSettings, train_encoder
 from handsoff_stream.fitting.feature_table import FeatureTable
 from handsoff_stream.fitting.fit import FitReport, FitSettings, fit_label_generator
-from handsoff_stream.fitting.inversion import Inversion, InversionSettings, invert
-from handsoff_stream.fitting.inversion_store import invert_images
-from handsoff_stream.fitting.latents import LatentSpace, find_latents, read_latent
-from handsoff_stream.fitting.perceptual import Perceptual, load_perceptual
-from handsoff_stream.fitting.restyle import encode_images
-from handsoff_stream.fitting.restyle_files import load_restyle
-from handsoff_stream.fitting.sample_for_annotation import write_samples
-from handsoff_stream.fitting.train_encoder import EncoderSettings, train_encoder
-from handsoff_stream.fitting.views import ViewSettings, with_views
+from handsoff_stream.fitting.inversion.descent import Inversion, InversionSettings, invert
+from handsoff_stream.fitting.inversion.latents import LatentSpace, find_latents, read_latent
+from handsoff_stream.fitting.inversion.perceptual import Perceptual, load_perceptual
+from handsoff_stream.fitting.inversion.store import invert_images
 from handsoff_stream.generators import Generator
-from handsoff_stream.synthesizer import Head
 from handsoff_stream.tasks import Task
 
 __all__ = [

@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 
 from handsoff_stream.checkpoint import Calibration, Checkpoint
+from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.progress import progress_bar
-from handsoff_stream.synthesizer import SynthesisOptions, Synthesizer
+from handsoff_stream.synthesizer import Synthesizer
 from handsoff_stream.uncertainty import image_score
 
 CALIBRATION_SEED = 2**63

@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handsoff_stream.checkpoint import Checkpoint
+from handsoff_stream.checkpoint import Checkpoint, Head
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.features import Size, Window
-from handsoff_stream.generators.checkpoints.containers import read_content
-from handsoff_stream.generators.checkpoints.strict_pickle import shown
+from handsoff_stream.files.containers import read_content
+from handsoff_stream.files.strict_pickle import shown
 from handsoff_stream.label_generator import LabelGenerator
-from handsoff_stream.synthesizer import Head
 from handsoff_stream.tasks import Task
 
 MAX_MEMBERS = 1000

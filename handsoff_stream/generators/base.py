@@ -37,8 +37,6 @@ class Generator(nn.Module, ABC):
     """
 
     family: ClassVar[str]
-    constant_input: ClassVar[bool] = True
-    """Whether the first feature map is the same for every latent, as StyleGAN2's learned constant is."""
     w_avg: Tensor
     """float32 [D], the centre of truncation."""
 
@@ -71,6 +69,17 @@ class Generator(nn.Module, ABC):
     @abstractmethod
     def feature_channels(self) -> tuple[int, ...]:
         """Channels of each map of the pyramid; their sum is the size C of a hypercolumn."""
+
+    @property
+    @abstractmethod
+    def feature_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of each map of the pyramid, in the order of `feature_channels`."""
+
+    @property
+    @abstractmethod
+    def constant_map(self) -> Tensor | None:
+        """float32 [C, h, w], the first feature map if it is the same for every latent, as StyleGAN2's learned constant
+        is; None if it varies."""
 
     @property
     @abstractmethod

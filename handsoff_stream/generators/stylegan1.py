@@ -112,7 +112,6 @@ class StyleGAN1(Generator):
     """
 
     family = "stylegan1"
-    constant_input = False
 
     def __init__(
         self,
@@ -169,6 +168,14 @@ class StyleGAN1(Generator):
     @property
     def feature_channels(self) -> tuple[int, ...]:
         return tuple(c for channels in self.channels for c in (channels, channels))
+
+    @property
+    def feature_sizes(self) -> tuple[tuple[int, int], ...]:
+        return self.noise_shapes
+
+    @property
+    def constant_map(self) -> None:
+        return None
 
     @property
     def noise_shapes(self) -> tuple[tuple[int, int], ...]:

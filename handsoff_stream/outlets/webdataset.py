@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from handsoff_stream.batch import LabelledBatch
-from handsoff_stream.files import whole_file
+from handsoff_stream.files.atomic import whole_file
 from handsoff_stream.stream import HandsOffStream
 
 STATE_FILE = "export.json"

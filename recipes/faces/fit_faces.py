@@ -20,10 +20,10 @@ from gan_networks import Settings, build
 from torch import Tensor
 
 from handsoff_stream import load_checkpoint
-from handsoff_stream.datasets.labelled_faces import labelled_faces
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, PALETTE
+from handsoff_stream.datasets.rendered_faces.labelled import labelled_faces
 from handsoff_stream.fitting import FitSettings, InversionSettings, Perceptual, ViewSettings, fit_checkpoint, with_views
-from handsoff_stream.fitting.commands import save_calibrated, sha256
+from handsoff_stream.fitting.from_files import save_calibrated, sha256
 from handsoff_stream.generators import Generator
 from handsoff_stream.tasks import Segmentation
 

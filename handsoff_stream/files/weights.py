@@ -1,0 +1,54 @@
+"""Named tensors of an untrusted file => a module, allocated only once every tensor is known to fit.
+
+Knows shapes and names. Does not know which file the tensors come from, nor what the module computes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from handsoff_stream.errors import CheckpointError
+
+N = TypeVar("N", bound=nn.Module)
+
+
+def build(make: Callable[[], N], expected: N, state: Mapping[str, Tensor]) -> N:
+    """`make()` with these weights, in its own dtypes; called only once every tensor is known to fit.
+
+    `expected`: what `make` gives, on the meta device.
+
+    Raises:
+        CheckpointError: weights that are missing, superfluous, of another shape, NaN or infinite.
+    """
+    needed = expected.state_dict()
+    wrong = differences(state, needed)
+    if wrong:
+        raise CheckpointError(f"tensors do not fit the geometry: {'; '.join(wrong[:4])}")
+    for name, values in state.items():
+        if not torch.isfinite(values).all():
+            raise CheckpointError(f"{name} holds NaN or infinite values; use an earlier snapshot of that training")
+    with torch.random.fork_rng(devices=[]):  # reading a file leaves the caller's random numbers alone
+        network = make()
+    network.load_state_dict({name: values.to(needed[name].dtype) for name, values in state.items()})
+    return network
+
+
+def differences(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """One sentence for each tensor whose shape is not the expected one."""
+    shapes = [{name: list(t.shape) for name, t in tensors.items()} for tensors in (got, expected)]
+    return [
+        f"{name} is {shapes[0].get(name, 'missing')}, needed {shapes[1].get(name, 'absent')}"
+        for name in sorted(got.keys() | expected.keys())
+        if shapes[0].get(name) != shapes[1].get(name)
+    ]
+
+
+def tensor(state: Any, name: str, *, ndim: int | None = None) -> Tensor:
+    """One tensor of a foreign state dict, of the right number of dimensions."""
+    value = state.get(name) if isinstance(state, Mapping) else None
+    if not isinstance(value, Tensor) or (ndim is not None and value.ndim != ndim):
+        came = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise CheckpointError(f"{name} is {came}, needed a tensor{'' if ndim is None else f' of {ndim} dimensions'}")
+    return value

@@ -1,0 +1,1 @@
+"""Labels drawn on generated images instead of real ones: which samples to annotate, and where they are written."""

@@ -1,0 +1,181 @@
+"""NVlabs pickles of StyleGAN2: stylegan2-ada-pytorch, the stylegan3 repository, StyleGAN-Human.
+
+The file is a dictionary of networks; each network, layer by layer, is a `Record`: class name and attributes. The
+architecture is read from the attributes of the layers, since the code bases disagree on names and defaults of their
+constructor arguments. Everything is evaluated in float32, blocks flagged as float16 too.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.strict_pickle import Record, shown
+from handsoff_stream.files.weights import tensor
+from handsoff_stream.generators.base import Generator
+from handsoff_stream.generators.layers import fir_kernel
+from handsoff_stream.generators.published.assemble import assemble, centre, estimate_centre
+from handsoff_stream.generators.stylegan2 import StyleGAN2
+
+KINDS = ("weight", "bias")
+
+
+def build(content: Any) -> tuple[Generator, str] | None:
+    """Content of a file => generator and source format; None if it is of another format.
+
+    Raises:
+        CheckpointError: no `G_ema`, StyleGAN3, or a StyleGAN2 with options that were never published.
+    """
+    if not isinstance(content, Mapping) or not any(isinstance(content.get(key), Record) for key in ("G", "G_ema")):
+        return None
+    network = content.get("G_ema")
+    if not isinstance(network, Record):
+        raise CheckpointError("holds a generator G, but not G_ema, its running average; use a snapshot that has it")
+    synthesis = _child(network, "synthesis")
+    if "input" in _modules(synthesis) or "layer_names" in synthesis.state:
+        raise CheckpointError(
+            "an alias-free (StyleGAN3) generator, which is not supported; use a StyleGAN2 trained on the same images"
+        )
+    if "square" in network.state:
+        source = "StyleGAN-Human"
+    elif "num_fp16_res" in synthesis.state:
+        source = "NVlabs/stylegan3 (StyleGAN2)"
+    else:
+        source = "NVlabs/stylegan2-ada-pytorch"
+    return convert(network), f"{source}, G_ema"
+
+
+def convert(network: Record) -> StyleGAN2:
+    """The record of a `Generator` => generator."""
+    mapping = _child(network, "mapping")
+    blocks = _blocks(_child(network, "synthesis"))
+    config, renamed = _mapping(mapping, network)
+    config |= _synthesis_config(blocks)
+    renamed["constant"] = _tensor(blocks[0], "const", ndim=3)
+    for i, block in enumerate(blocks):
+        renamed |= _block(block, f"blocks.{i}")
+    w_avg = _tensors(mapping).get("w_avg")
+    if w_avg is None and config["label_dim"]:
+        raise CheckpointError("a conditional generator without w_avg, the centre of truncation; use another snapshot")
+    renamed["w_avg"] = torch.zeros(config["w_dim"]) if w_avg is None else centre(w_avg, config["w_dim"])
+    generator = assemble(StyleGAN2, config, renamed)
+    if w_avg is None:
+        estimate_centre(generator)
+    return generator
+
+
+def _mapping(mapping: Record, network: Record) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    depth = sum(re.fullmatch(r"fc\d+", name) is not None for name in _modules(mapping))
+    layers = [_child(mapping, f"fc{i}") for i in range(depth)]
+    if not layers or any(layer.state.get("activation") != "lrelu" for layer in layers):
+        raise CheckpointError("a mapping network without layers, or with another activation than leaky ReLU")
+    z_dim = network.state.get("z_dim")
+    if type(z_dim) is not int:
+        raise CheckpointError("no z_dim in its Generator; not a StyleGAN2, or a damaged file")
+    multiplier = _same([layer.state.get("bias_gain") for layer in layers], "learning-rate multipliers in its mapping")
+    renamed = {f"mapping_network.{i}.{kind}": _tensor(layer, kind) for i, layer in enumerate(layers) for kind in KINDS}
+    config = {
+        "z_dim": z_dim,
+        "w_dim": _tensor(layers[-1], "weight", ndim=2).shape[0],
+        "mapping_layers": len(layers),
+        "mapping_lr_multiplier": float(multiplier),
+        "mapping_hidden": _tensor(layers[0], "weight", ndim=2).shape[0] if len(layers) > 1 else None,
+        "label_dim": 0,
+    }
+    if "embed" in _modules(mapping):
+        embedding = _child(mapping, "embed")
+        renamed |= {f"label_embedding.{kind}": _tensor(embedding, kind) for kind in KINDS}
+        config["label_features"], config["label_dim"] = _tensor(embedding, "weight", ndim=2).shape
+    return config, renamed
+
+
+def _synthesis_config(blocks: list[Record]) -> dict[str, Any]:
+    layers = [layer for block in blocks for name, layer in _layers(block).items() if name != "skip"]
+    clamp = _same([layer.state.get("conv_clamp") for layer in layers], "clamps in its layers")
+    if any(layer.state.get("activation", "lrelu") != "lrelu" for layer in layers):
+        raise CheckpointError("a synthesis network with another activation than leaky ReLU, which is not supported")
+    return {
+        "channels": [_tensor(_child(block, "conv1"), "weight", ndim=4).shape[0] for block in blocks],
+        "constant_size": list(_tensor(blocks[0], "const", ndim=3).shape[1:]),
+        "conv_clamp": None if clamp is None else float(clamp),
+        "image_channels": _tensor(_child(blocks[-1], "torgb"), "weight", ndim=4).shape[0],
+        "architecture": _same([block.state.get("architecture") for block in blocks], "architectures in its blocks"),
+    }
+
+
+def _blocks(synthesis: Record) -> list[Record]:
+    """From the constant upwards; their names are image heights."""
+    heights = sorted(int(name[1:]) for name in _modules(synthesis) if re.fullmatch(r"b\d{1,5}", name))
+    if not heights or heights != [heights[0] << i for i in range(len(heights))]:
+        raise CheckpointError(f"a synthesis network of blocks {heights[:12]}, which do not double in size")
+    return [_child(synthesis, f"b{height}") for height in heights]
+
+
+def _block(block: Record, ours: str) -> dict[str, Tensor]:
+    names = {"conv0": "up", "conv1": "conv", "torgb": "to_rgb", "skip": "skip"}
+    renamed: dict[str, Tensor] = {}
+    for theirs, layer in _layers(block).items():
+        prefix = f"{ours}.{names[theirs]}"
+        resampled = _tensors(layer).get("resample_filter")
+        if resampled is not None and not _is_usual_filter(resampled):
+            raise CheckpointError("a resampling filter other than [1, 3, 3, 1], which is not supported")
+        if theirs == "skip":
+            renamed[f"{prefix}.weight"] = _tensor(layer, "weight")
+            continue
+        affine = _child(layer, "affine")
+        renamed |= {
+            f"{prefix}.conv.weight": _tensor(layer, "weight"),
+            f"{prefix}.conv.affine.weight": _tensor(affine, "weight"),
+            f"{prefix}.conv.affine.bias": _tensor(affine, "bias"),
+            f"{prefix}.bias": _tensor(layer, "bias"),
+        }
+        if theirs != "torgb":
+            renamed[f"{prefix}.noise_const"] = _tensor(layer, "noise_const", ndim=2)[None, None]
+            renamed[f"{prefix}.noise_strength"] = _tensor(layer, "noise_strength")
+    return renamed
+
+
+def _layers(block: Record) -> dict[str, Record]:
+    return {name: _child(block, name) for name in ("conv0", "conv1", "torgb", "skip") if name in _modules(block)}
+
+
+def _modules(record: Record) -> dict[str, Any]:
+    modules = record.state.get("_modules")
+    if not isinstance(modules, dict):
+        raise CheckpointError(f"a {shown(record.class_name)} without modules; the file is damaged")
+    return {name: module for name, module in modules.items() if isinstance(name, str) and module is not None}
+
+
+def _child(record: Record, name: str) -> Record:
+    child = _modules(record).get(name)
+    if not isinstance(child, Record):
+        raise CheckpointError(
+            f"no module {name!r} in its {shown(record.class_name)}; not a StyleGAN2, or a damaged file"
+        )
+    return child
+
+
+def _tensors(record: Record) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for kind in ("_parameters", "_buffers"):
+        for name, value in (record.state.get(kind) or {}).items():
+            if isinstance(value, Tensor):
+                found[name] = value
+    return found
+
+
+def _tensor(record: Record, name: str, *, ndim: int | None = None) -> Tensor:
+    return tensor(_tensors(record), name, ndim=ndim)
+
+
+def _same(values: list[Any], what: str) -> Any:
+    if any(type(v) not in (str, int, float, bool, type(None)) for v in values) or len(set(values)) != 1:
+        raise CheckpointError(f"different or odd {what}, which no published generator has")
+    return values[0]
+
+
+def _is_usual_filter(kernel: Tensor) -> bool:
+    return kernel.shape == (4, 4) and torch.allclose(kernel.float(), fir_kernel(), atol=1e-3)

@@ -1,0 +1,336 @@
+"""Labels and divergence of whole images in one kernel: what `FoldedLabelGenerator.tiles` and the votes give.
+
+One program labels a tile of 128 pixels. It holds the tile's features and interpolation weights, runs through
+the hidden units of one member after another, and keeps only sums: nothing as wide as a layer ever reaches
+memory. Products take float16 (or float32) and add in float32. Importing this module imports Triton.
+
+For ensembles that vote (segmentation). It knows tensors and the geometry of tiles; not what is labelled.
+
+Shape letters: B images, M members, D hidden units of the first layer of all members, K outputs, N samples
+under a tile, C channels of features at output resolution, R rows of the table of projected rows.
+"""
+
+# A kernel is a program in Triton's own language: its parameters are pointers and numbers of the device.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from handsoff_stream.features import FeaturePyramid, Size
+from handsoff_stream.label_generator.folded import FoldedLabelGenerator
+from handsoff_stream.label_generator.rows import ProjectedRows, resized_rows, table_natives
+from handsoff_stream.label_generator.tiles import TILE_COLUMNS, TILE_ROWS, Grid, Level, slots, split
+
+TABLE_BYTES = 4 << 30
+"""Projected rows held at once; images go through in groups, one at least."""
+
+# What fits on chip beside the tile's sums: samples under a tile, feature channels, hidden units, outputs.
+_MAX_SAMPLES, _MAX_CHANNELS, _MAX_HIDDEN2, _MAX_OUTPUTS = 128, 256, 128, 64
+_SMALLEST = 16
+_SHARED_MEMORY = 224 << 10  # the most that a compiled variant takes on sm_90a
+_DTYPES = (torch.float16, torch.float32)
+
+
+@triton.jit
+def _relu(x):
+    """NaN stays NaN, so that a broken network is noticed."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _samples(slots_5N, tile_y, tile_x, y, x, top, left, full_height, full_width, image, images, N: tl.constexpr):
+    """Weights [pixels, N] of the samples under the tile, and their rows [N] in the table."""
+    n = tl.arange(0, N)
+    height = tl.load(slots_5N + 3 * N + n).to(tl.float32)
+    width = tl.load(slots_5N + 4 * N + n).to(tl.float32)
+    scale_y, scale_x = height / full_height, width / full_width
+    start_y = tl.minimum(tl.maximum((top + tile_y + 0.5) * scale_y - 0.5, 0.0), height - 1)
+    start_x = tl.minimum(tl.maximum((left + tile_x + 0.5) * scale_x - 0.5, 0.0), width - 1)
+    sample_y = tl.floor(start_y) + tl.load(slots_5N + N + n)
+    sample_x = tl.floor(start_x) + tl.load(slots_5N + 2 * N + n)
+    at_y = (top + y[:, None] + 0.5) * scale_y[None, :] - 0.5
+    at_x = (left + x[:, None] + 0.5) * scale_x[None, :] - 0.5
+    at_y = tl.minimum(tl.maximum(at_y, 0.0), height[None, :] - 1)
+    at_x = tl.minimum(tl.maximum(at_x, 0.0), width[None, :] - 1)
+    near_y = tl.maximum(1 - tl.abs(at_y - sample_y[None, :]), 0.0)
+    near_x = tl.maximum(1 - tl.abs(at_x - sample_x[None, :]), 0.0)
+    row = tl.minimum(sample_y, height - 1).to(tl.int64) * images + image
+    row = row * width.to(tl.int64) + tl.minimum(sample_x, width - 1).to(tl.int64)
+    return near_y * near_x, tl.load(slots_5N + n) + row
+
+
+@triton.jit
+def _softmax_and_entropy(logits):
+    """Probabilities, and their entropy [pixels] in nats; outputs that are padding have logits of -1e30."""
+    shifted = logits - tl.max(logits, 1)[:, None]
+    exp = tl.exp(shifted)
+    total = tl.sum(exp, 1)
+    p = exp / total[:, None]
+    return p, tl.log(total) - tl.sum(p * tl.maximum(shifted, -1e4), 1)
+
+
+@triton.jit
+def _label_head(
+    table_RD,
+    features_PC,
+    weight1_CD,
+    slots_5N,
+    weight2_DO,
+    bias2_MO,
+    weight3_OK,
+    bias3_MK,
+    labels,
+    divergences,
+    height,
+    width,
+    full_height,
+    full_width,
+    top,
+    left,
+    tiles_across,
+    images,
+    M: tl.constexpr,
+    H1: tl.constexpr,
+    H2: tl.constexpr,
+    K: tl.constexpr,
+    C0: tl.constexpr,
+    C1: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TH: tl.constexpr,
+    TW: tl.constexpr,
+):
+    D: tl.constexpr = M * H1
+    dtype = table_RD.dtype.element_ty
+    image = tl.program_id(1).to(tl.int64)
+    tile_y = tl.program_id(0) // tiles_across * TH
+    tile_x = tl.program_id(0) % tiles_across * TW
+    pixel = tl.arange(0, TH * TW)
+    y, x = tile_y + pixel // TW, tile_x + pixel % TW
+    mix, row = _samples(slots_5N, tile_y, tile_x, y, x, top, left, full_height, full_width, image, images, N)
+    mix, samples = mix.to(dtype), table_RD + row[:, None] * D
+
+    # Features lie one column of tiles after the other. Rows below the image repeat its last one.
+    place = (image * tiles_across * TW + tile_x) * height + tl.minimum(y, height - 1) * TW + pixel % TW
+    c0, c1 = tl.arange(0, C0), C0 + tl.arange(0, C1)
+    features0 = tl.load(features_PC + place[:, None] * (C0 + C1) + c0[None, :])
+    features1 = tl.load(features_PC + place[:, None] * (C0 + C1) + c1[None, :])
+
+    k, o = tl.arange(0, K), tl.arange(0, H2)
+    mean = tl.zeros((TH * TW, K), tl.float32)
+    votes = tl.zeros((TH * TW, K), tl.int32)
+    entropies = tl.zeros((TH * TW,), tl.float32)
+    for m in range(M):
+        second = tl.zeros((TH * TW, H2), tl.float32)
+        for block in range(0, H1, BLOCK):
+            d = m * H1 + block + tl.arange(0, BLOCK)
+            first = tl.dot(mix, tl.load(samples + d[None, :]), input_precision="ieee")
+            weight0 = tl.load(weight1_CD + c0[:, None] * D + d[None, :])
+            first = tl.dot(features0, weight0, first, input_precision="ieee")
+            weight1 = tl.load(weight1_CD + c1[:, None] * D + d[None, :])
+            first = tl.dot(features1, weight1, first, input_precision="ieee")
+            weight2 = tl.load(weight2_DO + d[:, None] * H2 + o[None, :])
+            second = tl.dot(_relu(first).to(dtype), weight2, second, input_precision="ieee")
+        hidden = _relu(second + tl.load(bias2_MO + m * H2 + o)[None, :]).to(dtype)
+        weight3 = tl.load(weight3_OK + (m * H2 + o)[:, None] * K + k[None, :])
+        logits = tl.dot(hidden, weight3, input_precision="ieee") + tl.load(bias3_MK + m * K + k)[None, :]
+        p, entropy = _softmax_and_entropy(logits)
+        mean += p
+        entropies += entropy
+        # The smallest number takes the place of NaN, which has no largest element: the divergence tells.
+        vote = tl.argmax(tl.maximum(logits, -3e38), 1, tie_break_left=True)
+        votes += (k[None, :] == vote[:, None]).to(tl.int32)
+    mean = mean / M
+    divergence = -tl.sum(mean * tl.log(tl.maximum(mean, 1e-30)), 1) - entropies / M
+    inside = (y < height) & (x < width)
+    out = (image * height + y) * width + x
+    tl.store(labels + out, tl.argmax(votes, 1, tie_break_left=True).to(tl.int64), mask=inside)
+    tl.store(divergences + out, _relu(divergence), mask=inside)
+
+
+def unsupported(folded: FoldedLabelGenerator, pyramid: FeaturePyramid, size: Size) -> str | None:
+    """Why the kernel cannot label such a pyramid; None if it can."""
+    problem = _unsuitable(folded.weight1_CD.device)
+    if problem is not None:
+        return problem
+    _, inner, hidden = folded.weight2_MIO.shape
+    outputs = folded.weight3_MOK.shape[2]
+    full, _ = pyramid.placement(size)
+    projected, resized = folded.levels(pyramid, full)
+    natives = table_natives(folded.base_hwD, projected)
+    count = slots(natives, *_grids(pyramid, size), folded.weight1_CD.device).count
+    channels = sum(level.channels.stop - level.channels.start for level in resized)
+    limits = {
+        f"{count} samples under a tile, at most {_MAX_SAMPLES} fit": count <= _MAX_SAMPLES,
+        f"{channels} channels at output resolution, at most {_MAX_CHANNELS} fit": channels <= _MAX_CHANNELS,
+        f"{inner} hidden units, which is no multiple of {_SMALLEST}": inner % _SMALLEST == 0,
+        f"{hidden} units in the second layer, at most {_MAX_HIDDEN2} fit": hidden <= _MAX_HIDDEN2,
+        f"{outputs} classes, at most {_MAX_OUTPUTS} fit": outputs <= _MAX_OUTPUTS,
+        f"{folded.weight1_CD.dtype}, which it does not multiply": folded.weight1_CD.dtype in _DTYPES,
+    }
+    return next((problem for problem, fits in limits.items() if not fits), None)
+
+
+def _unsuitable(device: torch.device) -> str | None:
+    """Why the kernel cannot run on a device; None if it can."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
+        return f"the device is {device}, not CUDA"
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if shared < _SHARED_MEMORY:
+        return f"it takes {_SHARED_MEMORY >> 10} KiB of shared memory (Hopper has them), the device has {shared >> 10}"
+    return None
+
+
+class FusedLabelHead:
+    """One ensemble that votes, prepared for pyramids of one geometry; calling it labels whole images.
+
+    Args:
+        folded: in float16, or float32.
+        example: a pyramid of that geometry.
+        size: (H, W) of the labels.
+
+    Raises:
+        ValueError: `unsupported` gives a reason, or the pyramid is of another generator.
+    """
+
+    def __init__(self, folded: FoldedLabelGenerator, example: FeaturePyramid, size: Size) -> None:
+        folded.check(example)
+        self._geometry = _geometry(example)
+        problem = unsupported(folded, example, size)
+        if problem is not None:
+            raise ValueError(f'The fused kernel cannot label this: {problem}; use kernel="auto" or kernel="torch".')
+        self.folded, self.size = folded, size
+        self._rows, self._columns = _grids(example, size)
+        self._projected, self._resized = folded.levels(example, (self._rows.full, self._columns.full))
+        self._weights = _weights(folded, self._resized)
+        pixels = sum(h * w for h, w in table_natives(folded.base_hwD, self._projected))
+        image_bytes = pixels * folded.weight1_CD.shape[1] * folded.weight1_CD.element_size()
+        self._images_at_once = max(1, TABLE_BYTES // image_bytes)
+
+    @torch.no_grad()
+    def __call__(self, pyramid: FeaturePyramid) -> tuple[Tensor, Tensor]:
+        """Majority vote, int64 [B, H, W], and Jensen-Shannon divergence, float32 [B, H, W].
+
+        Raises ValueError if the pyramid has another geometry than the example.
+        """
+        if _geometry(pyramid) != self._geometry:
+            raise ValueError(f"Prepared for maps and crop {self._geometry}, got {_geometry(pyramid)}; prepare another.")
+        labels = torch.empty(pyramid.batch_size, *self.size, dtype=torch.int64, device=pyramid.device)
+        divergences = torch.empty(pyramid.batch_size, *self.size, device=pyramid.device)
+        for images in split(pyramid.batch_size, self._images_at_once):
+            some = replace(pyramid, maps=tuple(m[images] for m in pyramid.maps))
+            self._launch(some, labels[images], divergences[images])
+        return labels, divergences
+
+    def _launch(self, pyramid: FeaturePyramid, labels_BHW: Tensor, divergences_BHW: Tensor) -> None:
+        folded, weights, rows, columns = self.folded, self._weights, self._rows, self._columns
+        table = ProjectedRows(pyramid, self._projected, folded.weight1_CD, folded.base_hwD, rows, columns, whole=True)
+        table_RD, slots_5N = table.finish(), _padded_slots(table)
+        features_PC = self._features(pyramid)
+        members, inner, _ = folded.weight2_MIO.shape
+        hidden = weights.bias2_MO.shape[1]
+        _label_head[(rows.tiles * columns.tiles, pyramid.batch_size)](
+            *(table_RD, features_PC, weights.weight1_CD, slots_5N, weights.weight2_DO, weights.bias2_MO),
+            *(weights.weight3_OK, weights.bias3_MK, labels_BHW, divergences_BHW),
+            *(*self.size, rows.full, columns.full, rows.start, columns.start, columns.tiles, pyramid.batch_size),
+            M=members,
+            H1=inner,
+            H2=hidden,
+            K=weights.bias3_MK.shape[1],
+            C0=weights.channels[0],
+            C1=weights.channels[1],
+            N=slots_5N.shape[1],
+            BLOCK=math.gcd(inner, 64),
+            TH=TILE_ROWS,
+            TW=TILE_COLUMNS,
+            num_warps=8,
+            num_stages=3 if hidden <= 32 and sum(weights.channels) <= 192 else 2,
+        )
+
+    def _features(self, pyramid: FeaturePyramid) -> Tensor:
+        """The channels at output resolution [P, C], one column of tiles after the other, padded as the weights are."""
+        every, whole = slice(0, pyramid.batch_size), replace(self._rows, length=self._rows.count)
+        dtype = self.folded.weight1_CD.dtype
+        levels = [
+            resized_rows(pyramid, level, whole, self._columns, every, dtype).flatten(0, 1) for level in self._resized
+        ]
+        pixels = pyramid.batch_size * self._columns.tiles * self._columns.length * self._rows.count
+        none = torch.empty(pixels, 0, dtype=dtype, device=pyramid.device)
+        return _pad(torch.cat([none, *levels], dim=1), sum(self._weights.channels), dim=1)
+
+
+def _geometry(pyramid: FeaturePyramid) -> tuple[object, ...]:
+    return tuple(m.shape[1:] for m in pyramid.maps), pyramid.window
+
+
+def label_images(folded: FoldedLabelGenerator, pyramid: FeaturePyramid, size: Size) -> tuple[Tensor, Tensor]:
+    """`FusedLabelHead`, prepared for this pyramid alone."""
+    return FusedLabelHead(folded, pyramid, size)(pyramid)
+
+
+def _grids(pyramid: FeaturePyramid, size: Size) -> tuple[Grid, Grid]:
+    full, (top, left) = pyramid.placement(size)
+    return Grid(full[0], top, size[0], TILE_ROWS), Grid(full[1], left, size[1], TILE_COLUMNS)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The folded weights as the kernel reads them, every dimension padded to one that it can multiply."""
+
+    channels: tuple[int, int]
+    weight1_CD: Tensor
+    """For the channels at output resolution only."""
+    weight2_DO: Tensor
+    bias2_MO: Tensor
+    weight3_OK: Tensor
+    bias3_MK: Tensor
+
+
+def _weights(folded: FoldedLabelGenerator, resized: Sequence[Level]) -> _Weights:
+    weight1_CD = torch.cat([folded.weight1_CD[:0], *(folded.weight1_CD[level.channels] for level in resized)])
+    channels = _chunks(len(weight1_CD))
+    hidden, outputs = (_power_of_two(n) for n in folded.weight3_MOK.shape[1:])
+    weight2_DO = _pad(folded.weight2_MIO.flatten(0, 1), hidden, dim=1)
+    weight3_MOK = _pad(_pad(folded.weight3_MOK, hidden, dim=1), outputs, dim=2)
+    bias2_MO = _pad(folded.bias2_M1O.flatten(1).float(), hidden, dim=1)
+    bias3_MK = _pad(folded.bias3_M1K.flatten(1).float(), outputs, dim=1, value=-1e30)
+    return _Weights(
+        channels, _pad(weight1_CD, sum(channels), dim=0), weight2_DO, bias2_MO, weight3_MOK.flatten(0, 1), bias3_MK
+    )
+
+
+def _padded_slots(table: ProjectedRows) -> Tensor:
+    """(first row of the level, row, column, height, width) of each slot, int64 [5, N]; padding weighs nothing."""
+    slots_5N = torch.stack([table.offset_N, table.slots.row_N, table.slots.column_N, *table.natives_2N])
+    # Sample 2 of an axis of one sample: so far from every position that its weight is 0.
+    length = _power_of_two(slots_5N.shape[1])
+    padded = [_pad(row, length, dim=0, value=value) for row, value in zip(slots_5N, (0, 2, 2, 1, 1), strict=True)]
+    return torch.stack(padded)
+
+
+def _chunks(channels: int) -> tuple[int, int]:
+    """Two powers of two, together at least `channels`, and little more."""
+    first = max(_SMALLEST, _power_of_two(channels) // 2)
+    return first, _power_of_two(max(channels - first, 1))
+
+
+def _power_of_two(at_least: int) -> int:
+    return max(_SMALLEST, 1 << (at_least - 1).bit_length())
+
+
+def _pad(x: Tensor, length: int, *, dim: int, value: float = 0.0) -> Tensor:
+    """Dimension `dim` filled up to `length`."""
+    shape = list(x.shape)
+    shape[dim] = length - shape[dim]
+    return torch.cat([x, x.new_full(shape, value)], dim=dim)

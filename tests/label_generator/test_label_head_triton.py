@@ -1,0 +1,182 @@
+"""The fused kernel, in Triton's interpreter on a CPU: the labels and divergences of the reference, for any geometry."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+TESTS = Path(__file__).parents[1]
+
+# Name: maps (C, h, w), output size, hidden widths, classes, members, images, crop.
+CASES: dict[str, tuple[Any, ...]] = {
+    "two_images": ([(40, 4, 4), (90, 8, 8), (6, 16, 16)], (16, 16), (32, 16), 5, 3, 2, None),
+    "odd_sizes": ([(80, 3, 5), (20, 12, 20)], (9, 21), (16, 8), 19, 2, 1, None),
+    "no_fine_map": ([(200, 4, 4)], (8, 32), (48, 20), 2, 1, 1, None),
+    "crop_of_a_finer_image": ([(90, 8, 8), (6, 32, 32)], (12, 16), (64, 32), 64, 2, 1, ((4, 28), (0, 32))),
+}
+
+
+def compare(name: str, constant: bool, dtype: torch.dtype) -> dict[str, float]:
+    """Share of changed labels and largest change of the divergence; runs where Triton interprets."""
+    from test_label_generator import random_pyramid, randomised
+
+    from handsoff_stream.label_generator.triton_head import label_images
+    from handsoff_stream.uncertainty import jensen_shannon_divergence, majority_vote
+
+    shapes, size, hidden, classes, members, images, crop = CASES[name]
+    pyramid = random_pyramid(shapes, images)
+    first = pyramid.maps[0][0]
+    if constant:
+        pyramid = type(pyramid)((first.expand_as(pyramid.maps[0]), *pyramid.maps[1:]))
+    pyramid = pyramid.crop(*crop) if crop else pyramid
+    label_generator = randomised(pyramid.channels, hidden=hidden, num_outputs=classes, members=members)
+    folded = label_generator.fold(constant_map=first if constant else None, dtype=dtype)
+    labels, divergences = label_images(folded, pyramid, size)
+    outputs_MPK = label_generator.reference(pyramid, size).permute(0, 1, 3, 4, 2).flatten(1, 3)
+    wanted = majority_vote(outputs_MPK.argmax(-1), classes).view(labels.shape)
+    error = (jensen_shannon_divergence(outputs_MPK).view(divergences.shape) - divergences).abs().max()
+    return {"changed": float((labels != wanted).float().mean()), "divergence": float(error)}
+
+
+def divergences_of_nan() -> list[bool]:
+    """Whether every divergence is NaN, for NaN in each layer."""
+    from test_label_generator import random_pyramid, randomised
+
+    from handsoff_stream.label_generator.triton_head import label_images
+
+    found = []
+    for layer in ("linear1", "linear2", "linear3"):
+        label_generator = randomised((3,), hidden=(16, 8), num_outputs=3, members=1).requires_grad_(False)
+        getattr(label_generator, layer).weight.fill_(float("nan"))
+        _, divergences = label_images(label_generator.fold(), random_pyramid([(3, 8, 8)], 1), (8, 16))
+        found.append(bool(divergences.isnan().all()))
+    return found
+
+
+def streamed() -> dict[str, Any]:
+    """A synthesizer with the kernel against one without it, over chunks of two sizes, two heads that vote and one that
+    does not."""
+    from conftest import make_checkpoint
+    from test_label_generator import randomised
+
+    from handsoff_stream.checkpoint import Head
+    from handsoff_stream.options import SynthesisOptions
+    from handsoff_stream.synthesizer import Synthesizer
+    from handsoff_stream.tasks import Depth
+
+    checkpoint = make_checkpoint(num_calibration=1).cropped((2, 14, 0, 16))
+    channels, task = checkpoint.generator.feature_channels, checkpoint.heads["segmentation"].task
+    checkpoint.heads.clear()
+    for seed, name in enumerate(("parts", "others")):
+        checkpoint.heads[name] = Head(task, randomised(channels, seed, hidden=(16, 8), num_outputs=3, members=3))
+    checkpoint.heads["depth"] = Head(Depth(), randomised(channels, 2, hidden=(16, 8), num_outputs=1, members=3))
+    kernels, plain = (
+        Synthesizer(checkpoint, SynthesisOptions(kernel=kernel), torch.device("cpu")) for kernel in ("triton", "torch")
+    )
+    errors = []
+    for indices in (range(3), range(3, 5)):
+        one, other = kernels(indices), plain(indices)
+        errors += [float((one.labels[name] != other.labels[name]).float().mean()) for name in ("parts", "others")]
+        errors.append(float((one.labels["depth"] - other.labels["depth"]).abs().max()))
+        errors.append(float((one.uncertainty - other.uncertainty).abs().max()))
+    try:
+        kernels.label("parts", plain.generate([0])[1].crop((0, 4), (0, 16)))
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    return {
+        "errors": errors,
+        "refused": refused,
+        "kernels": list(kernels.labeller.kernels),
+    }
+
+
+def everything() -> dict[str, Any]:
+    """All that needs the interpreter, in one process: starting it takes longer than the kernels."""
+    variants = (("float32", False), ("float16", True))
+    compared = {f"{n} {d}": compare(n, c, getattr(torch, d)) for n in CASES for d, c in variants}
+    return {**compared, "reasons": reasons(), "nan": divergences_of_nan(), "streamed": streamed()}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    """`everything`, from a process where Triton interprets its kernels on the CPU."""
+    code = "import json, test_label_head_triton as t; t.torch.set_num_threads(1); print(json.dumps(t.everything()))"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_float32_the_kernel_equals_the_reference(results: dict[str, Any], name: str) -> None:
+    assert results[f"{name} float32"]["changed"] == 0
+    assert results[f"{name} float32"]["divergence"] < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_float16_the_kernel_moves_near_ties_only(results: dict[str, Any], name: str) -> None:
+    assert results[f"{name} float16"]["changed"] < 0.01
+    assert results[f"{name} float16"]["divergence"] < 1e-3
+
+
+def reasons() -> list[str | None]:
+    from test_label_generator import random_pyramid, randomised
+
+    from handsoff_stream.label_generator.triton_head import unsupported
+
+    found = []
+    for shapes, geometry, dtype in [
+        ([(300, 8, 8)], {"hidden": (16, 8), "num_outputs": 3}, torch.float32),
+        ([(3, 8, 8)], {"hidden": (20, 8), "num_outputs": 3}, torch.float32),
+        ([(3, 8, 8)], {"hidden": (16, 256), "num_outputs": 3}, torch.float32),
+        ([(3, 8, 8)], {"hidden": (16, 8), "num_outputs": 65}, torch.float32),
+        ([(3, 8, 8)], {"hidden": (16, 8), "num_outputs": 3}, torch.bfloat16),
+        ([(3, 8, 8)], {"hidden": (16, 8), "num_outputs": 3}, torch.float16),
+    ]:
+        pyramid = random_pyramid(shapes, 1)
+        folded = randomised(pyramid.channels, members=2, **geometry).fold(dtype=dtype)
+        found.append(unsupported(folded, pyramid, (8, 8)))
+    return found
+
+
+def test_what_does_not_fit_on_the_chip_is_refused_with_the_reason(results: dict[str, Any]) -> None:
+    channels, hidden1, hidden2, classes, dtype, nothing = results["reasons"]
+    assert "300 channels" in channels and "20 hidden units" in hidden1 and "256 units" in hidden2
+    assert "65 classes" in classes and "bfloat16" in dtype and nothing is None
+
+
+def test_a_synthesizer_gives_the_heads_that_vote_to_the_kernel(results: dict[str, Any]) -> None:
+    assert results["streamed"]["kernels"] == ["parts", "others"]
+    assert all(error < 1e-5 for error in results["streamed"]["errors"])
+    assert "prepare another" in results["streamed"]["refused"]
+
+
+def test_nan_in_any_layer_is_not_hidden(results: dict[str, Any]) -> None:
+    assert results["nan"] == [True, True, True]
+
+
+def test_without_a_gpu_the_kernel_is_refused_by_name() -> None:
+    from test_label_generator import random_pyramid, randomised
+
+    from handsoff_stream.label_generator.triton_head import label_images
+
+    pyramid = random_pyramid([(3, 8, 8)], 1)
+    folded = randomised((3,), hidden=(16, 8), num_outputs=3, members=1).fold()
+    with pytest.raises(ValueError, match='device is cpu.*kernel="torch"'):
+        label_images(folded, pyramid, (8, 8))
+
+
+def test_importing_the_package_and_a_synthesizer_does_not_import_triton() -> None:
+    code = "import sys, handsoff_stream, handsoff_stream.synthesizer; print('triton' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
