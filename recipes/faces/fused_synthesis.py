@@ -1,9 +1,9 @@
 """StyleGAN2's synthesis for training, its element-wise passes compiled and its convolutions eager.
 
-Element-wise passes over large maps, forward and backward, cost more of a training step on a CPU than the convolutions
-do. `torch.compile` fuses what stands before a convolution into one pass and what stands after it into another. Compiling
-the convolutions as well made steps several times slower (log.md). Without a working compiler the same functions run
-eagerly.
+Where a device multiplies bfloat16, element-wise passes over large maps cost more of a training step than convolutions
+do. `torch.compile` fuses what stands before a convolution into one pass and what stands after it into another.
+Compiling the convolutions as well made steps several times slower (log.md, which also says what the fused passes
+bring). Without a working compiler the same functions run eagerly.
 
 Knows one pass of the network. Does not know parameters, losses or file formats. Shape letters: B batch, I input
 channels, O output channels, H W map size, D latent size.
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handsoff_stream.generators.folded_stylegan2 import FoldedStyleLayer, FoldedSynthesis
 from handsoff_stream.generators.layers import LEAKY_SLOPE, filter_fir
+from handsoff_stream.generators.stylegan2.folded import FoldedStyleLayer, FoldedSynthesis
 
 VARIANTS = 64  # of map size, channels and batch, each of which is compiled once
 
@@ -41,7 +41,9 @@ def compiled() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     functions = torch.compile(modulate, dynamic=False), torch.compile(finish, dynamic=False)
     try:
         x = torch.ones(1, 2, 4, 4, requires_grad=True)
-        functions[1](functions[0](x, torch.ones(1, 2)), torch.ones(1, 2), torch.ones(1, 1, 4, 4), torch.ones(2)).sum().backward()
+        functions[1](
+            functions[0](x, torch.ones(1, 2)), torch.ones(1, 2), torch.ones(1, 1, 4, 4), torch.ones(2)
+        ).sum().backward()
     except RuntimeError as error:  # what torch raises for a missing compiler and for one that fails
         print(f"torch.compile does not work here, so training steps take longer: {str(error).splitlines()[0]}")
         return modulate, finish

@@ -1,6 +1,7 @@
 """What a training run is, and the networks and optimizers that it begins with.
 
-Knows sizes, learning rates and how a stage's networks grow out of the one before. Does not know losses, images or files.
+Knows sizes, learning rates and how a stage's networks grow out of the one before. Does not know losses, images or
+files.
 """
 
 from dataclasses import dataclass
@@ -46,11 +47,11 @@ class Settings:
     rare: float = 0.05
     """Of rendered faces, the share with glasses and the share with hats; in a short training, 5 % are passed over."""
     projected: float = 0.0
-    """Weight of the heads on ImageNet features in the generator's loss, beside the own discriminator; 0: no such heads."""
+    """Weight of the heads on ImageNet features in the generator's loss, beside the own discriminator; 0: no heads."""
     hinge_bound: float = 0.6
     """A head whose hinge loss is below it is not updated, so that no head wins; at chance the loss is 2."""
     halvings: int = 0
-    """How often images are halved before the own discriminator sees them; beside heads, which see detail, 2 are enough."""
+    """How often images are halved before the own discriminator sees them; heads see the detail."""
 
 
 def build(settings: Settings, resolution: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One step of StyleGAN2's training, and everything it has to remember: networks, optimizers, position.
 
-Non-saturating logistic loss, lazy R1, style mixing, EMA (StyleGAN2, Karras et al., CVPR 2020). On request two more terms:
-heads on frozen ImageNet features beside the own discriminator (Projected GAN, Sauer et al., NeurIPS 2021; beside it as in
+Non-saturating logistic loss, lazy R1, style mixing, EMA (StyleGAN2, Karras et al., CVPR 2020). On request two more
+terms: heads on frozen ImageNet features (Projected GAN, Sauer et al., NeurIPS 2021) beside the own discriminator (as in
 Vision-aided GAN, Kumari et al., CVPR 2022), and an autoencoding term (VAE/GAN, Larsen et al., ICML 2016). A step makes
 one batch of fakes, which every loss judges. Its random numbers are a function of (seed, rollbacks, step, rank), so that
 a resumed run continues bit by bit. In a torch.distributed group every process trains on its share of a batch, and
@@ -92,7 +92,7 @@ class Trainer:
             optimizer.param_groups[0].update(chosen)
 
     def roll_back(self, good: dict[str, Any]) -> None:
-        """Go on from the state `good` with other random numbers and half the weight for the heads than so far."""
+        """Go on from the state `good`, but with other random numbers, and with half as much weight for the heads."""
         rollbacks = self.num_rollbacks + 1
         self.load_state_dict(good)
         self.num_rollbacks = rollbacks

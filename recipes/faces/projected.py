@@ -1,8 +1,8 @@
 """A projected discriminator: light heads on frozen, randomly mixed ImageNet features (Sauer et al., NeurIPS 2021).
 
 `FrozenFeatures` gives an EfficientNet-Lite0's maps at strides 4, 8, 16 and 32. `RandomProjection` mixes them across
-channels and scales by fixed random convolutions (section 3.2 of the paper), and `ProjectedHeads` has those and one trained head per
-scale. Images are augmented first (Zhao et al., NeurIPS 2020), because heads on good features win quickly.
+channels and scales by fixed random convolutions (section 3.2 of the paper). `ProjectedHeads` has those convolutions and
+one trained head per scale. Images are augmented first (`augment`), because heads on good features win quickly.
 
 Knows images, features and logits. Does not know losses, optimizers, or the discriminator that is trained from scratch.
 
@@ -38,7 +38,7 @@ def imagenet_efficientnet_lite0() -> nn.Module:
     network.load_state_dict(dict(zip(network.state_dict(), stored.values(), strict=True)))
     pyramid = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(1, 2, 3, 4))
     pyramid.load_state_dict(network.state_dict(), strict=False)  # it has neither head nor classifier
-    return cast(nn.Module, pyramid)
+    return pyramid
 
 
 def fold_batch_norms(module: nn.Module) -> None:

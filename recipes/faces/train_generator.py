@@ -21,19 +21,22 @@ import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from gan_networks import Settings
 from gan_trainer import Trainer
+from gate import Gate
 from generator_images import RandomOrder, open_data
 from PIL import Image
+from quality import look_at, open_judge, renders
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
 from handsoff_stream.checkpoint import Checkpoint, save_checkpoint
+from handsoff_stream.files.atomic import whole_file
 from handsoff_stream.generators import StyleGAN2
 from handsoff_stream.precision import cpu_multiplies_bfloat16
 
@@ -52,11 +55,13 @@ def save_sheet(generator: StyleGAN2, path: Path, *, psi: float = 0.7, rows: int 
     Image.fromarray(tiles.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy()).save(path)
 
 
-def save_state(trainer: Trainer, out: Path) -> None:
-    """state.pt and generator.safetensors, each whole or not at all."""
-    partial = out / "state.pt.partial"
-    torch.save(trainer.state_dict(), partial)
-    partial.replace(out / "state.pt")
+def save_whole(state: dict[str, Any], path: Path) -> None:
+    with whole_file(path) as partial:
+        torch.save(state, partial)
+
+
+def save_generator(trainer: Trainer, path: Path) -> None:
+    """The averaged generator, as handsoff_stream reads it."""
     provenance: dict[str, Any] = {
         "images": trainer.num_images,
         "seconds": round(trainer.seconds),
@@ -65,7 +70,13 @@ def save_state(trainer: Trainer, out: Path) -> None:
     data = "rendered faces" if trainer.settings.data is None else Path(trainer.settings.data).name
     settings = asdict(trainer.settings) | {"data": data}
     provenance |= {"trained_by": "recipes/faces/train_generator.py", "settings": settings}
-    save_checkpoint(out / "generator.safetensors", Checkpoint(trainer.networks["ema"], provenance=provenance))
+    save_checkpoint(path, Checkpoint(trainer.networks["ema"], provenance=provenance))
+
+
+def save_state(trainer: Trainer, out: Path) -> None:
+    """state.pt and generator.safetensors, each whole or not at all."""
+    save_whole(trainer.state_dict(), out / "state.pt")
+    save_generator(trainer, out / "generator.safetensors")
 
 
 class Stop:
@@ -90,71 +101,129 @@ class Stop:
         return stop
 
 
-def train(settings: Settings, out: Path, args: argparse.Namespace) -> None:
-    """Run or resume until the last stage is done (or `--seconds` are over), saving as it goes."""
-    stop = Stop(args.seconds)
-    out.mkdir(parents=True, exist_ok=True)
-    device = torch.device(args.device)
-    bfloat16 = device.type != "cpu" or cpu_multiplies_bfloat16()
-    trainer = Trainer(settings, device, torch.bfloat16 if bfloat16 else torch.float32, compiled=args.compile)
-    if (out / "state.pt").exists():
-        state = torch.load(out / "state.pt", map_location=device, weights_only=True)
-        trainer.load_state_dict(state)
-        if trainer.rank == 0:
-            print(f"resuming at {trainer.num_images} images, resolution {trainer.resolution}")
-    for resolution, until in settings.stages:
-        if trainer.num_images >= until:
-            continue
-        if resolution != trainer.resolution:
-            trainer.enter_stage(resolution)
-        if not train_stage(trainer, until, out, args, stop):
-            break
-    if trainer.rank == 0:
-        save_state(trainer, out)
-        save_sheet(trainer.networks["ema"], out / f"samples_{trainer.num_images:08d}.png")
+class Run:
+    """A training run and its folder: trains stage by stage, saves as it goes, and asks the gate.
+
+    Args:
+        settings: of the training; a run that OUT already holds is resumed with them.
+        out: folder of the run.
+        args: the command line.
+    """
+
+    def __init__(self, settings: Settings, out: Path, args: argparse.Namespace):
+        self.stop = Stop(args.seconds)
+        self.out, self.args = out, args
+        out.mkdir(parents=True, exist_ok=True)
+        device = torch.device(args.device)
+        bfloat16 = device.type != "cpu" or cpu_multiplies_bfloat16()
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
+        self.trainer = Trainer(settings, device, dtype, compiled=args.compile)
+        self.leads = self.trainer.rank == 0
+        if (out / "state.pt").exists():
+            self.trainer.load_state_dict(self.load("state.pt"))
+            if self.leads:
+                print(f"resuming at {self.trainer.num_images} images, resolution {self.trainer.resolution}")
+        self.gate = self.open_gate() if args.gate and self.leads else None
+
+    def load(self, name: str) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(self.out / name, map_location=self.trainer.device, weights_only=True)
+        return state
+
+    def save(self) -> None:
+        save_state(self.trainer, self.out)
+
+    def save_with_sheet(self) -> None:
+        self.save()
+        save_sheet(self.trainer.networks["ema"], self.out / f"samples_{self.trainer.num_images:08d}.png")
+
+    def open_gate(self) -> Gate:
+        args, device = self.args, self.trainer.device
+        size = self.trainer.settings.stages[-1][0]
+        judge = open_judge(args.judge or self.out / "judge.safetensors", args.judge_steps, device)
+        real = renders("validation", size=size, count=args.gate_samples, rare=args.rare, device=device)
+        return Gate(self.out / "gate.jsonl", judge, *look_at(real, judge))
+
+    def train(self) -> None:
+        """Until the last stage is done, or `--seconds` are over, or a signal came."""
+        if self.args.gate and self.first_process_says(self.gate is not None and not self.gate.readings):
+            self.ask_gate()  # what the run begins with is what it must not lose
+        for resolution, until in self.trainer.settings.stages:
+            if self.trainer.num_images >= until:
+                continue
+            if resolution != self.trainer.resolution:
+                self.trainer.enter_stage(resolution)
+            if not self.train_stage(until):
+                break
+        if self.leads:
+            self.save_with_sheet()
+
+    def train_stage(self, until: int) -> bool:
+        """Train one stage; True if it was finished, False if it was stopped first."""
+        trainer, args = self.trainer, self.args
+        data = cast(Any, open_data(trainer.settings.data, trainer.resolution, rare=trainer.settings.rare))
+        order = RandomOrder(
+            len(data), trainer.settings.seed, trainer.num_images, rank=trainer.rank, world=trainer.world
+        )
+        loader = DataLoader(data, trainer.settings.batch // trainer.world, sampler=order, num_workers=args.workers)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        next_save, started, images_before = time.monotonic() + SAVE_SECONDS, time.monotonic(), trainer.num_images
+        log_path = self.out / "metrics.jsonl" if self.leads else Path(os.devnull)
+        with Progress(*columns, disable=not self.leads) as progress, log_path.open("a") as log:
+            bar = progress.add_task(f"{trainer.resolution}x{trainer.resolution}", total=until)
+            for reals in loader:
+                if reals.shape[-1] != trainer.resolution:
+                    reals = F.adaptive_avg_pool2d(reals.float(), trainer.resolution)
+                before = trainer.num_images
+                metrics = trainer.step(reals)
+                progress.update(bar, completed=trainer.num_images)
+                if trainer.num_steps % 16 == 1:
+                    rate = (trainer.num_images - images_before) / (time.monotonic() - started)
+                    write_metrics(log, trainer, rate, metrics)
+                if self.leads and crossed(before, trainer.num_images, args.sheet_every):
+                    self.save_with_sheet()
+                elif self.leads and time.monotonic() > next_save:
+                    self.save()
+                    next_save = time.monotonic() + SAVE_SECONDS
+                if args.gate and crossed(before, trainer.num_images, args.gate):
+                    self.ask_gate()
+                if trainer.num_images >= until:
+                    return True
+                if self.stop(trainer.device):
+                    return False
+        return True
+
+    def first_process_says(self, flag: bool) -> bool:
+        """The flag of the process that writes, on all processes of the group."""
+        shared = torch.tensor(float(flag), device=self.trainer.device)
+        if dist.is_initialized():
+            dist.broadcast(shared, src=0)
+        return bool(shared)
+
+    def ask_gate(self) -> None:
+        """Keep the state as the last good one, or go back to that; all processes of a group alike."""
+        collapsed = False
+        if self.gate is not None:
+            ema = self.trainer.networks["ema"]
+            reading = self.gate.read(ema, self.trainer.num_images)
+            collapsed = reading.reason is not None
+            print(f"{reading.images} images: {reading.quality.row()}; {reading.reason or 'passes'}", flush=True)
+            if reading.reason is None:
+                save_whole(self.trainer.state_dict(), self.out / "good.pt")
+            if self.gate.is_best(reading):
+                save_generator(self.trainer, self.out / "best.safetensors")
+        if self.first_process_says(collapsed):
+            self.trainer.roll_back(self.load("good.pt"))
 
 
-def train_stage(trainer: Trainer, until: int, out: Path, args: argparse.Namespace, stop: Stop) -> bool:
-    """Train one stage; True if it was finished, False if it was stopped first."""
-    data = cast(Any, open_data(trainer.settings.data, trainer.resolution, rare=trainer.settings.rare))
-    rank, world = trainer.rank, trainer.world
-    order = RandomOrder(len(data), trainer.settings.seed, trainer.num_images, rank=rank, world=world)
-    loader = DataLoader(data, trainer.settings.batch // world, sampler=order, num_workers=args.workers)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    next_sheet = (trainer.num_images // args.sheet_every + 1) * args.sheet_every
-    started, images_before = time.monotonic(), trainer.num_images
-    next_save = started + SAVE_SECONDS
-    log_path = out / "metrics.jsonl" if rank == 0 else Path(os.devnull)
-    with Progress(*columns, disable=rank > 0) as progress, log_path.open("a") as log:
-        bar = progress.add_task(f"{trainer.resolution}x{trainer.resolution}", total=until)
-        for reals in loader:
-            if reals.shape[-1] != trainer.resolution:
-                reals = F.adaptive_avg_pool2d(reals.float(), trainer.resolution)
-            metrics = trainer.step(reals)
-            progress.update(bar, completed=trainer.num_images)
-            if trainer.num_steps % 16 == 1:
-                rate = (trainer.num_images - images_before) / (time.monotonic() - started)
-                row: dict[str, Any] = {
-                    "images": trainer.num_images,
-                    "resolution": trainer.resolution,
-                    "images_per_s": rate,
-                    **metrics,
-                }
-                log.write(json.dumps({k: round(float(v), 4) for k, v in row.items()}) + "\n")
-                log.flush()
-            if rank == 0 and time.monotonic() > next_save:
-                save_state(trainer, out)
-                next_save = time.monotonic() + SAVE_SECONDS
-            if trainer.num_images >= next_sheet:
-                if rank == 0:
-                    save_state(trainer, out)
-                    save_sheet(trainer.networks["ema"], out / f"samples_{trainer.num_images:08d}.png")
-                next_sheet += args.sheet_every
-            if trainer.num_images >= until:
-                return True
-            if stop(trainer.device):
-                return False
-    return True
+def crossed(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (before, now]."""
+    return now // every > before // every
+
+
+def write_metrics(log: TextIO, trainer: Trainer, rate: float, metrics: dict[str, torch.Tensor]) -> None:
+    row: dict[str, Any] = {"images": trainer.num_images, "resolution": trainer.resolution, "images_per_s": rate}
+    log.write(json.dumps({k: round(float(v), 4) for k, v in (row | metrics).items()}) + "\n")
+    log.flush()
 
 
 def stage(text: str) -> tuple[int, int]:
@@ -192,6 +261,10 @@ def main() -> None:
     parser.add_argument("--hinge-bound", type=float, default=0.6, help="heads with a smaller loss are not updated")
     parser.add_argument("--halvings", type=int, default=0, help="of images before the own discriminator sees them")
     parser.add_argument("--compile", action="store_true", help="compile element-wise passes: see fused_synthesis.py")
+    parser.add_argument("--gate", type=int, default=0, metavar="IMAGES", help="ask the gate so often: see gate.py")
+    parser.add_argument("--gate-samples", type=int, default=1000, help="generated and rendered images of a reading")
+    parser.add_argument("--judge", type=Path, help="file of the gate's judge, made if absent; default: in OUT")
+    parser.add_argument("--judge-steps", type=int, default=300)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--sheet-every", type=int, default=10_000)
@@ -213,7 +286,7 @@ def main() -> None:
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         if args.batch % dist.get_world_size():
             parser.error(f"--batch {args.batch} cannot be shared by {dist.get_world_size()} processes")
-    train(settings, args.out, args)
+    Run(settings, args.out, args).train()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from discriminator import Discriminator
+from fit_faces import TrainedDistance, open_run
+from gan_losses import feature_distance, pyramid_distance
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "faces"
-sys.path.insert(0, str(RECIPE))
+from handsoff_stream import HandsOffStream, load_checkpoint
 
-from discriminator import Discriminator  # noqa: E402
-from fit_faces import TrainedDistance, open_run  # noqa: E402
-from gan_trainer import feature_distance, pyramid_distance  # noqa: E402
-
-from handsoff_stream import HandsOffStream, load_checkpoint  # noqa: E402
+RECIPE = Path(__file__).parent.parent.parent / "recipes" / "faces"
 
 
 def script(name: str, *arguments: object) -> str:

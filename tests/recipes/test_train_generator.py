@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from discriminator import Discriminator, Encoder, grow, minibatch_standard_deviation
+from gan_losses import average, feature_distance, pyramid_distance
+from gan_networks import Settings
+from gan_trainer import Trainer
+from generator_images import ImageArray, ImageFolder, RandomOrder, open_data
 from PIL import Image
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "faces"
-sys.path.insert(0, str(RECIPE))
+from handsoff_stream.datasets.rendered_faces import RenderedFaces
+from handsoff_stream.generators import load_generator
+from handsoff_stream.generators.layers import filter_fir, fir_kernel
+from handsoff_stream.generators.stylegan2 import StyleGAN2
 
-from discriminator import Discriminator, Encoder, grow, minibatch_standard_deviation  # noqa: E402
-from gan_trainer import Settings, Trainer, average, feature_distance, pyramid_distance  # noqa: E402
-from generator_images import ImageArray, ImageFolder, RandomOrder, open_data  # noqa: E402
-
-from handsoff_stream.datasets.rendered_faces import RenderedFaces  # noqa: E402
-from handsoff_stream.generators import load_generator  # noqa: E402
-from handsoff_stream.generators.layers import filter_fir, fir_kernel  # noqa: E402
-from handsoff_stream.generators.stylegan2 import StyleGAN2  # noqa: E402
+RECIPE = Path(__file__).parent.parent.parent / "recipes" / "faces"
 
 
 def settings(**changes) -> Settings:
