@@ -82,7 +82,7 @@ def open_judge(path: Path | None, steps: int, device: torch.device) -> Judge:
         judge = train_judge(steps, device)
         if path is not None:
             with whole_file(path) as partial:
-                save_file(judge.state_dict(), partial)
+                save_file({name: tensor.contiguous() for name, tensor in judge.state_dict().items()}, partial)
         return judge
     judge = Judge()
     judge.load_state_dict(load_file(path))

@@ -41,6 +41,7 @@ from handsoff_stream.generators import StyleGAN2
 from handsoff_stream.precision import cpu_multiplies_bfloat16
 
 SAVE_SECONDS = 300.0
+MAX_ROLLBACKS = 4  # to the same good state; each halves the weight of the heads
 
 
 @torch.no_grad()
@@ -212,7 +213,13 @@ class Run:
             if self.gate.is_best(reading):
                 save_generator(self.trainer, self.out / "best.safetensors")
         if self.first_process_says(collapsed):
-            self.trainer.roll_back(self.load("good.pt"))
+            good = self.load("good.pt")
+            if self.trainer.num_rollbacks - good["rollbacks"] >= MAX_ROLLBACKS:
+                raise SystemExit(
+                    f"the run collapsed {MAX_ROLLBACKS + 1} times after its last good state, {self.out / 'good.pt'}; "
+                    "gate.jsonl says how; go on from it with a smaller --projected or --lr"
+                )
+            self.trainer.roll_back(good)
 
 
 def crossed(before: int, now: int, every: int) -> bool:
