@@ -87,11 +87,16 @@ def generator_charts(result: Result) -> list[Chart]:
 
 
 ARMS = {
-    "stream": "the stream",
-    "plain": "the stream without augmentation",
+    "transfer": "the labelled images, backbone frozen",
     "labelled": "the labelled images",
+    "stream": "the stream",
     "mixed": "half stream, half labelled images",
+    "stream-then-labelled": "the stream, then the labelled images",
+    "datasetgan": "a stream from labelled samples",
     "judged": "the stream's images, labelled by a network trained on renders",
+    "unlimited": "unlimited labelled images",
+    # Of results from before November 25, 2026:
+    "plain": "the stream without augmentation",
     "rendered": "unlimited labelled images",
 }
 

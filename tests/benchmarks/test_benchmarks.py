@@ -1,6 +1,5 @@
 """Benchmarks compare with what they say they compare with, and end with one JSON line that names no machine's paths."""
 
-import argparse
 import copy
 import json
 import math
@@ -17,7 +16,6 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import common  # noqa: E402
-import downstream  # noqa: E402
 import geometries  # noqa: E402
 import memory  # noqa: E402
 import overlap  # noqa: E402
@@ -27,8 +25,6 @@ import stages  # noqa: E402
 import throughput  # noqa: E402
 
 from handsoff_stream.checkpoint import load_checkpoint  # noqa: E402
-from handsoff_stream.datasets.rendered_faces import CLASS_NAMES  # noqa: E402
-from handsoff_stream.downstream import build_deeplab  # noqa: E402
 from handsoff_stream.generators import StyleGAN2  # noqa: E402
 from handsoff_stream.stream import HandsOffStream  # noqa: E402
 from handsoff_stream.uncertainty import image_score, jensen_shannon_divergence  # noqa: E402
@@ -292,27 +288,3 @@ def test_no_folder_of_this_machine_is_told(tmp_path):
     args = parser.parse_args(["--checkpoint", str(tmp_path / "mine.safetensors"), "--option", f"checkpoint={inside}"])
     told = common.settings(args)
     assert told["checkpoint"] == "mine.safetensors" and told["option"] == ["checkpoint=benchmarks/common.py"]
-
-
-def test_judged_pairs_are_the_streams_images_with_the_judges_labels(checkpoint_path, tmp_path, monkeypatch):
-    judge = build_deeplab(len(CLASS_NAMES), backbone="resnet18").eval()
-    torch.save(judge.state_dict(), tmp_path / "judge.pt")
-    monkeypatch.setattr(downstream, "ordinary_augmentation", lambda: lambda image, label: (image, label))
-    args = argparse.Namespace(checkpoint=checkpoint_path, truncation=None, batch=4, judge=tmp_path / "judge.pt")
-    (images, labels), (plain, own) = (next(iter(downstream.ARMS[arm](args, 0))) for arm in ("judged", "plain"))
-    assert torch.equal(images, plain) and not torch.equal(labels, own)
-    with torch.no_grad():
-        assert torch.equal(labels, torch.cat([judge(image[None]).argmax(dim=1) for image in images]))
-
-
-def test_downstream_trains_every_arm_and_scores_the_judge(checkpoint_path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
-    options = "--arms stream judged --steps 2 --judge-steps 2 --batch 2 --test-images 2 --seeds 0"
-    monkeypatch.setattr(sys, "argv", ["downstream.py", "--checkpoint", str(checkpoint_path), *options.split()])
-    downstream.main()
-    last = capsys.readouterr().out.splitlines()[-1]
-    result = json.loads(last)
-    assert [run["arm"] for run in result["runs"]] == ["stream", "judged"]
-    assert result["judge_on_renders"]["num_images"] == 2 and "judge" not in result["settings"]
-    assert len(report.rows_of(tmp_path / "downstream.json", result)) == 1
-    assert str(checkpoint_path.parent) not in last
