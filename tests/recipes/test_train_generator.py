@@ -306,9 +306,10 @@ def test_the_script_trains_resumes_and_writes_a_generator_that_loads(tmp_path):
     assert rows and {"images", "loss_d", "loss_g"} <= rows[0].keys()
 
 
+@pytest.mark.parametrize("varied", [False, True])
 @pytest.mark.parametrize("rare", [0.0, 1.0])
-def test_rendered_faces_wear_glasses_and_hats_as_often_as_asked(rare):
-    images = open_data(None, 16, rare=rare)
-    wanted = RenderedFaces("generator", num_images=5, size=16, glasses=rare, hat=rare)
+def test_rendered_faces_wear_glasses_and_hats_as_often_as_asked(rare, varied):
+    images = open_data(None, 16, rare=rare, varied=varied)
+    wanted = RenderedFaces("generator", num_images=5, size=16, glasses=rare, hat=rare, varied=varied)
     for i in range(5):
         assert torch.equal(images[i], wanted[i][0].mul(255).round().to(torch.uint8))
