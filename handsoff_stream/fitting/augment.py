@@ -3,7 +3,7 @@
 A label generator knows what it was shown. From one blue cap it learns that this blue, on top of a head, is a hat; from
 views of it in other colours, that a cap is. Views are inverted like the images themselves, so each costs an inversion.
 Not part of HandsOff, and no sure gain: the embedded faces ship without, because two views an image did not help there;
-a wider variant did (benchmarks/results/generator_training.md).
+a wider variant did (recipes/faces/log.md).
 
 Knows images and id masks. Does not know generators, files or what classes mean.
 
