@@ -27,7 +27,7 @@ from handsoff_stream.stream import HandsOffStream
 
 def agreement(judge: nn.Module, checkpoint: str, psi: float, args: argparse.Namespace) -> SegmentationScores:
     """IoU of the judge's labels with those of the samples that a stream would deliver."""
-    stream = HandsOffStream(checkpoint, seed=args.seed, num_samples=args.samples, truncation=psi, device=args.device)
+    stream = HandsOffStream(checkpoint, seed=args.seed, epoch_size=args.samples, truncation=psi, device=args.device)
     return evaluate(judge, stream, CLASS_NAMES, device=args.device)
 
 

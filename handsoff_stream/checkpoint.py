@@ -21,7 +21,6 @@ from handsoff_stream.files.tensors import is_safetensors, write_tensors
 from handsoff_stream.generators import Generator
 from handsoff_stream.generators.published import native, read_generator
 from handsoff_stream.label_generator import LabelGenerator
-from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.tasks import Task, task_from_config
 
 ASSETS = Path(__file__).parent / "assets"
@@ -255,38 +254,3 @@ def _load_head(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> 
     state = {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
     label_generator.load_state_dict(state)
     return Head(task, label_generator.eval().requires_grad_(False))
-
-
-class CheckpointSource:
-    """A checkpoint named, located or loaded: checked at once, its weights read on first use in each process."""
-
-    def __init__(self, source: str | Path | Checkpoint):
-        self._loaded = source if isinstance(source, Checkpoint) else None
-        self._path = None if isinstance(source, Checkpoint) else resolve(source)
-        self._manifest = source.manifest() if isinstance(source, Checkpoint) else read_manifest(source)
-        if not self._manifest["heads"]:
-            raise CheckpointError(
-                f"{self._path or 'this checkpoint'}: holds a generator but no labelling head, so there is nothing to "
-                "label with; fit one with `handsoff-stream fit`"
-            )
-
-    @property
-    def truncation(self) -> float:
-        return float(self._manifest["truncation"])
-
-    @property
-    def fingerprint(self) -> str:
-        return str(self._manifest["fingerprint"])
-
-    def calibration_scores(self, options: SynthesisOptions) -> list[float]:
-        """Scores computed with these very options (but any seed); none if the checkpoint has no such."""
-        calibration = self._manifest["calibration"]
-        if calibration is None or calibration["options"] != options.calibrated_by():
-            return []
-        return list(calibration["scores"].get(options.score, []))
-
-    def load(self) -> Checkpoint:
-        if self._loaded is not None:
-            return self._loaded
-        assert self._path is not None
-        return load_checkpoint(self._path)

@@ -7,11 +7,13 @@ heads, feature maps and kernels. Does not know latents, images or indices.
 Shape letters: B batch, C channels, M ensemble members, P pixels, K outputs, H W label size, h w native size.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from handsoff_stream.checkpoint import Checkpoint, Head
 from handsoff_stream.features import FeaturePyramid
@@ -19,6 +21,7 @@ from handsoff_stream.label_generator import FoldedLabelGenerator, join
 from handsoff_stream.options import KernelKind
 from handsoff_stream.tasks import Segmentation
 
+M = TypeVar("M", bound=nn.Module)
 Labelled = tuple[Tensor, Tensor]
 """Label [B, H, W] or [B, K, H, W], and uncertainty float32 [B, H, W]."""
 Kernel = Callable[[FeaturePyramid], Labelled]
@@ -34,7 +37,7 @@ class Labeller:
         kernel: see `SynthesisOptions.kernel`.
 
     Raises:
-        ValueError: `kernel="triton"`, and a voting head that the fused kernel cannot label; weights beyond the range of
+        ValueError: `kernel="triton"`, and a head that the fused kernel cannot label; weights beyond the range of
             `dtype`.
     """
 
@@ -103,9 +106,15 @@ class Labeller:
         return {name: (_whole_label(labels[name]), torch.cat(uncertainty[name], dim=1)) for name in order}
 
 
+def on_device(module: M, device: torch.device) -> M:
+    """The module itself if it lies there, otherwise a copy: `Module.to` would move the caller's."""
+    where = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+    return module if where <= {torch.empty(0, device=device).device} else copy.deepcopy(module).to(device)
+
+
 def _fold(head: Head, constant_map: Tensor | None, *, device: torch.device, dtype: torch.dtype) -> FoldedLabelGenerator:
     constant_map = None if constant_map is None else constant_map.to(device)
-    return head.label_generator.to(device).fold(constant_map=constant_map, dtype=dtype)
+    return on_device(head.label_generator, device).fold(constant_map=constant_map, dtype=dtype)
 
 
 def _example(checkpoint: Checkpoint) -> FeaturePyramid:
@@ -126,6 +135,11 @@ def _fused_kernel(
     device: torch.device,
 ) -> Kernel | None:
     """The fused kernel that labels this head; None if there is none. Imports Triton only where it may run."""
+    if kernel == "triton" and not isinstance(head.task, Segmentation):
+        raise ValueError(
+            f'kernel="triton" labels heads that vote, and a {head.task.name!r} head does not; use kernel="auto", which '
+            "takes the fused kernel for every head that it can label"
+        )
     half_on_cuda = device.type == "cuda" and folded.weight1_CD.dtype == torch.float16
     auto = kernel == "auto" and half_on_cuda and find_spec("triton") is not None
     if not isinstance(head.task, Segmentation) or not (auto or kernel == "triton"):

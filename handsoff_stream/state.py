@@ -1,0 +1,174 @@
+"""What a saved position is: JSON-able, checked before it is used, merged from those of all shards.
+
+    version    2
+    stream     options that decide samples, and the identity of the checkpoint
+    shard      [index, count], or None: of all shards
+    epoch      of the pass
+    before     samples of this epoch that all shards handed out before they were dealt out as they are
+    handed     samples of this epoch that this shard has handed out since
+    walk       positions and histories, see walk.py; None before the first pass
+
+Knows dictionaries. Does not know streams, samples or devices.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from handsoff_stream.filters import KeepAll, RejectionMonitor
+from handsoff_stream.walk import decode_positions, encode_positions
+
+STATE_VERSION = 2
+KEYS = {"version", "stream", "shard", "epoch", "before", "handed", "walk"}
+OLDER = {
+    1: "its filter kept one window per shard, and its fingerprint left out the calibration and the order of heads",
+}
+
+State = dict[str, Any]
+
+
+def check_version(state: Any) -> None:
+    """Refuse what is no stream state of this version.
+
+    Raises:
+        ValueError: with what came instead.
+    """
+    version = state.get("version") if isinstance(state, dict) else None
+    if version == STATE_VERSION and state.keys() >= KEYS:
+        return
+    why = OLDER.get(version, "so the position is unknown") if isinstance(version, int) else "so the position is unknown"
+    raise ValueError(
+        f"this is no stream state of version {STATE_VERSION} (version={version!r}): {why}. Load it with the release "
+        "that wrote it, or start a new stream with another seed"
+    )
+
+
+def check_same_stream(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuse a state of a stream with other options.
+
+    Raises:
+        ValueError: which option differs, and what to do.
+    """
+    for name in options_that_differ(mine, saved):
+        raise ValueError(
+            f"the state was saved with {name}={saved.get(name)!r}, this stream has {name}={mine.get(name)!r}: "
+            "resuming would repeat or skip samples without a word. Build the stream as it was, or start a new one "
+            "with another seed"
+        )
+
+
+def options_that_differ(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
+    """Names of the options that two streams do not share."""
+    return sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
+
+
+def is_complete(state: State) -> bool:
+    """Whether nothing of the epoch is left."""
+    walk = state["walk"]
+    return walk is not None and (walk["left"] == 0 or walk["next"] == [])
+
+
+def merge_states(states: Sequence[State]) -> State:
+    """States of all shards of one run => one state that any number of shards continues from, nothing twice or left out.
+
+    Save `stream.state_dict()` on every rank (or the state of every rank's loader, see Args), and load the merged state
+    on every rank of the new run, or in the main process of a DataLoader with workers. Shards count `accepted` and
+    `rejected` anew; what is left of `epoch_size` is dealt out anew.
+
+    Args:
+        states: of a stream or a `HandsOffLoader`, one for each rank; or of torchdata's StatefulDataLoader, one for each
+            rank, which hold one for each worker. In any order.
+
+    Returns:
+        A state for `load_state_dict` of a stream or a `HandsOffLoader`, JSON-able.
+
+    Raises:
+        ValueError: a shard is missing or there twice, or the shards differ in an option or in the epoch.
+    """
+    found = [inner for state in states for inner in _of_workers(state)]
+    _check_same_run(found)
+    if len({state["before"] for state in found}) > 1:
+        raise ValueError(
+            "some of these shards went on from a merged state and some did not, or from another one, so they are no "
+            "part of the same run; load the same state on every rank"
+        )
+    begun = [state for state in found if state["walk"] is not None]
+    before = found[0]["before"] + sum(state["handed"] for state in found)
+    merged = {**found[0], "shard": None, "before": before, "handed": 0, "walk": None}
+    if not begun:
+        return merged
+    return {**merged, "walk": _merged_walk(begun, merged["stream"]["epoch_size"], before)}
+
+
+def _merged_walk(states: Sequence[State], epoch_size: int | None, before: int) -> dict[str, Any]:
+    walks = [state["walk"] for state in states]
+    lanes, span = walks[0]["geometry"]
+    positions: dict[int, int] = {}
+    for state, walk in zip(states, walks, strict=True):
+        index, count = state["shard"] or (0, 1)
+        positions |= decode_positions(walk, range(index, lanes, count))
+    for lane in set(range(lanes)) - positions.keys():  # of shards that have not begun
+        positions[lane] = decode_positions({**walks[0], "cursor": walks[0]["start"], "lanes": {}}, [lane])[lane]
+    filters = {lane: history for walk in walks for lane, history in walk["filters"].items()}
+    return {
+        **encode_positions(positions, lanes, span),
+        "start": walks[0]["start"],
+        "filters": dict(sorted(filters.items(), key=lambda item: int(item[0]))),
+        "counts": RejectionMonitor(KeepAll()).state_dict(),
+        "left": None if epoch_size is None else max(epoch_size - before, 0),
+        "next": None,
+    }
+
+
+def _of_workers(state: Any) -> Iterator[State]:
+    """The state itself, or those of the workers that a StatefulDataLoader's state holds."""
+    if isinstance(state, dict) and "stream" not in state:
+        if _value_of(state, "_steps_since_snapshot"):
+            raise ValueError(
+                "this state of a StatefulDataLoader is older than the batches that were yielded since, which would come "
+                "again; build it with snapshot_every_n_steps=1"
+            )
+        inner = list(_inner_states(state))
+        if inner:
+            yield from inner
+            return
+    check_version(state)
+    yield state
+
+
+def _inner_states(value: Any) -> Iterator[State]:
+    if isinstance(value, dict):
+        if value.keys() >= KEYS:
+            check_version(value)
+            yield value
+            return
+        for child in value.values():
+            yield from _inner_states(child)
+    elif isinstance(value, list | tuple):
+        for child in value:
+            yield from _inner_states(child)
+
+
+def _value_of(value: Any, key: str) -> Any:
+    """The value of a key at any depth, None if there is none."""
+    if not isinstance(value, dict):
+        return None
+    found = [value.get(key), *(_value_of(child, key) for child in value.values())]
+    return next((item for item in found if item is not None), None)
+
+
+def _check_same_run(states: Sequence[State]) -> None:
+    """One state of each shard, all with the same options, in the same epoch."""
+    shards = [state["shard"] or [0, 1] for state in states]
+    counts = {count for _, count in shards}
+    if len(counts) != 1 or sorted(index for index, _ in shards) != list(range(counts.pop())):
+        raise ValueError(
+            f"states of the shards {shards} are not one of each shard of a run, so samples would be repeated or "
+            "skipped; pass what `state_dict()` returned on every rank (and worker), once each"
+        )
+    options = [{**state["stream"], "epoch": state["epoch"]} for state in states]
+    for shard, other in zip(shards, options, strict=True):
+        for name in options_that_differ(options[0], other):
+            raise ValueError(
+                f"the shards {shards[0]} and {shard} differ in {name}, so they are no part of the same run; pass "
+                "states that were saved together"
+            )
