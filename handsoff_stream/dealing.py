@@ -88,8 +88,8 @@ class Dealing:
             return samples
         size = self.batch_size or 1
         batches = -(-samples // size)
-        mine = batches // worker.count + (worker.index < batches % worker.count)
-        has_last = batches > 0 and (batches - 1) % worker.count == worker.index
+        mine = batches // worker.count + (worker.turn < batches % worker.count)
+        has_last = batches > 0 and (batches - 1) % worker.count == worker.turn
         return mine * size - (batches * size - samples if has_last else 0)
 
     def part(self, state: State | None, rank: Shard, worker: Worker | None) -> Part:
@@ -114,7 +114,7 @@ class Dealing:
                 "shard])"
             )
         left = state["walk"]["left"] if state["walk"] else self._left(state["before"], rank, None)
-        carried = state["handed"] if worker is None or worker.index == 0 else 0
+        carried = state["handed"] if worker is None or worker.turn == 0 else 0
         return Part(None if left is None else self.per_worker(left, worker), state["before"], carried)
 
     def _left(self, before: int, rank: Shard, worker: Worker | None) -> int | None:

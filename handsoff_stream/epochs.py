@@ -63,7 +63,7 @@ class Epochs:
         if worker.count > MAX_WORKERS:
             raise StreamError(f"{worker.count} DataLoader workers, at most {MAX_WORKERS} can be told apart")
         words = self._shared[: worker.count].tolist()
-        mine, tag = words[worker.index], worker.loader_pass % 2**_TAG_BITS
+        mine, tag = words[worker.turn], worker.loader_pass % 2**_TAG_BITS
         same = [word % 2**23 for word in words if word != _NONE and word >> 23 == tag]
         others = [word % 2**23 for word in words if word != _NONE and word >> 23 != tag]
         if mine != _NONE and mine >> 23 == tag:  # a persistent worker goes through its passes with one tag
@@ -77,14 +77,14 @@ class Epochs:
 
     def note(self, worker: Worker, epoch: int) -> None:
         """This worker is in `epoch`."""
-        self._shared[worker.index] = (worker.loader_pass % 2**_TAG_BITS) << 23 | epoch
+        self._shared[worker.turn] = (worker.loader_pass % 2**_TAG_BITS) << 23 | epoch
         self._shared[MAX_WORKERS] = 1
 
     def is_first_pass_of(self, worker: Worker) -> bool:
         """Whether no other pass of workers has begun since the stream was set to an epoch."""
         tag = worker.loader_pass % 2**_TAG_BITS
         words = self._shared[: worker.count].tolist()
-        return words[worker.index] == _NONE and all(word == _NONE or word >> 23 == tag for word in words)
+        return words[worker.turn] == _NONE and all(word == _NONE or word >> 23 == tag for word in words)
 
     # The main process --------------------------------------------------------------------------------------------
 

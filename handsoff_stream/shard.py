@@ -45,11 +45,19 @@ class Shard:
 class Worker:
     """A DataLoader worker process."""
 
-    index: int
+    turn: int
+    """Its place in the order in which the loader takes from its workers."""
     count: int
     loader_pass: int
     """A number that all workers of one pass over the loader share, and that differs between passes, except that
     persistent workers keep theirs."""
+    shift: int = 0
+    """Whose turn it is first, after a resume in the middle of a round."""
+
+    @property
+    def index(self) -> int:
+        """Which part of the rank's lanes it walks."""
+        return (self.turn + self.shift) % self.count
 
 
 def detect() -> Shard:

@@ -7,14 +7,17 @@
     before     samples of this epoch that all shards handed out before they were dealt out as they are
     handed     samples of this epoch that this shard has handed out since
     walk       positions and histories, see walk.py; None before the first pass
+    turn       [which worker is next, number of workers], in the state of a rank that has several
 
 Knows dictionaries. Does not know streams, samples or devices.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from handsoff_stream.filters import KeepAll, RejectionMonitor
+from handsoff_stream.shard import Shard, Worker
 from handsoff_stream.walk import decode_positions, encode_positions
 
 STATE_VERSION = 2
@@ -67,6 +70,40 @@ def is_complete(state: State) -> bool:
     return walk is not None and (walk["left"] == 0 or walk["next"] == [])
 
 
+def turned(worker: Worker | None, state: State | None) -> Worker | None:
+    """The worker, in the order in which a rank of as many workers goes on after a state."""
+    if worker is None or state is None or "turn" not in state or state["turn"][1] != worker.count:
+        return worker
+    return replace(worker, shift=state["turn"][0])
+
+
+def merge_workers(states: Mapping[int, State], *, after: int) -> State:
+    """States of all workers of a rank, by their turn => the state of the rank.
+
+    Args:
+        states: of one pass.
+        after: the turn that was the last.
+    """
+    ordered = [states[turn] for turn in sorted(states)]
+    first, count = ordered[0], len(ordered)
+    if count == 1:
+        return first
+    shards = [Shard(*state["shard"]) for state in ordered]
+    ranks = shards[0].count // count
+    lefts = [state["walk"]["left"] for state in ordered]
+    walk = _merged_walk(ordered)
+    counts = [state["walk"]["counts"] for state in ordered]
+    walk["counts"] = {name: sum(one[name] for one in counts) for name in counts[0]}
+    walk["left"] = None if lefts[0] is None else sum(lefts)
+    return {
+        **first,
+        "shard": [shards[0].index % ranks, ranks],
+        "handed": sum(state["handed"] for state in ordered),
+        "walk": walk,
+        "turn": [shards[(after + 1) % count].index // ranks, count],
+    }
+
+
 def merge_states(states: Sequence[State]) -> State:
     """States of all shards of one run => one state that any number of shards continues from, nothing twice or left out.
 
@@ -93,29 +130,39 @@ def merge_states(states: Sequence[State]) -> State:
         )
     begun = [state for state in found if state["walk"] is not None]
     before = found[0]["before"] + sum(state["handed"] for state in found)
-    merged = {**found[0], "shard": None, "before": before, "handed": 0, "walk": None}
+    merged = {name: found[0][name] for name in KEYS} | {"shard": None, "before": before, "handed": 0, "walk": None}
     if not begun:
         return merged
-    return {**merged, "walk": _merged_walk(begun, merged["stream"]["epoch_size"], before)}
+    epoch_size = merged["stream"]["epoch_size"]
+    walk = _merged_walk(begun)
+    lanes, span = walk["geometry"]
+    positions = decode_positions({**walk, "cursor": walk["start"], "lanes": {}}, range(lanes))  # of who has not begun
+    for state in begun:
+        positions |= decode_positions(state["walk"], _lanes_of(state))
+    walk |= encode_positions(positions, lanes, span)
+    walk["left"] = None if epoch_size is None else max(epoch_size - before, 0)
+    return {**merged, "walk": walk}
 
 
-def _merged_walk(states: Sequence[State], epoch_size: int | None, before: int) -> dict[str, Any]:
+def _lanes_of(state: State) -> range:
+    index, count = state["shard"] or (0, 1)
+    return range(index, state["walk"]["geometry"][0], count)
+
+
+def _merged_walk(states: Sequence[State]) -> dict[str, Any]:
     walks = [state["walk"] for state in states]
     lanes, span = walks[0]["geometry"]
     positions: dict[int, int] = {}
-    for state, walk in zip(states, walks, strict=True):
-        index, count = state["shard"] or (0, 1)
-        positions |= decode_positions(walk, range(index, lanes, count))
-    for lane in set(range(lanes)) - positions.keys():  # of shards that have not begun
-        positions[lane] = decode_positions({**walks[0], "cursor": walks[0]["start"], "lanes": {}}, [lane])[lane]
+    for state in states:
+        positions |= decode_positions(state["walk"], _lanes_of(state))
     filters = {lane: history for walk in walks for lane, history in walk["filters"].items()}
     return {
         **encode_positions(positions, lanes, span),
         "start": walks[0]["start"],
         "filters": dict(sorted(filters.items(), key=lambda item: int(item[0]))),
         "counts": RejectionMonitor(KeepAll()).state_dict(),
-        "left": None if epoch_size is None else max(epoch_size - before, 0),
-        "next": None,
+        "left": None,
+        "next": [] if all(walk["next"] == [] for walk in walks) else None,
     }
 
 

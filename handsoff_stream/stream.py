@@ -28,7 +28,7 @@ from handsoff_stream.prefetch import Chunk, Synthesize, prefetch, side_stream
 from handsoff_stream.seeding import MAX_INDEX, check_seed
 from handsoff_stream.shard import Shard, Worker, detect, detect_worker
 from handsoff_stream.source import CheckpointSource
-from handsoff_stream.state import STATE_VERSION, State, check_same_stream, check_version
+from handsoff_stream.state import STATE_VERSION, State, check_same_stream, check_version, turned
 from handsoff_stream.synthesizer import Synthesizer, in_chunks
 from handsoff_stream.transforms import JointTransform
 from handsoff_stream.uncertainty import ScoreKind
@@ -187,6 +187,7 @@ class HandsOffStream(IterableDataset[T_co], Generic[T_co]):
 
     def _new_progress(self, state: State | None, epoch: int, worker: Worker | None) -> Progress:
         rank, indices = self._rank(worker), self._line.indices(epoch)
+        worker = turned(worker, state)
         if rank.count > 1 and self.epoch_size is None and self._line.stop is not None:
             raise StreamError(
                 f"how many samples of indices={indices} the filter keeps differs between the {rank.count} ranks, so "
@@ -325,6 +326,10 @@ class HandsOffStream(IterableDataset[T_co], Generic[T_co]):
             "handed": 0,
             "walk": None,
         }
+
+    def state_of(self, worker: Worker, epoch: int, loaded: State | None) -> State:
+        """The state in which a worker begins an epoch, or goes on from a state of its rank or of all of them."""
+        return self._new_progress(loaded, epoch, worker).state_dict()
 
     def load_state_dict(self, state: State) -> None:
         """Let the next pass continue exactly where `state_dict()` was taken, or begin the epoch after one that is done.

@@ -40,13 +40,13 @@ class JointTransform:
         from torchvision import tv_tensors
 
         wrapped: Any
-        if isinstance(one.labels, dict):
-            wrapped = {name: tv_tensors.Mask(label[0]) for name, label in one.labels.items()}
-        else:
-            wrapped = tv_tensors.Mask(one.labels[0])
         with isolated(), _seeded(transform_seed(self.seed, int(one.indices[0])), one.images.device) as seed:
             if hasattr(self.transforms, "set_random_seed"):
                 self.transforms.set_random_seed(seed)
+            if isinstance(one.labels, dict):
+                wrapped = {name: tv_tensors.Mask(label[0]) for name, label in one.labels.items()}
+            else:
+                wrapped = tv_tensors.Mask(one.labels[0])
             image, label = self.transforms(tv_tensors.Image(one.images[0]), wrapped)
         labels: Any
         if isinstance(label, dict):

@@ -150,6 +150,7 @@ class Walk:
                     decided, its_chunk, its_row, finite = undecided.popleft()
                     if not begin <= decided < self.indices.stop:
                         continue
+                    self._touch(lane)
                     self._position[lane] = decided + 1
                     self.monitor.count(keep and finite, finite=finite)
                     if keep and finite:
@@ -170,11 +171,14 @@ class Walk:
         self._pending = 0
 
     def _push(self, lane: int, score: float) -> list[bool]:
-        """The decisions that a score settles; what they change is remembered until the next commit."""
-        filter = self._filter_of(lane)
+        """The decisions that a score settles."""
+        self._touch(lane)
+        return self._filter_of(lane).push(score)
+
+    def _touch(self, lane: int) -> None:
+        """Remember, until the next commit, where the lane was at the last one."""
         if lane not in self._uncommitted:
-            self._uncommitted[lane] = self._position[lane], filter.state_dict()
-        return filter.push(score)
+            self._uncommitted[lane] = self._position[lane], self._filter_of(lane).state_dict()
 
     def _filter_of(self, lane: int) -> Filter:
         if lane not in self._filters:
