@@ -20,6 +20,7 @@ MAX_EPOCH = 2**23 - 1  # 2**63 indices are 2**23 epochs of 2**40
 MAX_WORKERS = 512
 _TAG_BITS = 40
 _NONE = -1
+_LATEST, _START = MAX_WORKERS, MAX_WORKERS + 1
 
 
 class Epochs:
@@ -36,7 +37,7 @@ class Epochs:
         self._main_last: int | None = None
         self._main_next = start
         self._owner = os.getpid()
-        self._shared = _memory()
+        self._shared = _memory(start)
         _LIVE.add(self)
 
     # Passes ------------------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ class Epochs:
         self.own()
         epoch = self._main_next
         self._main_last, self._main_next = epoch, epoch + 1
-        self._shared[MAX_WORKERS] = _NONE
+        self._shared[_LATEST] = _NONE
         return epoch
 
     def _begin_in_worker(self, worker: Worker) -> int:
@@ -71,14 +72,14 @@ class Epochs:
         elif same:
             epoch = max(same)
         else:
-            epoch = max(others) + 1 if others else self._start
+            epoch = max(others) + 1 if others else int(self._shared[_START])
         self.note(worker, epoch)
         return epoch
 
     def note(self, worker: Worker, epoch: int) -> None:
         """This worker is in `epoch`."""
         self._shared[worker.turn] = (worker.loader_pass % 2**_TAG_BITS) << 23 | epoch
-        self._shared[MAX_WORKERS] = 1
+        self._shared[_LATEST] = 1
 
     def is_first_pass_of(self, worker: Worker) -> bool:
         """Whether no other pass of workers has begun since the stream was set to an epoch."""
@@ -102,7 +103,7 @@ class Epochs:
         self.own()
         self._start = self._main_next = epoch
         self._main_last = None
-        self._shared.fill_(_NONE)
+        self._shared.copy_(_memory(epoch))
 
     @property
     def current(self) -> int:
@@ -114,12 +115,12 @@ class Epochs:
     def workers_were_last(self) -> bool:
         """Whether the latest pass was one of DataLoader workers."""
         self.own()
-        return bool(self._shared[MAX_WORKERS] == 1)
+        return bool(self._shared[_LATEST] == 1)
 
     def own(self) -> None:
         """Begin anew in a process that came by this object as a copy, unless it is a DataLoader worker."""
         if self._owner != os.getpid() and detect_worker() is None:
-            self._owner, self._shared = os.getpid(), _memory()
+            self._owner, self._shared = os.getpid(), _memory(self._start)
             self._main_last, self._main_next = None, self._start
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,13 +133,15 @@ class Epochs:
         self.__dict__.update(state)
         self._owner = os.getpid() if self._shared is None else _NONE
         if self._shared is None:
-            self._shared = _memory()
+            self._shared = _memory(self._start)
         _LIVE.add(self)
 
 
-def _memory() -> torch.Tensor:
-    """A word for each worker, none begun; the last one says whether the latest pass was one of workers."""
-    return torch.full((MAX_WORKERS + 1,), _NONE, dtype=torch.int64, device="cpu").share_memory_()
+def _memory(start: int) -> torch.Tensor:
+    """A word for each worker, none begun; then whether the latest pass was one of workers, and the first epoch."""
+    words = torch.full((MAX_WORKERS + 2,), _NONE, dtype=torch.int64, device="cpu")
+    words[_START] = start
+    return words.share_memory_()
 
 
 _LIVE: "weakref.WeakSet[Epochs]" = weakref.WeakSet()

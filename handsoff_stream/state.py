@@ -70,11 +70,16 @@ def is_complete(state: State) -> bool:
     return walk is not None and (walk["left"] == 0 or walk["next"] == [])
 
 
-def turned(worker: Worker | None, state: State | None) -> Worker | None:
-    """The worker, in the order in which a rank of as many workers goes on after a state."""
-    if worker is None or state is None or "turn" not in state or state["turn"][1] != worker.count:
+def turned(worker: Worker | None, rank: Shard, state: State | None) -> Worker | None:
+    """The worker in the order in which its rank goes on after a state: as many workers in the order of before, others
+    so that the first one begins where the rank was."""
+    if worker is None or state is None or state["walk"] is None:
         return worker
-    return replace(worker, shift=state["turn"][0])
+    if state.get("turn", [0, 0])[1] == worker.count and state["shard"] == [rank.index, rank.count]:
+        return replace(worker, shift=state["turn"][0])
+    lanes, span = state["walk"]["geometry"]
+    ahead = state["walk"]["cursor"] // span % lanes - rank.index
+    return worker if ahead % rank.count else replace(worker, shift=ahead // rank.count % worker.count)
 
 
 def merge_workers(states: Mapping[int, State], *, after: int) -> State:

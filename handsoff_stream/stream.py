@@ -187,7 +187,7 @@ class HandsOffStream(IterableDataset[T_co], Generic[T_co]):
 
     def _new_progress(self, state: State | None, epoch: int, worker: Worker | None) -> Progress:
         rank, indices = self._rank(worker), self._line.indices(epoch)
-        worker = turned(worker, state)
+        worker = turned(worker, rank, state)
         if rank.count > 1 and self.epoch_size is None and self._line.stop is not None:
             raise StreamError(
                 f"how many samples of indices={indices} the filter keeps differs between the {rank.count} ranks, so "

@@ -5,11 +5,11 @@ The stream's samples are those of a fake synthesizer, so that a process costs it
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,27 +56,41 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(job: str, count: int, **arguments: Any) -> list[Any]:
-    """What a function of this module returns on each of `count` ranks, which know each other and no launcher."""
-    port = free_port()
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+def run_ranks(job: Callable[..., Any], count: int, *, killed: bool = False, **arguments: Any) -> list[Any]:
+    """What a function returns on each of `count` ranks, which know each other and no launcher.
+
+    `killed`: they end by SIGKILL, and return nothing.
+    """
+    forked = multiprocessing.get_context("fork")  # torch is loaded once
+    port, queue = free_port(), forked.SimpleQueue()
     ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, json.dumps([job, rank, count, port, arguments])],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
+        forked.Process(target=_on_rank, args=(job, rank, count, port, None if killed else queue, arguments))
         for rank in range(count)
     ]
-    results = []
-    for rank in ranks:
-        out, err = rank.communicate(timeout=240)
-        killed = rank.returncode == -signal.SIGKILL and arguments.get("kill_at") is not None
-        assert rank.returncode == 0 or killed, err
-        results.append(None if killed else json.loads(out.splitlines()[-1]))
-    return results
+    for process in ranks:
+        process.start()
+    results = {} if killed else dict(queue.get() for _ in ranks)
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == (-signal.SIGKILL if killed else 0)
+    for rank, (result, error) in results.items():
+        assert error is None, f"rank {rank}: {error}"
+        results[rank] = result
+    return [results[rank] for rank in sorted(results)]
+
+
+def _on_rank(
+    job: Callable[..., Any], rank: int, count: int, port: int, queue: Any, arguments: dict[str, Any]
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    try:
+        outcome = job(**arguments), None
+    except Exception:
+        outcome = None, traceback.format_exc()
+    if queue is not None:
+        queue.put((rank, outcome))
 
 
 # Jobs ------------------------------------------------------------------------------------------------------------
@@ -119,16 +133,3 @@ def part_of_run(
                 lines += 1
                 if lines == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def main() -> None:
-    job, rank, count, port, arguments = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
-    result = globals()[job](**arguments)
-    print(json.dumps(result), flush=True)
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ import multiprocessing
 import pickle
 
 import pytest
-from processes import FILTERS, fake_stream, indices_of, run_ranks
+from processes import FILTERS, fake_stream, first_batches, indices_of, part_of_run, run_ranks, whole_epoch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -31,14 +31,14 @@ def epochs_of(indices) -> set[int]:
 @pytest.mark.parametrize("context", ["spawn", "forkserver"])
 def test_ranks_reach_workers_that_cannot_ask_for_them(checkpoint_path, context):
     arguments = {"checkpoint": str(checkpoint_path), "workers": 1, "context": context, "batches": 2}
-    one, other = run_ranks("first_batches", 2, **arguments)
+    one, other = run_ranks(first_batches, 2, **arguments)
     assert sorted(one + other) == list(range(16))
 
 
 @pytest.mark.parametrize(("epoch_size", "ranks", "workers"), [(34, 2, 2), (33, 2, 0), (97, 3, 1)])
 def test_every_rank_yields_as_many_batches_as_len_says(checkpoint_path, epoch_size, ranks, workers):
     arguments = {"checkpoint": str(checkpoint_path), "workers": workers, "epoch_size": epoch_size}
-    results = run_ranks("whole_epoch", ranks, **arguments)
+    results = run_ranks(whole_epoch, ranks, **arguments)
     per_rank = -(-epoch_size // ranks)
     for result in results:
         assert len(result["sizes"]) == result["len"] == -(-per_rank // 8)
@@ -243,23 +243,27 @@ def test_any_change_of_ranks_workers_and_batch_size_and_any_kill_loses_and_repea
     checkpoint, checkpoint_path, tmp_path
 ):
     """1, 2, 4 and 1 ranks, twice: the same samples as one process without interruption, in the order of each rank."""
-    worlds = [(1, 5, 0, 4), (2, 3, 1, 3), (4, 2, 0, 3), (1, 4, 2, 3), (1, 7, 0, 2), (2, 4, 0, 3), (4, 3, 0, 2), (1, 9, 0, 80)]
+    worlds = (  # ranks, batch size, workers of each rank, batches
+        *((1, 5, 0, 4), (2, 3, 1, 3), (4, 2, 0, 3), (1, 4, 2, 3)),
+        *((1, 7, 0, 2), (2, 4, 0, 3), (4, 3, 0, 2), (1, 9, 0, 50)),
+    )
     seen = {name: [] for name in FILTERS}
     state = None
     for number, (ranks, batch_size, workers, batches) in enumerate(worlds):
         folder = tmp_path / str(number)
         folder.mkdir()
-        kill_at = 3 * batches + 1 + number % batches if ranks == 1 and number < 7 else None
+        killed = number < len(worlds) - 1  # at some batch of the last filter
         run_ranks(
-            "part_of_run",
+            part_of_run,
             ranks,
+            killed=killed,
             checkpoint=str(checkpoint_path),
             state=None if state is None else str(state),
             folder=str(folder),
             batch_size=batch_size,
             workers=workers,
             batches=batches,
-            kill_at=kill_at,
+            kill_at=3 * batches + 1 + number % batches if killed else None,
         )
         states = {}
         for name in FILTERS:
