@@ -123,6 +123,22 @@ class Dealing:
         return self.per_worker(self.per_rank(max(self.epoch_size - before, 0), rank.count), worker)
 
 
+def addressed(index: int | slice, chunk_size: int) -> list[int]:
+    """The indices that an int or a slice names.
+
+    Raises:
+        IndexError: an index without a sample, or a slice without an end, or of nothing.
+    """
+    if not isinstance(index, slice):
+        wanted = [index]
+    elif index.stop is None or not (wanted := list(range(index.start or 0, index.stop, index.step or 1))):
+        raise IndexError(f"{index} names no samples of an endless stream; pass a start below a stop")
+    for one in wanted[:1] + wanted[-1:]:
+        if not 0 <= one < MAX_INDEX - chunk_size:
+            raise IndexError(f"index {one} addresses no sample; pass one in [0, 2**63 - {chunk_size})")
+    return wanted
+
+
 def _check_count(count: int, *, at_least: int) -> None:
     if count < at_least:
         raise ValueError(f"{count} indices cannot be taken or skipped; pass at least {at_least}")

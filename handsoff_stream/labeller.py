@@ -37,8 +37,8 @@ class Labeller:
         kernel: see `SynthesisOptions.kernel`.
 
     Raises:
-        ValueError: `kernel="triton"`, and a head that the fused kernel cannot label; weights beyond the range of
-            `dtype`.
+        ValueError: `kernel="triton"`, and a voting head that the fused kernel cannot label, or no voting head; weights
+            beyond the range of `dtype`.
     """
 
     def __init__(
@@ -49,6 +49,11 @@ class Labeller:
         dtype: torch.dtype = torch.float32,
         kernel: KernelKind = "auto",
     ) -> None:
+        if kernel == "triton" and not any(isinstance(head.task, Segmentation) for head in checkpoint.heads.values()):
+            raise ValueError(
+                f'kernel="triton" labels heads that vote, and none of {sorted(checkpoint.heads)} does; pass '
+                'kernel="auto", or "torch"'
+            )
         self.size = checkpoint.size
         self.tasks = {name: head.task for name, head in checkpoint.heads.items()}
         constant_map = checkpoint.generator.constant_map
@@ -135,11 +140,6 @@ def _fused_kernel(
     device: torch.device,
 ) -> Kernel | None:
     """The fused kernel that labels this head; None if there is none. Imports Triton only where it may run."""
-    if kernel == "triton" and not isinstance(head.task, Segmentation):
-        raise ValueError(
-            f'kernel="triton" labels heads that vote, and a {head.task.name!r} head does not; use kernel="auto", which '
-            "takes the fused kernel for every head that it can label"
-        )
     half_on_cuda = device.type == "cuda" and folded.weight1_CD.dtype == torch.float16
     auto = kernel == "auto" and half_on_cuda and find_spec("triton") is not None
     if not isinstance(head.task, Segmentation) or not (auto or kernel == "triton"):

@@ -5,16 +5,14 @@ Knows names and ranges. Does not know networks, devices or streams.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
+from handsoff_stream.filters import Filter
 from handsoff_stream.precision import Precision
+from handsoff_stream.shard import Shard
 from handsoff_stream.uncertainty import ScoreKind
-
-if TYPE_CHECKING:
-    from handsoff_stream.filters import Filter
-    from handsoff_stream.shard import Shard
 
 NoiseKind = Literal["const", "none", "random"]
 KernelKind = Literal["auto", "triton", "torch"]
@@ -69,7 +67,7 @@ class StreamOptions(TypedDict, total=False):
     """Keyword arguments of `HandsOffStream`, for type checkers; what they mean is said there."""
 
     seed: int
-    filter: "FilterKind | Filter | None"
+    filter: FilterKind | Filter | None
     truncation: float | None
     epoch_size: int | None
     drop_last: bool
@@ -83,7 +81,7 @@ class StreamOptions(TypedDict, total=False):
     precision: Precision | None
     kernel: KernelKind
     chunk_size: int | None
-    shard: "Shard | None"
+    shard: Shard | None
     on_bad_sample: Literal["raise", "skip"]
     verify: bool
     synthesize: Callable[[Sequence[int]], Any] | None

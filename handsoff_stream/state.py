@@ -64,6 +64,19 @@ def options_that_differ(left: Mapping[str, Any], right: Mapping[str, Any]) -> li
     return sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
 
 
+def beginning(options: dict[str, Any], shard: Shard, epoch: int, before: int) -> State:
+    """The state of a shard before its first pass."""
+    return {
+        "version": STATE_VERSION,
+        "stream": options,
+        "shard": [shard.index, shard.count],
+        "epoch": epoch,
+        "before": before,
+        "handed": 0,
+        "walk": None,
+    }
+
+
 def is_complete(state: State) -> bool:
     """Whether nothing of the epoch is left."""
     walk = state["walk"]
@@ -176,8 +189,8 @@ def _of_workers(state: Any) -> Iterator[State]:
     if isinstance(state, dict) and "stream" not in state:
         if _value_of(state, "_steps_since_snapshot"):
             raise ValueError(
-                "this state of a StatefulDataLoader is older than the batches that were yielded since, which would come "
-                "again; build it with snapshot_every_n_steps=1"
+                "this state of a StatefulDataLoader is older than the batches that were yielded since, which would "
+                "come again; build it with snapshot_every_n_steps=1"
             )
         inner = list(_inner_states(state))
         if inner:

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from handsoff_stream.assembly import Assembly, Sample
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.checkpoint import Checkpoint
-from handsoff_stream.dealing import Dealing, Line
+from handsoff_stream.dealing import Dealing, Line, addressed
 from handsoff_stream.device import check_device, default_chunk_size, resolve_device
 from handsoff_stream.errors import StreamError
 from handsoff_stream.filters import Filter, started_filter
@@ -25,10 +25,11 @@ from handsoff_stream.options import FilterKind, KernelKind, NoiseKind, StreamOpt
 from handsoff_stream.passing import Passes, Progress, StreamIterator
 from handsoff_stream.precision import Precision, compute_dtype, default_precision
 from handsoff_stream.prefetch import Chunk, Synthesize, prefetch, side_stream
-from handsoff_stream.seeding import MAX_INDEX, check_seed
+from handsoff_stream.resuming import Resumable
+from handsoff_stream.seeding import check_seed
 from handsoff_stream.shard import Shard, Worker, detect, detect_worker
 from handsoff_stream.source import CheckpointSource
-from handsoff_stream.state import STATE_VERSION, State, check_same_stream, check_version, turned
+from handsoff_stream.state import State, turned
 from handsoff_stream.synthesizer import Synthesizer, in_chunks
 from handsoff_stream.transforms import JointTransform
 from handsoff_stream.uncertainty import ScoreKind
@@ -37,7 +38,7 @@ from handsoff_stream.walk import BadSample, Walk
 T_co = TypeVar("T_co", covariant=True)
 
 
-class HandsOffStream(IterableDataset[T_co], Generic[T_co]):
+class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
     """An endless dataset of labelled images, synthesised while you train.
 
     With `batch_size=None` it yields samples `(image, label)` for `DataLoader(stream, batch_size=8)`; with
@@ -56,10 +57,8 @@ class HandsOffStream(IterableDataset[T_co], Generic[T_co]):
     pickled, and travels into workers.
 
     On a CPU the bits also depend on the number of intra-op threads, because products may be summed in another order:
-    with "faces" one and two threads agree, three and more move the last bits of some scores. DataLoader workers
-    therefore keep the one thread that PyTorch gives them, whatever the number of cores: any number of workers agrees,
-    none oversubscribes the machine, and `num_workers` = cores uses all of it. Without workers it is
-    `torch.get_num_threads()`.
+    with "faces" one and two threads agree, three and more move the last bits of some scores. DataLoader workers keep
+    the one thread that PyTorch gives them, so any number of workers agrees.
 
     Args:
         checkpoint: name of a checkpoint that ships ("faces"), path of a `.safetensors`, or a loaded `Checkpoint`.
@@ -148,7 +147,7 @@ class HandsOffStream(IterableDataset[T_co], Generic[T_co]):
         verify: bool = False,
         synthesize: Synthesize | None = None,
     ) -> None:
-        super().__init__()
+        Resumable.__init__(self)
         check_choices(batch_size, epoch_size, chunk_size, as_dict, image_dtype, on_bad_sample)
         self._source = CheckpointSource(checkpoint, verify=verify)
         self.device = resolve_device(device)
@@ -169,8 +168,6 @@ class HandsOffStream(IterableDataset[T_co], Generic[T_co]):
         self._shard = shard
         self._carried_rank: Shard | None = None
         self._synthesize, self._given_synthesize = synthesize, synthesize is not None
-        self._passes = Passes()
-        self._progress: tuple[int, Progress] | None = None
 
     # Iteration -------------------------------------------------------------------------------------------------
 
@@ -223,17 +220,10 @@ class HandsOffStream(IterableDataset[T_co], Generic[T_co]):
         Raises:
             IndexError: an index without a sample, or a slice without an end, or of nothing.
         """
-        wanted = _slice_of(index) if isinstance(index, slice) else [index]
-        for one in wanted[:1] + wanted[-1:]:
-            if not 0 <= one < MAX_INDEX - self.chunk_size:
-                raise IndexError(f"index {one} addresses no sample; pass one in [0, 2**63 - {self.chunk_size})")
         self._check_devices(detect_worker())
-        parts = list(in_chunks(wanted, self.chunk_size))
-        rows = [
-            (chunk, row)
-            for chunk, (_, some, _) in zip(self._prefetch(iter([part[0] for part in parts])), parts, strict=True)
-            for row in some
-        ]
+        parts = list(in_chunks(addressed(index, self.chunk_size), self.chunk_size))
+        chunks = self._prefetch(iter([chunk for chunk, _, _ in parts]))
+        rows = [(chunk, row) for chunk, (_, some, _) in zip(chunks, parts, strict=True) for row in some]
         return self._assembly.batch(rows) if isinstance(index, slice) else self._assembly.sample(rows[0])
 
     def __len__(self) -> int:
@@ -267,88 +257,7 @@ class HandsOffStream(IterableDataset[T_co], Generic[T_co]):
         """Class names by id: of the only head, or by head; empty for a head without classes."""
         return self._source.class_names
 
-    # State -----------------------------------------------------------------------------------------------------
-
-    def set_epoch(self, epoch: int) -> None:
-        """Let the next pass be this epoch, in this process and in DataLoader workers, persistent ones included.
-
-        Passes go on by themselves, so the epoch that is current or next changes nothing, nor a loaded state of it.
-
-        Raises:
-            ValueError: no such epoch.
-        """
-        if self._passes.set_epoch(epoch):
-            self._progress = None
-
-    @property
-    def accepted(self) -> int:
-        """Samples handed out by the latest pass of this process."""
-        return self._count("accepted")
-
-    @property
-    def rejected(self) -> int:
-        """Samples dropped by the filter in the latest pass of this process."""
-        return self._count("rejected")
-
-    @property
-    def skipped(self) -> int:
-        """Samples dropped in the latest pass of this process because they were not finite; among the rejected."""
-        return self._count("skipped")
-
-    def _count(self, name: str) -> int:
-        return 0 if self._progress is None else self._progress[1].walk.counts[name]
-
-    def state_dict(self) -> State:
-        """Position after the last sample or batch that the latest iterator of this process handed out; JSON-able.
-
-        Load it into a stream built with the same options. Batch size, transforms and output device may differ; the
-        number of ranks may if the states of all ranks go through `merge_states`, the number of workers if they come
-        from a `HandsOffLoader`.
-
-        Raises:
-            StreamError: the latest pass was made by DataLoader workers, which this process knows nothing of.
-        """
-        worker = detect_worker()
-        if worker is None:
-            self._passes.check_known()
-        waiting = self._passes.waiting(worker)
-        if waiting is not None and waiting["walk"] is not None:
-            return self._new_progress(waiting, waiting["epoch"], worker).state_dict()
-        if self._progress is not None and self._progress[0] == os.getpid():
-            return self._progress[1].state_dict()
-        shard = self._my_shard(worker)
-        return {
-            "version": STATE_VERSION,
-            "stream": self._identity(),
-            "shard": [shard.index, shard.count],
-            "epoch": self._passes.epoch,
-            "before": 0 if waiting is None else waiting["before"] + waiting["handed"],
-            "handed": 0,
-            "walk": None,
-        }
-
-    def state_of(self, worker: Worker, epoch: int, loaded: State | None) -> State:
-        """The state in which a worker begins an epoch, or goes on from a state of its rank or of all of them."""
-        return self._new_progress(loaded, epoch, worker).state_dict()
-
-    def load_state_dict(self, state: State) -> None:
-        """Let the next pass continue exactly where `state_dict()` was taken, or begin the epoch after one that is done.
-
-        DataLoader workers that are started later continue there, too.
-
-        Args:
-            state: of this shard, of a single one, or of all shards by `merge_states`.
-
-        Raises:
-            ValueError: the state is of another version, of a stream with other options, or lacks the positions of
-                other shards; it says which and what to do.
-        """
-        check_version(state)
-        check_same_stream(state["stream"], self._identity())
-        worker = detect_worker()
-        self._dealing.part(state, self._rank(worker), worker)
-        self._passes.load(state, worker)
-        self._progress = None
+    # What a state must share -------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -371,10 +280,6 @@ class HandsOffStream(IterableDataset[T_co], Generic[T_co]):
         if self._shard is not None:
             return self._shard
         return self._carried_rank if worker is not None and self._carried_rank is not None else detect()
-
-    def _my_shard(self, worker: Worker | None) -> Shard:
-        rank = self._rank(worker)
-        return rank if worker is None else rank.split(worker.index, worker.count)
 
     def _check_devices(self, worker: Worker | None) -> None:
         for device in (self.device, self.output_device):
@@ -402,9 +307,3 @@ class HandsOffStream(IterableDataset[T_co], Generic[T_co]):
         filter = self._filter.config()["name"]
         shown = f"{self._source.name!r}, batch_size={self.batch_size}, seed={self.options.seed}, filter={filter!r}"
         return f"HandsOffStream({shown}, epoch_size={self.epoch_size}, device={str(self.device)!r})"
-
-
-def _slice_of(wanted: slice) -> list[int]:
-    if wanted.stop is None or not (found := list(range(wanted.start or 0, wanted.stop, wanted.step or 1))):
-        raise IndexError(f"{wanted} names no samples of an endless stream; pass a start below a stop")
-    return found

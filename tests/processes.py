@@ -79,9 +79,7 @@ def run_ranks(job: Callable[..., Any], count: int, *, killed: bool = False, **ar
     return [results[rank] for rank in sorted(results)]
 
 
-def _on_rank(
-    job: Callable[..., Any], rank: int, count: int, port: int, queue: Any, arguments: dict[str, Any]
-) -> None:
+def _on_rank(job: Callable[..., Any], rank: int, count: int, port: int, queue: Any, arguments: dict[str, Any]) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)

@@ -14,8 +14,8 @@ from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.dealing import EPOCH_STRIDE
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
 from handsoff_stream.shard import Shard
-from handsoff_stream.stream import HandsOffStream
 from handsoff_stream.state import merge_states
+from handsoff_stream.stream import HandsOffStream
 
 FILTERS = {
     "threshold": lambda: Threshold(value=700),

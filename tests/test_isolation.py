@@ -35,9 +35,7 @@ SETTINGS = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "float64 by default": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
     "another default device": lambda: default_device("meta"),
-    "fast products": lambda: changed(
-        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"
-    ),
+    "fast products": lambda: changed(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"),
     "no oneDNN": lambda: changed(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled, False),
 }
 
@@ -52,7 +50,9 @@ def noise(image, label):
 @pytest.mark.parametrize("transforms", [None, noise])
 def test_no_setting_changes_a_sample_not_even_at_first_use(checkpoint_path, setting, transforms):
     def samples():
-        return take(HandsOffStream(checkpoint_path, device="cpu", noise="random", filter="block", transforms=transforms), 3)
+        return take(
+            HandsOffStream(checkpoint_path, device="cpu", noise="random", filter="block", transforms=transforms), 3
+        )
 
     expected = samples()
     with SETTINGS[setting]():

@@ -239,7 +239,8 @@ def test_streams_and_batches_show_themselves_briefly(checkpoint):
     stream = HandsOffStream(checkpoint, device="cpu", batch_size=5)
     assert stream.class_names == ("background", "skin", "hair")
     assert repr(stream) == (
-        "HandsOffStream('a checkpoint in memory', batch_size=5, seed=0, filter='rolling', epoch_size=None, device='cpu')"
+        "HandsOffStream('a checkpoint in memory', batch_size=5, seed=0, filter='rolling', epoch_size=None, "
+        "device='cpu')"
     )
     assert repr(stream[0:2]) == (
         "LabelledBatch(2 samples on cpu: images float32 [2, 3, 16, 16], labels int64 [2, 16, 16], next_index=4)"

@@ -227,7 +227,9 @@ def test_a_loop_that_fetches_ahead_asks_for_the_state_after_the_batch_it_trained
 
 
 def test_persistent_workers_take_up_a_state_that_is_loaded_later(checkpoint):
-    loader = HandsOffLoader(fake_stream(checkpoint, batch_size=4, epoch_size=24), num_workers=1, persistent_workers=True)
+    loader = HandsOffLoader(
+        fake_stream(checkpoint, batch_size=4, epoch_size=24), num_workers=1, persistent_workers=True
+    )
     iterator = iter(loader)
     next(iterator)
     state = loader.state_dict()

@@ -15,6 +15,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.checkpoint import Checkpoint, Head, save_checkpoint
+from handsoff_stream.dealing import EPOCH_STRIDE
 from handsoff_stream.errors import CheckpointError, StreamError
 from handsoff_stream.features import Window
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
@@ -23,7 +24,6 @@ from handsoff_stream.label_generator import LabelGenerator
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.prefetch import CHUNKS_IN_FLIGHT
 from handsoff_stream.shard import Shard
-from handsoff_stream.dealing import EPOCH_STRIDE
 from handsoff_stream.stream import HandsOffStream
 from handsoff_stream.synthesizer import Synthesizer
 from handsoff_stream.tasks import Segmentation

@@ -102,8 +102,8 @@ class HandsOffLoader(Generic[T]):
             if index == int(after.indices[-1]):
                 return state
         raise ValueError(
-            f"the state after the batch that ends with index {int(after.indices[-1])} is not known; pass one of the last "
-            f"{REMEMBERED} batches of this pass"
+            f"the state after the batch that ends with index {int(after.indices[-1])} is not known; pass one of the "
+            f"last {REMEMBERED} batches of this pass"
         )
 
     def load_state_dict(self, state: State) -> None:

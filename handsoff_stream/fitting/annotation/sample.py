@@ -27,15 +27,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint, import_generator, load_checkpoint
-from handsoff_stream.device import check_device, resolve_device
+from handsoff_stream.device import check_device, default_chunk_size, resolve_device
 from handsoff_stream.files.atomic import whole_file
 from handsoff_stream.files.tensors import is_safetensors
 from handsoff_stream.fitting.annotation.active_selection import select_actively
 from handsoff_stream.generators import Generator
+from handsoff_stream.isolation import isolated
+from handsoff_stream.labeller import on_device
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.progress import progress_bar
 from handsoff_stream.seeding import check_seed, latents
-from handsoff_stream.synthesizer import Synthesizer, quantize
+from handsoff_stream.synthesizer import Synthesizer, in_chunks, quantize
 
 FORMAT_VERSION = 1
 SAMPLE_KEY = "handsoff_stream_sample"
@@ -89,7 +91,7 @@ def write_samples(
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / RECORD, json.dumps(record, indent=1).encode())
     if not (folder / MANIFEST).exists():
-        _write_all(checkpoint.generator.to(chosen_device), folder, record, progress)
+        _write_all(on_device(checkpoint.generator, chosen_device), folder, record, progress)
     return folder / MANIFEST
 
 
@@ -106,13 +108,20 @@ def open_source(name_or_path: str | Path) -> Checkpoint:
 
 
 def regenerate(generator: Generator, seed: int, index: int, truncation: float) -> tuple[Tensor, Tensor]:
-    """One sample: w+ float32 [L, D], and the image float32 [3, H, W] in [0, 1] on 8-bit levels, at full resolution."""
-    device = generator.w_avg.device
-    with torch.no_grad():
-        w_BD = generator.mapping(latents(seed, [index], generator.z_dim).to(device))
+    """One sample: w+ float32 [L, D], and the image float32 [3, H, W] in [0, 1] on 8-bit levels, at full resolution.
+
+    Computed in its chunk of the stream, and so bit for bit what the stream labels.
+    """
+    ((chunk, (row,), _),) = in_chunks([index], default_chunk_size(generator.w_avg.device))
+    w_plus_BLD, images_B3HW = _chunk(generator, seed, chunk, truncation)
+    return w_plus_BLD[row].contiguous(), images_B3HW[row]
+
+
+def _chunk(generator: Generator, seed: int, chunk: range, truncation: float) -> tuple[Tensor, Tensor]:
+    with torch.no_grad(), isolated():
+        w_BD = generator.mapping(latents(seed, chunk, generator.z_dim).to(generator.w_avg.device))
         w_plus_BLD = generator.truncate(w_BD, truncation)
-        images = quantize(generator.synthesis(w_plus_BLD, "const").images, generator.resolution)
-    return w_plus_BLD[0].contiguous(), images[0]
+        return w_plus_BLD, quantize(generator.synthesis(w_plus_BLD, "const").images, generator.resolution)
 
 
 def _request(checkpoint: Checkpoint, options: SynthesisOptions, num: int, candidates: int | None) -> dict[str, Any]:
