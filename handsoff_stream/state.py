@@ -88,6 +88,8 @@ def turned(worker: Worker | None, rank: Shard, state: State | None) -> Worker | 
     so that the first one begins where the rank was."""
     if worker is None or state is None or state["walk"] is None:
         return worker
+    if state["shard"] is not None and not Shard(*state["shard"]).contains(rank):
+        return worker  # the state is of this very worker
     if state.get("turn", [0, 0])[1] == worker.count and state["shard"] == [rank.index, rank.count]:
         return replace(worker, shift=state["turn"][0])
     lanes, span = state["walk"]["geometry"]

@@ -66,7 +66,7 @@ def kept_below(checkpoint, stop, **options) -> list[int]:
 
 
 @pytest.mark.parametrize("filter", FILTERS)
-@pytest.mark.parametrize(("before", "after"), list(itertools.product([(9,), (7, 12), (30, 1, 13)], [1, 2, 3, 5])))
+@pytest.mark.parametrize(("before", "after"), list(itertools.product([(9,), (30, 1, 13)], [1, 2, 5])))
 def test_another_number_of_shards_goes_on_without_repeating_or_skipping(checkpoint, filter, before, after):
     first, state = run(checkpoint, before, filter=filter)
     second, _ = run(checkpoint, [400] * after, state, filter=filter)
@@ -74,7 +74,7 @@ def test_another_number_of_shards_goes_on_without_repeating_or_skipping(checkpoi
     assert sorted(i for i in first + second if i < stop) == kept_below(checkpoint, stop, filter=filter)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_run_may_change_its_number_of_shards_again_and_again(checkpoint, seed):
     dice = random.Random(seed)
     block, chunk_size = dice.choice([1, 6, 10]), dice.choice([1, 3, 4, 16])

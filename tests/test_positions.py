@@ -9,6 +9,7 @@ import pytest
 import torch
 from processes import FILTERS, fake_stream, indices_of, synthesize
 
+from handsoff_stream.dealing import EPOCH_STRIDE
 from handsoff_stream.errors import StreamError
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
 from handsoff_stream.stream import HandsOffStream
@@ -102,6 +103,34 @@ def test_without_a_filter_nobody_waits_for_scores(checkpoint, monkeypatch):
     iterator = iter(stream)
     monkeypatch.setattr(cuda, "force", lambda event: pytest.fail("the host waited"))
     next(iterator)
+
+
+# Passes ----------------------------------------------------------------------------------------------------------
+
+
+def first(stream, count):
+    return indices_of(itertools.islice(stream, count))
+
+
+def test_every_pass_goes_on_with_other_samples_and_another_epoch_can_be_set(checkpoint):
+    stream = fake_stream(checkpoint, batch_size=1)
+    assert [first(stream, 2) for _ in range(3)] == [[e * EPOCH_STRIDE, e * EPOCH_STRIDE + 1] for e in range(3)]
+    stream.set_epoch(7)
+    assert first(stream, 1) == [7 * EPOCH_STRIDE]
+    assert first(stream, 1) == [8 * EPOCH_STRIDE]
+    for epoch in (-1, 2**23):
+        with pytest.raises(ValueError, match=f"epoch={epoch}"):
+            stream.set_epoch(epoch)
+
+
+def test_the_loop_that_everyone_writes_repeats_nothing(checkpoint):
+    stream = fake_stream(checkpoint, batch_size=3, epoch_size=10)
+    seen = []
+    for epoch in range(3):
+        stream.set_epoch(epoch)
+        seen += indices_of(stream)
+        stream.set_epoch(epoch)  # some frameworks say it twice
+    assert len(set(seen)) == 30 and [index // EPOCH_STRIDE for index in seen] == [0] * 10 + [1] * 10 + [2] * 10
 
 
 # Ranges ----------------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from late_cuda import POLICIES, LateCuda
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from handsoff_stream import precision as precision_module
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.checkpoint import Checkpoint, Head, save_checkpoint
-from handsoff_stream.dealing import EPOCH_STRIDE
 from handsoff_stream.errors import CheckpointError, StreamError
 from handsoff_stream.features import Window
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
@@ -329,27 +329,6 @@ def test_an_endless_stream_has_no_length(checkpoint):
         len(fake_stream(checkpoint))
 
 
-def test_every_pass_goes_on_with_other_samples_and_another_epoch_can_be_set(checkpoint):
-    stream = fake_stream(checkpoint, filter=None)
-    assert [indices_of(stream, 2) for _ in range(3)] == [[e * EPOCH_STRIDE, e * EPOCH_STRIDE + 1] for e in range(3)]
-    stream.set_epoch(7)
-    assert indices_of(stream, 1) == [7 * EPOCH_STRIDE]
-    assert indices_of(stream, 1) == [8 * EPOCH_STRIDE]
-    for epoch in (-1, 2**23):
-        with pytest.raises(ValueError, match=f"epoch={epoch}"):
-            stream.set_epoch(epoch)
-
-
-def test_the_loop_that_everyone_writes_repeats_nothing(checkpoint):
-    stream = fake_stream(checkpoint, epoch_size=10)
-    seen = []
-    for epoch in range(3):
-        stream.set_epoch(epoch)
-        seen += indices_in(stream)
-        stream.set_epoch(epoch)  # some frameworks say it twice
-    assert len(set(seen)) == 30 and [index // EPOCH_STRIDE for index in seen] == [0] * 10 + [1] * 10 + [2] * 10
-
-
 def test_two_iterations_of_one_stream_do_not_disturb_each_other(checkpoint):
     def passes():
         stream = fake_stream(checkpoint, filter=RollingPercentile(90, window=20), batch_size=1)
@@ -370,13 +349,13 @@ def test_resuming_is_exact_at_every_step(checkpoint, filter, batch_size):
     choice = BlockQuantile(90, block=10) if filter == "block" else filter
     assert_resumes_exactly(
         lambda: HandsOffStream(checkpoint, device="cpu", filter=choice, batch_size=batch_size, seed=3),
-        steps=25,
+        steps=10,
     )
 
 
-@pytest.mark.parametrize("options", [{"shard": Shard(1, 2)}, {"epoch_size": 20}, {"chunk_size": 7}])
+@pytest.mark.parametrize("options", [{"shard": Shard(1, 2)}, {"epoch_size": 13}, {"chunk_size": 7}])
 def test_resuming_is_exact_on_a_shard_in_an_epoch_and_with_odd_chunks(checkpoint, options):
-    assert_resumes_exactly(lambda: HandsOffStream(checkpoint, device="cpu", **options), steps=20)
+    assert_resumes_exactly(lambda: HandsOffStream(checkpoint, device="cpu", **options), steps=12)
 
 
 def test_resuming_keeps_the_epoch(checkpoint):
@@ -425,7 +404,8 @@ def test_batch_size_may_change_on_resuming(checkpoint):
         ({"epoch_size": 50}, "epoch_size"),
     ],
 )
-def test_a_state_that_cannot_be_honoured_is_refused_by_name(checkpoint, change, named):
+def test_a_state_that_cannot_be_honoured_is_refused_by_name(checkpoint, monkeypatch, change, named):
+    monkeypatch.setattr(precision_module, "cpu_multiplies_bfloat16", lambda: True)
     state = HandsOffStream(checkpoint, device="cpu").state_dict()
     other = HandsOffStream(checkpoint, device="cpu", **change)
     with pytest.raises(ValueError, match=f"saved with {named}=.*repeat or skip"):
@@ -526,7 +506,9 @@ def test_the_output_device_is_the_device_unless_another_is_named(checkpoint):
     assert devices(device="cuda", output_device="cpu") == ("cuda", "cpu")
 
 
-def test_labels_are_exact_on_a_cpu_and_fast_on_cuda_unless_the_precision_is_named(checkpoint):
+def test_labels_are_exact_on_a_cpu_and_fast_on_cuda_unless_the_precision_is_named(checkpoint, monkeypatch):
+    monkeypatch.setattr(precision_module, "cpu_multiplies_bfloat16", lambda: True)
+
     def precision(**options):
         return HandsOffStream(checkpoint, **options).options.precision
 
