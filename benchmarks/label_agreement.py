@@ -50,7 +50,7 @@ def train_judge(size: int, steps: int, device: torch.device) -> nn.Module:
 
 def agreement(teacher: nn.Module, checkpoint: str, psi: float, args: argparse.Namespace) -> SegmentationScores:
     """IoU of the teacher's labels with those of the samples that a stream delivers at truncation `psi`."""
-    stream = HandsOffStream(checkpoint, seed=args.seed, num_samples=args.samples, truncation=psi, device=args.device)
+    stream = HandsOffStream(checkpoint, seed=args.seed, epoch_size=args.samples, truncation=psi, device=args.device)
     return evaluate(teacher, stream, CLASS_NAMES, device=args.device)
 
 

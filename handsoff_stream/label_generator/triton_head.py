@@ -53,13 +53,14 @@ def _relu(x):
 def _samples(slots_5N, tile_y, tile_x, y, x, top, left, full_height, full_width, image, images, N: tl.constexpr):
     """Interpolation weights [P, N] of the samples under the tile, and their rows [N] in the table."""
     n = tl.arange(0, N)
-    height = tl.load(slots_5N + 3 * N + n).to(tl.float32)
-    width = tl.load(slots_5N + 4 * N + n).to(tl.float32)
+    height, width = tl.load(slots_5N + 3 * N + n), tl.load(slots_5N + 4 * N + n)
+    # The first sample under the tile, in whole numbers: a position that is one may come out just below in floats.
+    first_y = tl.maximum((2 * (top + tile_y) + 1) * height - full_height, 0) // (2 * full_height)
+    first_x = tl.maximum((2 * (left + tile_x) + 1) * width - full_width, 0) // (2 * full_width)
+    sample_y = (tl.minimum(first_y, height - 1) + tl.load(slots_5N + N + n)).to(tl.float32)
+    sample_x = (tl.minimum(first_x, width - 1) + tl.load(slots_5N + 2 * N + n)).to(tl.float32)
+    height, width = height.to(tl.float32), width.to(tl.float32)
     scale_y, scale_x = height / full_height, width / full_width
-    start_y = tl.minimum(tl.maximum((top + tile_y + 0.5) * scale_y - 0.5, 0.0), height - 1)
-    start_x = tl.minimum(tl.maximum((left + tile_x + 0.5) * scale_x - 0.5, 0.0), width - 1)
-    sample_y = tl.floor(start_y) + tl.load(slots_5N + N + n)
-    sample_x = tl.floor(start_x) + tl.load(slots_5N + 2 * N + n)
     at_y = (top + y[:, None] + 0.5) * scale_y[None, :] - 0.5
     at_x = (left + x[:, None] + 0.5) * scale_x[None, :] - 0.5
     at_y = tl.minimum(tl.maximum(at_y, 0.0), height[None, :] - 1)
@@ -264,23 +265,24 @@ class FusedLabelHead:
         features_PC = self._features(pyramid)
         members, inner, _ = folded.weight2_MIO.shape
         hidden = weights.bias2_MO.shape[1]
-        _label_head[(rows.tiles * columns.tiles, pyramid.batch_size)](
-            *(table_RD, features_PC, weights.weight1_CD, slots_5N, weights.weight2_DO, weights.bias2_MO),
-            *(weights.weight3_OK, weights.bias3_MK, labels_BHW, divergences_BHW),
-            *(*self.size, rows.full, columns.full, rows.start, columns.start, columns.tiles, pyramid.batch_size),
-            M=members,
-            H1=inner,
-            H2=hidden,
-            K=weights.bias3_MK.shape[1],
-            C0=weights.channels[0],
-            C1=weights.channels[1],
-            N=slots_5N.shape[1],
-            BLOCK=math.gcd(inner, 64),
-            TH=TILE_ROWS,
-            TW=TILE_COLUMNS,
-            num_warps=8,
-            num_stages=3 if hidden <= 32 and sum(weights.channels) <= 192 else 2,
-        )
+        with torch.cuda.device_of(pyramid.maps[0]):  # Triton launches on the current device
+            _label_head[(rows.tiles * columns.tiles, pyramid.batch_size)](
+                *(table_RD, features_PC, weights.weight1_CD, slots_5N, weights.weight2_DO, weights.bias2_MO),
+                *(weights.weight3_OK, weights.bias3_MK, labels_BHW, divergences_BHW),
+                *(*self.size, rows.full, columns.full, rows.start, columns.start, columns.tiles, pyramid.batch_size),
+                M=members,
+                H1=inner,
+                H2=hidden,
+                K=weights.bias3_MK.shape[1],
+                C0=weights.channels[0],
+                C1=weights.channels[1],
+                N=slots_5N.shape[1],
+                BLOCK=math.gcd(inner, 64),
+                TH=TILE_ROWS,
+                TW=TILE_COLUMNS,
+                num_warps=8,
+                num_stages=3 if hidden <= 32 and sum(weights.channels) <= 192 else 2,
+            )
 
     def _features(self, pyramid: FeaturePyramid) -> Tensor:
         """Features at output resolution [P, C], stored by columns of tiles, with channels padded as the weights are."""
