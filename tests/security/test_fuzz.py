@@ -1,4 +1,4 @@
-"""Damaged and crafted files of every format load or are refused; see `fuzz.py` for the rules that each one is held to."""
+"""Damaged and crafted files of every format load or are refused; `fuzz.py` has the rules that each one is held to."""
 
 import json
 import os
