@@ -32,10 +32,10 @@ from benchmarks.reference import published_fitting as published
 from benchmarks.report.bar_chart import Chart
 from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.checkpoint import load_checkpoint
-from handsoff_stream.features import Size
 from handsoff_stream.fitting import FeatureTable, FitSettings, fit_label_generator
 from handsoff_stream.fitting.fit import evaluate_label_generator
 from handsoff_stream.generators import Generator
+from handsoff_stream.geometry import Size
 from handsoff_stream.seeding import latents
 from handsoff_stream.tasks import Task
 from handsoff_stream.uncertainty import majority_vote

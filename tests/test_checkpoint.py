@@ -12,6 +12,7 @@ from handsoff_stream.checkpoint import Checkpoint, load_checkpoint, read_manifes
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.generators import load_generator
 from handsoff_stream.generators.published.native import MANIFEST_KEY
+from handsoff_stream.geometry import Rectangle
 from handsoff_stream.stream import HandsOffStream
 
 
@@ -145,6 +146,20 @@ def test_a_manifest_that_does_not_fit_is_refused(checkpoint_path, tmp_path, chan
     rewrite(checkpoint_path, tmp_path / "odd.safetensors", change_manifest=change)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path / "odd.safetensors")
+
+
+def test_a_crop_is_read_by_the_names_of_its_edges(checkpoint, tmp_path):
+    """Files written before edges had their present order store them in another one, under the same names."""
+    cropped = checkpoint.cropped(Rectangle(top=2, left=4, bottom=14, right=10))
+    save_checkpoint(tmp_path / "new.safetensors", cropped)
+    earlier = {"top": 2, "bottom": 14, "left": 4, "right": 10}
+    rewrite(
+        tmp_path / "new.safetensors", tmp_path / "old.safetensors", change_manifest=lambda m: m.update(crop=earlier)
+    )
+    for name in ("new", "old"):
+        loaded = load_checkpoint(tmp_path / f"{name}.safetensors")
+        assert loaded.crop == cropped.crop and loaded.size == (12, 6)
+        assert loaded.manifest()["fingerprint"] == cropped.manifest()["fingerprint"]
 
 
 def test_missing_tensors_are_named(checkpoint_path, tmp_path):

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handsoff_stream.features import Size
 from handsoff_stream.generators import Generator
+from handsoff_stream.geometry import Size
 
 BATCH_SIZE = 64
 LEARNING_RATE = 1e-3

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handsoff_stream.features import FeaturePyramid, Size
+from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.geometry import Size
 from handsoff_stream.label_generator.folded import FoldedLabelGenerator
 
 BATCH_NORM_EPS = 1e-5

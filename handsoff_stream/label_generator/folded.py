@@ -25,7 +25,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from handsoff_stream.features import FeaturePyramid, Size
+from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.geometry import Size
 from handsoff_stream.label_generator.products import add_product_, linears, products
 from handsoff_stream.label_generator.rows import ProjectedRows, resized_rows
 from handsoff_stream.label_generator.tiles import TILE_COLUMNS, TILE_ROWS, Grid, MapGroup, arrange, split

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from handsoff_stream.features import FeaturePyramid, Size, bilinear_taps
+from handsoff_stream.features import FeaturePyramid, bilinear_taps
+from handsoff_stream.geometry import Size
 from handsoff_stream.label_generator.products import product
 from handsoff_stream.label_generator.tiles import Grid, MapGroup, Slots, first_samples, samples, slots
 

@@ -19,7 +19,7 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor
 
-from handsoff_stream.features import Size
+from handsoff_stream.geometry import Size
 
 TILE_ROWS, TILE_COLUMNS = 8, 16
 """Pixels of a tile: enough rows for an efficient matrix product; a larger tile has more samples to multiply."""

@@ -23,11 +23,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from handsoff_stream.features import FeaturePyramid, Size
+from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.geometry import Size
 from handsoff_stream.label_generator.folded import FoldedLabelGenerator
 from handsoff_stream.label_generator.rows import ProjectedRows, resized_rows, table_natives
 from handsoff_stream.label_generator.tiles import TILE_COLUMNS, TILE_ROWS, Grid, MapGroup, slots, split
@@ -195,10 +196,20 @@ def _unsuitable(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"the device is {device}, not CUDA"
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    shared = shared_memory(device)
     if shared < _SHARED_MEMORY:
         return f"it takes {_SHARED_MEMORY >> 10} KiB of shared memory (Hopper has it), the device has {shared >> 10}"
     return None
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block of a kernel may take on a CUDA device.
+
+    Triton knows the number in all versions and refuses a kernel that takes more. PyTorch 2.6 does not give it, and the
+    type stubs of no version name it.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 class FusedLabelHead:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from handsoff_stream.features import FeaturePyramid, Size
+from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.geometry import Size
 from handsoff_stream.label_generator import FoldedLabelGenerator, LabelGenerator, join
 from handsoff_stream.label_generator import rows as label_rows
 from handsoff_stream.label_generator.tiles import project_first

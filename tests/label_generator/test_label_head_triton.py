@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,6 +178,34 @@ def test_without_a_gpu_the_kernel_is_refused_by_name() -> None:
     folded = randomized((3,), hidden=(16, 8), num_outputs=3, members=1).fold()
     with pytest.raises(ValueError, match='device is cpu.*kernel="torch"'):
         FusedLabelHead(folded, pyramid, (8, 8))
+
+
+@pytest.mark.parametrize(("kib", "problem"), [(227, None), (99, "it takes 224 KiB .* the device has 99")])
+def test_a_device_needs_the_shared_memory_that_tritons_driver_names(kib: int, problem: str | None) -> None:
+    from triton.runtime import driver
+
+    from handsoff_stream.label_generator.triton_head import _unsuitable
+
+    class Device:  # what the driver answers for compute capability 9.0 and 8.9, without such a device
+        utils = SimpleNamespace(get_device_properties=lambda index: [{"max_shared_mem": kib << 10}][index])
+
+    before = dict(vars(driver))  # reset_active would look for a GPU
+    driver.set_active(Device())
+    try:
+        reason = _unsuitable(torch.device("cuda", 0))
+    finally:
+        vars(driver).update(before)
+    assert reason is None if problem is None else re.search(problem, reason or "")
+
+
+@pytest.mark.gpu
+def test_triton_and_torch_name_the_same_shared_memory() -> None:
+    from handsoff_stream.label_generator.triton_head import shared_memory
+
+    properties = torch.cuda.get_device_properties(0)
+    if not hasattr(properties, "shared_memory_per_block_optin"):
+        pytest.skip("this version of PyTorch does not give it")
+    assert shared_memory(torch.device("cuda")) == properties.shared_memory_per_block_optin
 
 
 def test_importing_the_package_and_a_synthesizer_does_not_import_triton() -> None:

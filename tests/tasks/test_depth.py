@@ -67,7 +67,7 @@ def test_members_are_averaged_and_their_variance_is_the_disagreement():
 
 def test_the_task_survives_json_and_refuses_other_entries():
     assert task_from_config(json.loads(json.dumps(Depth().config()))) == Depth()
-    with pytest.raises(ValueError, match="described by"):
+    with pytest.raises(ValueError, match="does not describe a 'depth' task"):
         Depth.from_config({"name": "depth", "unit": "m"})
 
 

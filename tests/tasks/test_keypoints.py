@@ -132,8 +132,8 @@ def test_the_task_survives_json():
 @pytest.mark.parametrize(
     ("names", "variance_", "message"),
     [
-        ((), 5.0, "told apart"),
-        (("a", "a"), 5.0, "told apart"),
+        ((), 5.0, "tell the points apart"),
+        (("a", "a"), 5.0, "tell the points apart"),
         (("a",), 0.0, "no Gaussian"),
         (("a",), math.nan, "no Gaussian"),
     ],

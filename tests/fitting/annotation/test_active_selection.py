@@ -47,7 +47,7 @@ def test_of_equal_scores_the_earlier_sample_is_taken_as_more_uncertain():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_scores_that_rank_nothing_are_refused(value):
-    with pytest.raises(ValueError, match="nothing can be ranked"):
+    with pytest.raises(ValueError, match="samples cannot be ranked"):
         uncertainty_band(torch.tensor([1.0, value]))
 
 
