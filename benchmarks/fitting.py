@@ -227,6 +227,7 @@ PRESENTATION = Presentation(rows, charts)
 
 
 def main() -> None:
+    """Measure, print a table, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="faces", help="its generator and label generator make the images")
     parser.add_argument("--images", type=int, default=4, help="to fit")

@@ -112,6 +112,7 @@ PRESENTATION = Presentation(rows)
 
 
 def main() -> None:
+    """Measure, print a table, and write the result."""
     options = parser(__doc__, name="fitting_memory")
     options.add_argument("--images", type=int, default=4)
     options.add_argument("--steps", type=int, default=16, help="of the fit; each updates all members")

@@ -125,6 +125,7 @@ PRESENTATION = Presentation(rows, charts)
 
 
 def main() -> None:
+    """Measure, print a table, and write the result."""
     options = parser(__doc__, name="inversion")
     options.add_argument("--checkpoint", default="faces", help="of rendered faces, or a generator trained on them")
     options.add_argument("--images", type=int, default=4, help="held-out renders, inverted in one batch")

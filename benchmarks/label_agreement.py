@@ -57,6 +57,7 @@ PRESENTATION = Presentation(rows)
 
 
 def main() -> None:
+    """Measure, print a table, and write the result."""
     options = parser(__doc__, name="label_agreement")
     options.add_argument("--checkpoint", nargs="+", default=["faces"], help="names or paths")
     options.add_argument("--psi", type=float, nargs="+", default=[0.7, 1.0])

@@ -228,6 +228,7 @@ PRESENTATION = Presentation(rows, charts)
 
 
 def main() -> None:
+    """Measure, print a table, and write the result."""
     options = parser(__doc__, name="label_head")
     options.add_argument("--case", action="append", help=f'checkpoint, path, or "config-f-R"; default: {CASES}')
     options.add_argument("--hidden", type=int, nargs=2, help="widths of heads with random weights (default: 256 32)")

@@ -58,6 +58,7 @@ class Window:
 
     @property
     def pairs_per_s(self) -> float:
+        """Pairs per second."""
         return self.pairs / self.seconds
 
 
@@ -212,6 +213,7 @@ PRESENTATION = Presentation(rows, charts)
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     options = parser(__doc__, name="memory")
     add_stream_options(options)
     geometries.add_arguments(options)
@@ -231,6 +233,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure, print a table, and write the result."""
     args = arguments()
     with tempfile.TemporaryDirectory() as folder:
         path = geometries.checkpoint_path(args, Path(folder))

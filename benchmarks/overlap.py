@@ -128,6 +128,7 @@ PRESENTATION = Presentation(rows, charts)
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     options = parser(__doc__, name="overlap")
     add_stream_options(options)
     geometries.add_arguments(options)
@@ -141,6 +142,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure, print a table, and write the result."""
     args = arguments()
     with tempfile.TemporaryDirectory() as folder:
         path = geometries.checkpoint_path(args, Path(folder))

@@ -271,6 +271,7 @@ PRESENTATION = Presentation(rows, charts)
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     options = parser(__doc__, name="stages")
     add_stream_options(options)
     geometries.add_arguments(options)
@@ -284,6 +285,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure, print a table, and write the result."""
     args = arguments()
     device = torch.device(args.device)
     matrix = args.matrix or (8192 if device.type == "cuda" else 2048)

@@ -207,6 +207,7 @@ PRESENTATION = Presentation(rows, charts)
 
 
 def main() -> None:
+    """Measure, print a table, and write the result."""
     options = parser(__doc__, name="synthesis")
     options.add_argument("--geometries", nargs="+", default=["faces", "256", "512"], help="checkpoints, or sizes")
     options.add_argument("--batch", type=int, default=4)

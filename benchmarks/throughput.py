@@ -74,9 +74,11 @@ class Delivery:
 
     @property
     def pairs_per_s(self) -> float:
+        """Pairs per second."""
         return self.pairs / self.all_batches_s
 
     def record(self) -> dict[str, Any]:
+        """The delivery, JSON-able."""
         return {**asdict(self), "pairs_per_s": self.pairs_per_s}
 
 
@@ -241,6 +243,7 @@ PRESENTATION = Presentation(rows, charts)
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     options = parser(__doc__, name="throughput")
     add_stream_options(options)
     geometries.add_arguments(options)
@@ -258,6 +261,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure, print a table, and write the result."""
     args = arguments()
     with tempfile.TemporaryDirectory() as folder:
         path = geometries.checkpoint_path(args, Path(folder))

@@ -28,7 +28,17 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 WITHIN_LAYER: set[tuple[str, str]] = set()
-OPTIONAL = {"lpips", "ray", "torchmetrics", "torchvision", "triton", "webdataset", "yaml"}
+OPTIONAL = {
+    "lpips",
+    "ray",
+    "segmentation_models_pytorch",
+    "timm",
+    "torchmetrics",
+    "torchvision",
+    "triton",
+    "webdataset",
+    "yaml",
+}
 
 
 def room(path: Path) -> str:
@@ -138,6 +148,7 @@ def test_what_must_not_know_does_not_know():
 def test_optional_packages_are_imported_in_their_own_rooms_only():
     allowed = {
         "lpips": {"fitting"},
+        "segmentation_models_pytorch": {"downstream"},
         "torchmetrics": {"downstream"},
         "torchvision": {"downstream", "fitting", "transforms"},
         "triton": {"label_generator"},

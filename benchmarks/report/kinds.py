@@ -1,7 +1,6 @@
 """The kinds of results that are reported. A new kind is one line here; tables are in this order."""
 
 from benchmarks import (
-    downstream,
     fitting,
     fitting_memory,
     generator,
@@ -14,6 +13,7 @@ from benchmarks import (
     synthesis,
     throughput,
 )
+from benchmarks.downstream import comparison
 from benchmarks.report.rows import Presentation
 
 KINDS: dict[str, Presentation] = {
@@ -27,7 +27,7 @@ KINDS: dict[str, Presentation] = {
     "fitting_memory": fitting_memory.PRESENTATION,
     "inversion": inversion.PRESENTATION,
     "generator": generator.PRESENTATION,
-    "downstream": downstream.PRESENTATION,
+    "downstream": comparison.PRESENTATION,
     "label_agreement": label_agreement.PRESENTATION,
 }
 """Presentation by kind; the kind of a result is its file's name up to the first "-"."""

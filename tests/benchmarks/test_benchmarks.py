@@ -14,7 +14,6 @@ from conftest import take
 
 from benchmarks import (
     common,
-    downstream,
     fitting,
     geometries,
     label_head,
@@ -28,8 +27,6 @@ from benchmarks import (
 from benchmarks.reference import published_generation as published
 from benchmarks.report.tables import rows_of
 from handsoff_stream.checkpoint import load_checkpoint
-from handsoff_stream.datasets.rendered_faces import CLASS_NAMES
-from handsoff_stream.downstream import build_deeplab
 from handsoff_stream.generators import StyleGAN2
 from handsoff_stream.stream import HandsOffStream
 from handsoff_stream.uncertainty import image_score, jensen_shannon_divergence
@@ -351,27 +348,3 @@ def test_both_fits_learn_the_same_labels(tmp_path, checkpoint_path):
     best = [max(point["accuracy"] for point in side["curve"]) for side in (theirs, ours)]
     assert result["accuracy"] == min(best) > 1 / 3
     assert rows_of(tmp_path / "fitting.json", {"settings": {"images": 2}, "published": theirs, "ours": ours, **result})
-
-
-def test_judged_pairs_are_the_streams_images_with_the_judges_labels(checkpoint_path, tmp_path, monkeypatch):
-    judge = build_deeplab(len(CLASS_NAMES), backbone="resnet18").eval()
-    torch.save(judge.state_dict(), tmp_path / "judge.pt")
-    monkeypatch.setattr(downstream, "ordinary_augmentation", lambda: lambda image, label: (image, label))
-    args = argparse.Namespace(checkpoint=checkpoint_path, truncation=None, batch=4, judge=tmp_path / "judge.pt")
-    (images, labels), (plain, own) = (next(iter(downstream.ARMS[arm](args, 0))) for arm in ("judged", "plain"))
-    assert torch.equal(images, plain) and not torch.equal(labels, own)
-    with torch.no_grad():
-        assert torch.equal(labels, torch.cat([judge(image[None]).argmax(dim=1) for image in images]))
-
-
-def test_downstream_trains_every_arm_and_scores_the_judge(checkpoint_path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
-    options = "--arms stream judged --steps 2 --judge-steps 2 --batch 2 --test-images 2 --seeds 0"
-    monkeypatch.setattr(sys, "argv", [downstream.__file__, "--checkpoint", str(checkpoint_path), *options.split()])
-    downstream.main()
-    last = capsys.readouterr().out.splitlines()[-1]
-    result = json.loads(last)
-    assert [run["arm"] for run in result["runs"]] == ["stream", "judged"]
-    assert result["judge_on_renders"]["num_images"] == 2 and "judge" not in result["settings"]
-    assert len(rows_of(tmp_path / "downstream.json", result)) == 1
-    assert str(checkpoint_path.parent) not in last
