@@ -81,12 +81,8 @@ def run_demo(
     console = console or Console()
     started = time.perf_counter()
     chosen = usable_device(device)
-    default = default_budget(chosen)
-    budget = replace(
-        default,
-        steps=default.steps if steps is None else steps,
-        backbone=default.backbone if backbone is None else backbone,
-    )
+    given = {name: value for name, value in {"steps": steps, "backbone": backbone}.items() if value is not None}
+    budget = replace(default_budget(chosen), **given)  # type: ignore[arg-type]
     check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
 

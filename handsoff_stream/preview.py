@@ -106,12 +106,7 @@ def preview_sheet(
         OutputError: the PNG cannot be written; this is found out before anything is drawn.
         ValueError: nothing to draw, or no segmentation head.
     """
-    chosen = range(num) if indices is None else list(indices)
-    if not 1 <= len(chosen) <= MAX_SAMPLES or columns < 1:
-        raise ValueError(
-            f"{len(chosen)} samples in {columns} columns make no sheet; ask for at least one of each, and at most "
-            f"{MAX_SAMPLES} samples"
-        )
+    chosen = _chosen(range(num) if indices is None else list(indices), columns)
     source = CheckpointSource(checkpoint)
     psi = source.truncation if truncation is None else truncation
     where = usable_device(device)
@@ -128,6 +123,15 @@ def preview_sheet(
     with whole_file(path) as partial:
         sheet.save(partial, format="PNG")
     return samples
+
+
+def _chosen(indices: Sequence[int], columns: int) -> Sequence[int]:
+    if not 1 <= len(indices) <= MAX_SAMPLES or columns < 1:
+        raise ValueError(
+            f"{len(indices)} samples in {columns} columns make no sheet; ask for at least one of each, and at most "
+            f"{MAX_SAMPLES} samples"
+        )
+    return indices
 
 
 def _segmentation_head(checkpoint: Checkpoint) -> tuple[str, Segmentation]:

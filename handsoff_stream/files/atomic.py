@@ -138,7 +138,7 @@ def check_folder(folder: str | Path, *, needed: int = 0) -> None:
 def locked_folder(folder: str | Path) -> Iterator[Path]:
     """The folder, made if it does not exist, as this process's own; the lock ends with the block or the process.
 
-    What killed runs left in it is removed.
+    What killed runs left in it is removed; a folder that was made and is still empty goes if the block fails.
 
     flock on the folder itself, so nothing is left in it; where the file system has no locks (some network drives), none
     is taken.
@@ -148,6 +148,7 @@ def locked_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     check_folder(folder)
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -161,6 +162,10 @@ def locked_folder(folder: str | Path) -> Iterator[Path]:
         for leftover in folder.glob(f".*{SUFFIX}"):
             _remove_if_unused(leftover)
         yield folder
+    except BaseException:
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
     finally:
         os.close(handle)
 

@@ -39,7 +39,7 @@ MTIME = 0.0  # fixed, so that the same samples make the same bytes
 Natural = Annotated[int, Field(ge=0)]
 
 
-class ShardRecord(Schema):
+class _ShardRecord(Schema):
     """What a whole shard holds."""
 
     file: Name
@@ -53,13 +53,13 @@ class ShardRecord(Schema):
         return path.is_file() and path.stat().st_size == self.bytes and sha256(path) == self.sha256
 
 
-class ExportRecord(Schema):
+class _ExportRecord(Schema):
     """`export.json`."""
 
     format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)]
     num_samples: Natural
     shard_size: Natural
-    shards: list[ShardRecord]
+    shards: list[_ShardRecord]
     """The whole ones, in order."""
     start: dict[str, Any]
     """Position of the stream before the first of them."""
@@ -117,7 +117,7 @@ class _Export:
         self.stream = _one_by_one(stream)
         count = -(-num_samples // shard_size)
         self.paths = [folder / f"shard-{i:06d}.tar" for i in range(count)]
-        self.record = self._stored() or ExportRecord(
+        self.record = self._stored() or _ExportRecord(
             format_version=FORMAT_VERSION,
             num_samples=num_samples,
             shard_size=shard_size,
@@ -168,11 +168,11 @@ class _Export:
             if progress is not None:
                 progress(i * self.shard_size + made.samples)
 
-    def _stored(self) -> ExportRecord | None:
+    def _stored(self) -> _ExportRecord | None:
         path = self.folder / STATE_FILE
         if not path.exists():
             return None
-        record = validated(ExportRecord, read_json(path, "the record of an export"), f"{path}: it")
+        record = validated(_ExportRecord, read_json(path, "the record of an export"), f"{path}: it")
         if (record.num_samples, record.shard_size) != (self.num_samples, self.shard_size):
             raise ValueError(
                 f"{path}: an export with other counts ({record.num_samples} samples, {record.shard_size} a shard) than "
@@ -195,7 +195,7 @@ class _Export:
     def _count(self, number: int) -> int:
         return min(self.shard_size, self.num_samples - number * self.shard_size)
 
-    def _write(self, number: int, samples: Iterator[Any]) -> ShardRecord:
+    def _write(self, number: int, samples: Iterator[Any]) -> _ShardRecord:
         path, count = self.paths[number], self._count(number)
         with whole_file(path) as partial, webdataset.TarWriter(str(partial), mtime=MTIME, encoder=False) as writer:
             for i in range(count):
@@ -203,7 +203,7 @@ class _Export:
                 if i == 0:
                     check_folder(self.folder, needed=count * _stored_bytes(fields) * (len(self.paths) - number))
                 writer.write(fields)
-        return ShardRecord(file=path.name, samples=count, bytes=path.stat().st_size, sha256=sha256(path))
+        return _ShardRecord(file=path.name, samples=count, bytes=path.stat().st_size, sha256=sha256(path))
 
 
 def _one_by_one(stream: HandsOffStream) -> HandsOffStream:

@@ -226,5 +226,9 @@ def test_the_second_writer_of_a_folder_is_told_and_a_killed_one_holds_nothing(tm
         process.wait()
     with locked_folder(folder) as mine:
         assert mine == folder and not list(folder.iterdir())
-    with locked_folder(folder):
-        pass
+    with pytest.raises(KeyError), locked_folder(folder):
+        raise KeyError
+    assert folder.is_dir()  # it was there before
+    with pytest.raises(KeyError), locked_folder(tmp_path / "made"):
+        raise KeyError
+    assert not (tmp_path / "made").exists()

@@ -137,15 +137,7 @@ class StyleGAN2(Generator):
                 f"label_dim={label_dim} describe no generator; pass positive integers, and (height, width) as "
                 "constant_size"
             )
-        if not (
-            math.isfinite(mapping_lr_multiplier)
-            and mapping_lr_multiplier > 0
-            and (conv_clamp is None or conv_clamp > 0)
-        ):
-            raise ValueError(
-                f"mapping_lr_multiplier={mapping_lr_multiplier}, conv_clamp={conv_clamp}: pass positive numbers, or "
-                "None for no clamp"
-            )
+        _check_scales(mapping_lr_multiplier, conv_clamp)
         self.channels = tuple(channels)
         self.constant_size = (constant_size[0], constant_size[1])
         self._z_dim, self._w_dim = z_dim, w_dim
@@ -275,3 +267,11 @@ class StyleGAN2(Generator):
     def _style_layers(self) -> Iterator[StyleLayer]:
         for block in self._blocks():
             yield from block.style_layers()
+
+
+def _check_scales(mapping_lr_multiplier: float, conv_clamp: float | None) -> None:
+    if not 0 < mapping_lr_multiplier < math.inf or (conv_clamp is not None and not 0 < conv_clamp < math.inf):
+        raise ValueError(
+            f"mapping_lr_multiplier={mapping_lr_multiplier}, conv_clamp={conv_clamp}: pass positive numbers, or None for "
+            "no clamp"
+        )
