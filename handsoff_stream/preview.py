@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from handsoff_stream.checkpoint import Checkpoint, CheckpointSource
-from handsoff_stream.device import resolve_device
+from handsoff_stream.checkpoint import Checkpoint, CheckpointSource, resolve
+from handsoff_stream.device import usable_device
+from handsoff_stream.files.atomic import check_file, whole_file
 from handsoff_stream.filters import Threshold
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.synthesizer import Synthesizer
@@ -40,6 +41,7 @@ HEAT_ANCHORS = (
     (252, 253, 191),
 )
 OPACITY = 0.6  # of the label over the image
+MAX_SAMPLES = 1024  # on a sheet, whose pixels must all be in memory
 BATCH = 4  # images synthesised at once: bounds memory
 TILE_SIZE = 192  # small images are enlarged to about this many pixels
 GAP, MARGIN, TEXT, LINE = 4, 16, 13, 20
@@ -99,22 +101,30 @@ def preview_sheet(
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or has no head.
+        OutputError: the PNG cannot be written; this is found out before anything is drawn.
         ValueError: nothing to draw, or no segmentation head.
     """
-    chosen = list(range(num)) if indices is None else list(indices)
-    if not chosen or columns < 1:
-        raise ValueError(f"{len(chosen)} samples in {columns} columns make no sheet; ask for at least one of each")
+    chosen = range(num) if indices is None else list(indices)
+    if not 1 <= len(chosen) <= MAX_SAMPLES or columns < 1:
+        raise ValueError(
+            f"{len(chosen)} samples in {columns} columns make no sheet; ask for at least one of each, and at most "
+            f"{MAX_SAMPLES} samples"
+        )
     source = CheckpointSource(checkpoint)
     psi = source.truncation if truncation is None else truncation
     options = SynthesisOptions(seed=seed, truncation=psi, score=score)
     loaded = source.load()
     name, task = _segmentation_head(loaded)
     judge = _judge(source.calibration_scores(options), percentile)
-    synthesizer = Synthesizer(loaded, options, resolve_device(device))
+    synthesizer = Synthesizer(loaded, options, usable_device(device))
+    check_file(path, inputs=[] if isinstance(checkpoint, Checkpoint) else [resolve(checkpoint)])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     samples: list[PreviewSample] = []
     for start in range(0, len(chosen), BATCH):
         samples += _synthesize(synthesizer, name, chosen[start : start + BATCH], judge)
-    draw_sheet(samples, task, columns=columns).save(path, format="PNG")
+    sheet = draw_sheet(samples, task, columns=columns)
+    with whole_file(path) as partial:
+        sheet.save(partial, format="PNG")
     return samples
 
 

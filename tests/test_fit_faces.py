@@ -58,7 +58,7 @@ def test_a_run_becomes_a_checkpoint_that_streams_and_tells_its_history(run, tmp_
         4,
         "--epochs",
         1,
-        "--views",
+        "--augmentations",
         1,
         "--calibration-samples",
         8,
@@ -66,8 +66,9 @@ def test_a_run_becomes_a_checkpoint_that_streams_and_tells_its_history(run, tmp_
     assert f"wrote {out}; inversions" in text
     provenance = load_checkpoint(out).provenance
     assert provenance["perceptual"].startswith("pixels and discriminator features")
-    assert provenance["views"]["per_image"] == 1 and provenance["images"][:3] == ["train-00", "train-01", "train-02"]
-    assert sum(".view-" in name for name in provenance["images"]) == len(provenance["images"]) - 3 >= 3
+    assert provenance["augmentation"]["per_image"] == 1
+    assert provenance["images"][:3] == ["train-00", "train-01", "train-02"]
+    assert sum(".augmented-" in name for name in provenance["images"]) == len(provenance["images"]) - 3 >= 3
     assert provenance["inversion"]["radius"] is None
     assert len(provenance["inversion"]["psnr"]) == len(provenance["images"])
     assert provenance["generator_training"]["images"] == 8

@@ -1,8 +1,8 @@
 """The yardstick: how much of the annotation gap does the stream close?
 
-    python benchmarks/downstream.py --steps 1000 --seeds 0 1 2
-    python benchmarks/downstream.py --steps 1000 --seeds 0 1 2 --from-scratch --name downstream-scratch
-    python benchmarks/downstream.py --arms labelled unlimited --classes fine --varied --name downstream-gap
+    python -m benchmarks.downstream --steps 1000 --seeds 0 1 2
+    python -m benchmarks.downstream --steps 1000 --seeds 0 1 2 --from-scratch --name downstream-scratch
+    python -m benchmarks.downstream --arms labelled unlimited --classes fine --varied --name downstream-gap
 
 Each arm gets the same network, steps, batch size, optimiser, rate and augmentation; all are scored once, at the end, on
 the same rendered test faces, which no training saw. Whatever is chosen is chosen on validation faces (`--curve`).
@@ -33,13 +33,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_result
-from downstream_arms import ARMS, Outcome, run
-from downstream_batches import MOST_LABELLED, Experiment, class_names_of, fingerprint
-from downstream_judge import fit_on_samples, train_judge
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common import write_result
+from benchmarks.downstream.arms import ARMS, Outcome, run
+from benchmarks.downstream.batches import MOST_LABELLED, Experiment, class_names_of, fingerprint
+from benchmarks.downstream.judge import fit_on_samples, train_judge
+from benchmarks.report.bar_chart import Chart
+from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, FINE_CLASS_NAMES
 from handsoff_stream.downstream.deeplab import BACKBONES
 
@@ -178,6 +180,45 @@ def train(args: argparse.Namespace, experiment: Experiment, console: Console) ->
         return [training.result() for training in trainings]
 
 
+ARM_NAMES = {
+    "transfer": "the labelled images, backbone frozen",
+    "labelled": "the labelled images",
+    "stream": "the stream",
+    "mixed": "half stream, half labelled images",
+    "stream-then-labelled": "the stream, then the labelled images",
+    "datasetgan": "a stream from labelled samples",
+    "judged": "the stream's images, labelled by a network trained on renders",
+    "unlimited": "unlimited labelled images",
+    # Of results from before November 25, 2026:
+    "plain": "the stream without augmentation",
+    "rendered": "unlimited labelled images",
+}
+
+
+def rows(result: Result) -> list[Row]:
+    """The stream, or the first arm if there is no stream, against every other arm."""
+    settings, arms = result["settings"], result["summary"]
+    what = f"mIoU of DeepLabV3-{settings['backbone']}, {settings['steps']} steps, {len(settings['seeds'])} seed(s)"
+    first, *others = sorted(arms, key=lambda name: name != "stream")
+    return [
+        Row(f"{what}: {ARM_NAMES[first]}", _miou(arms[first]), f"{ARM_NAMES[name]}: {_miou(arms[name])}", None)
+        for name in others
+    ]
+
+
+def _miou(arm: dict[str, Any]) -> str:
+    spread = arm["miou_std"]
+    return f"{arm['miou_mean']:.1%}" + ("" if spread is None else f" ± {spread:.1%}")
+
+
+def charts(result: Result) -> list[Chart]:
+    """The mIoU of every arm."""
+    return [Chart("mIoU, %", [(name, 100 * arm["miou_mean"]) for name, arm in result["summary"].items()])]
+
+
+PRESENTATION = Presentation(rows, charts)
+
+
 def main() -> None:
     args = arguments()
     console = Console(stderr=True)
@@ -197,7 +238,3 @@ def main() -> None:
         settings["fingerprint"] = fingerprint(args.checkpoint)
     runs = [outcome.record() for outcome in outcomes]
     write_result(args.name, {"settings": settings, "summary": summary(outcomes), "runs": runs, **result})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What the arms of `downstream.py` share, and the labelled images that they can see.
+"""What the arms of `comparison` share, and the labelled images that they can see.
 
 Knows rendered faces, streams, and the network. Does not know which arm sees what, nor how arms are compared.
 """

@@ -1,4 +1,4 @@
-"""The arms of `downstream.py`: which labelled images a network sees in which steps, and how it is trained on them.
+"""The arms of `comparison`: which labelled images a network sees in which steps, and how it is trained on them.
 
 Knows batches and how a network is trained and scored. Does not know how arms are compared.
 """
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from downstream_batches import Experiment, judged, labelled, mixed, sampled, stream, unlimited
 
+from benchmarks.downstream.batches import Experiment, judged, labelled, mixed, sampled, stream, unlimited
 from handsoff_stream.downstream import SegmentationScores, evaluate, train_segmentation
 
 

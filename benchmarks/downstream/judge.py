@@ -1,18 +1,19 @@
-"""The judge of `downstream.py`: a network that had unlimited annotation, and labels samples in a person's place.
+"""The judge of `comparison`: a network that had unlimited annotation, and labels samples in a person's place.
 
 Knows how a judge is trained and what is fitted on its labels. Does not know the arms that need it.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from downstream_batches import Experiment, labels_of, load_judge, unlimited
 
+from benchmarks.downstream.batches import Experiment, labels_of, load_judge, unlimited
 from handsoff_stream.checkpoint import load_checkpoint
 from handsoff_stream.datasets.rendered_faces import FINE_PALETTE, PALETTE
 from handsoff_stream.device import resolve_device
 from handsoff_stream.downstream import SegmentationScores, evaluate, train_segmentation
-from handsoff_stream.fitting import FitSettings, fit_checkpoint
+from handsoff_stream.fitting import FitSettings, fit_checkpoint, invert
 from handsoff_stream.fitting.annotation.sample import regenerate
 from handsoff_stream.fitting.from_files import save_calibrated
 from handsoff_stream.tasks import Segmentation
@@ -59,15 +60,7 @@ def fit_on_samples(experiment: Experiment, *, fit: FitSettings | None = None, ca
         images.append((name, image.cpu()))
         labels.append(labels_of(judge, image[None])[0].cpu())
     palette = FINE_PALETTE if experiment.fine else PALETTE
-    fitted = fit_checkpoint(
-        generator,
-        images,
-        torch.stack(labels),
-        Segmentation(experiment.class_names, palette),
-        Path(experiment.sampled).with_suffix(".latents"),
-        fit=fit,
-        latents=latents,
-        truncation=psi,
-        calibration_samples=0,
-    )
+    found = invert(generator, images, Path(experiment.sampled).with_suffix(".latents"), given=latents)
+    task = Segmentation(experiment.class_names, palette)
+    fitted = replace(fit_checkpoint(generator, found, torch.stack(labels), task, fit), truncation=psi)
     save_calibrated(fitted, Path(experiment.sampled), device, calibration_samples, half=True)
