@@ -96,7 +96,7 @@ def preview_sheet(
         truncation: psi; None means the checkpoint's own.
         score: "top10_mean" or "sum".
         percentile: in (0, 100].
-        device: where to synthesise; None means CUDA if there is one.
+        device: where to synthesize; None means CUDA if there is one.
 
     Returns:
         What was drawn, in order.
