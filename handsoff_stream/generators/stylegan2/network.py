@@ -272,6 +272,6 @@ class StyleGAN2(Generator):
 def _check_scales(mapping_lr_multiplier: float, conv_clamp: float | None) -> None:
     if not 0 < mapping_lr_multiplier < math.inf or (conv_clamp is not None and not 0 < conv_clamp < math.inf):
         raise ValueError(
-            f"mapping_lr_multiplier={mapping_lr_multiplier}, conv_clamp={conv_clamp}: pass positive numbers, or None for "
-            "no clamp"
+            f"mapping_lr_multiplier={mapping_lr_multiplier}, conv_clamp={conv_clamp}: pass positive numbers, or None "
+            "for no clamp"
         )
