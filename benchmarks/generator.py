@@ -1,6 +1,6 @@
 """How good the images of generators of faces are: distance to renders, precision and recall, glasses and hats.
 
-    python benchmarks/generator.py --checkpoints faces other.safetensors --images 1000 --judge judge.safetensors
+    python -m benchmarks.generator --checkpoints faces other.safetensors --images 1000 --judge judge.safetensors
 
 The measures, and the judge whose features they are taken in, are those of `recipes/faces/quality.py`: kernel distance
 (Binkowski et al., ICLR 2018), improved precision and recall (Kynkäänniemi et al., NeurIPS 2019), and the share of
@@ -14,24 +14,23 @@ Files may be checkpoints with heads or generators alone, of rendered faces. Last
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, write_result
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
+from benchmarks.common import write_result
+from benchmarks.report.bar_chart import Chart
+from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.checkpoint import load_checkpoint
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
 from handsoff_stream.downstream import evaluate
-
-sys.path.append(str(ROOT / "recipes" / "faces"))
-from gate import samples  # noqa: E402
-from quality import JUDGE_SIZE, LONG_TAIL, Judge, Quality, look_at, measure, open_judge  # noqa: E402
-from train_generator import save_sheet  # noqa: E402
+from recipes.faces.gate import samples
+from recipes.faces.quality import JUDGE_SIZE, LONG_TAIL, Judge, Quality, look_at, measure, open_judge
+from recipes.faces.train_generator import save_sheet
 
 TRUNCATIONS = (1.0, 0.7)
 
@@ -63,6 +62,36 @@ def table(sets: dict[str, Quality], truth: dict[str, float]) -> Table:
         shown.add_row(name, f"{quality.distance:.4f}", f"{quality.precision:.1%}", f"{quality.recall:.1%}", *shares)
     shown.caption = "worn on renders: " + ", ".join(f"{name} {share:.1%}" for name, share in truth.items())
     return shown
+
+
+def rows(result: Result) -> list[Row]:
+    """Distance, precision and recall of every set of images, beside those of other renders."""
+    sets, floor = result["sets"], "other renders"
+    return [
+        Row(
+            f"{name}: kernel distance to renders, precision, recall; {result['arguments']['images']} images",
+            _in_words(found),
+            f"{floor}: {_in_words(sets[floor])}",
+            None,
+        )
+        for name, found in sets.items()
+        if name != floor
+    ]
+
+
+def _in_words(found: dict[str, Any]) -> str:
+    shown = f"{found['distance']:.3g}"
+    if "precision" not in found:  # a result from before 2026-11-25
+        return shown
+    return f"{shown}, {found['precision']:.1%}, {found['recall']:.1%}"
+
+
+def charts(result: Result) -> list[Chart]:
+    """The distance of every set of images."""
+    return [Chart("kernel distance to renders", [(name, found["distance"]) for name, found in result["sets"].items()])]
+
+
+PRESENTATION = Presentation(rows, charts)
 
 
 def arguments() -> argparse.Namespace:

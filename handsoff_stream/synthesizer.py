@@ -8,7 +8,7 @@ the same bits.
 Shape letters: B batch, H W image size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.checkpoint import Checkpoint
-from handsoff_stream.features import FeaturePyramid, Window
-from handsoff_stream.labeller import Labeller
+from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.geometry import Rectangle
+from handsoff_stream.labeller import Labeller, on_device
+from handsoff_stream.noise import noise_maps
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.precision import compute_dtype
-from handsoff_stream.seeding import latents, noise_maps
+from handsoff_stream.seeding import latents
 from handsoff_stream.uncertainty import image_score
 
 
@@ -30,7 +32,7 @@ class Synthesizer:
     Args:
         checkpoint: generator, heads, output size and crop.
         options: what decides a sample.
-        device: where to compute; the networks of `checkpoint` are moved there.
+        device: where to compute; `checkpoint` stays where it is.
 
     Raises:
         ValueError: a precision or a kernel that this device cannot run; an output size that would cut pixels at the
@@ -43,10 +45,10 @@ class Synthesizer:
         self.size = checkpoint.size
         height, width = checkpoint.generator.resolution
         self.crop = checkpoint.crop
-        part = self.crop or Window(0, height, 0, width)
+        part = self.crop or Rectangle(0, 0, height, width)
         self._whole_size, self._corner = part.placement(self.size, (height, width))
         dtype = compute_dtype(options.precision, device)
-        self.generator = checkpoint.generator.to(device)
+        self.generator = on_device(checkpoint.generator, device)
         self._synthesis = self.generator.fold(dtype)
         self.labeller = Labeller(checkpoint, device, dtype=dtype, kernel=options.kernel)
 
@@ -71,8 +73,8 @@ class Synthesizer:
         z = self._upload(latents(self.options.seed, indices, self.generator.z_dim))
         w_plus = self.generator.truncate(self.generator.mapping(z), self.options.truncation)
         if self.options.noise == "random":
-            maps = noise_maps(self.options.seed, indices, self.generator.noise_shapes)
-            synthesis = self._synthesis(w_plus, [self._upload(n) for n in maps])
+            maps = noise_maps(self.options.seed, indices, self.generator.noise_shapes, self.device)
+            synthesis = self._synthesis(w_plus, maps)
         else:
             synthesis = self._synthesis(w_plus, self.options.noise)
         return self._output(synthesis.images, synthesis.features)
@@ -84,7 +86,7 @@ class Synthesizer:
             return images_BCHW, features
         (top, left), (height, width) = self._corner, self.size
         images_BCHW = images_BCHW[..., top : top + height, left : left + width].contiguous()
-        return images_BCHW, features.crop(self.crop[:2], self.crop[2:])
+        return images_BCHW, features.crop(self.crop.rows, self.crop.columns)
 
     def _upload(self, tensor: Tensor) -> Tensor:
         """To the device without making the host wait: only from pinned memory is a copy asynchronous."""
@@ -97,6 +99,20 @@ class Synthesizer:
             KeyError: a head that the checkpoint does not have.
         """
         return self.labeller(features, [name])[name]
+
+
+def in_chunks(indices: Sequence[int], chunk_size: int) -> Iterator[tuple[range, list[int], list[int]]]:
+    """The aligned chunks that hold some indices: (chunk, rows of it, places in `indices` that these rows take).
+
+    A sample's bits depend on the shape of the chunk that it is computed in, so whoever wants the samples of a stream
+    computes them in its chunks.
+    """
+    places: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        places.setdefault(index // chunk_size, []).append(place)
+    for number, some in places.items():
+        first = number * chunk_size
+        yield range(first, first + chunk_size), [indices[place] - first for place in some], some
 
 
 def quantize(images_BCHW: Tensor, size: tuple[int, int]) -> Tensor:

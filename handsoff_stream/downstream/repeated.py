@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from handsoff_stream.batch import LabelledBatch
-from handsoff_stream.downstream.metrics import IGNORE_INDEX
+from handsoff_stream.class_ids import IGNORE_INDEX
 from handsoff_stream.transforms import JointTransform
 
 GREY = 0.5

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from handsoff_stream.class_ids import IGNORE_INDEX
 from handsoff_stream.device import resolve_device
-from handsoff_stream.downstream.metrics import IGNORE_INDEX, SegmentationMeter, SegmentationScores
+from handsoff_stream.downstream.metrics import SegmentationMeter, SegmentationScores
 from handsoff_stream.precision import cpu_multiplies_bfloat16
 
 Batches = Iterable[Any]
@@ -38,6 +39,7 @@ class TrainingReport:
 
     @property
     def images_per_second(self) -> float:
+        """Images that the network was trained on per second, waiting for data included."""
         return self.num_images / self.seconds
 
 

@@ -1,7 +1,7 @@
 """Make the checkpoint named `faces`: a trained generator => 16 labelled renders inverted, fitted, calibrated.
 
-    python recipes/faces/train_generator.py runs/faces --autoencode 30
-    python recipes/faces/fit_faces.py runs/faces handsoff_stream/assets/faces.safetensors
+    python -m recipes.faces.train_generator runs/faces --autoencode 30
+    python -m recipes.faces.fit_faces runs/faces handsoff_stream/assets/faces.safetensors
 
 A script like this one is what you would write for labelled images that are not files; for folders there is
 `handsoff-stream fit`. Where that has LPIPS and a ReStyle encoder, here are the networks that were trained together with
@@ -11,21 +11,29 @@ the generator: its encoder guesses the latents, its discriminator compares image
 import argparse
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from discriminator import Discriminator
-from gan_networks import Settings, build
 from torch import Tensor
 
 from handsoff_stream import load_checkpoint
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, PALETTE
 from handsoff_stream.datasets.rendered_faces.labelled import labelled_faces
-from handsoff_stream.fitting import FitSettings, InversionSettings, Perceptual, ViewSettings, fit_checkpoint, with_views
-from handsoff_stream.fitting.from_files import save_calibrated, sha256
+from handsoff_stream.fitting import (
+    AugmentationSettings,
+    FitSettings,
+    InversionSettings,
+    Perceptual,
+    fit_checkpoint,
+    invert,
+    with_augmentations,
+)
+from handsoff_stream.fitting.from_files import save_calibrated
 from handsoff_stream.generators import Generator
+from handsoff_stream.provenance import sha256
 from handsoff_stream.tasks import Segmentation
+from recipes.faces.discriminator import Discriminator
+from recipes.faces.gan_networks import Settings, build
 
 
 class TrainedDistance(Perceptual):
@@ -73,7 +81,7 @@ def main() -> None:
     parser.add_argument("--latents", type=Path, help="folder of the inversions; default: OUT.latents")
     parser.add_argument("--num-labelled", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200, help="of the inversion")
-    parser.add_argument("--views", type=int, default=0, help="of each image; more of those with glasses or hat")
+    parser.add_argument("--augmentations", type=int, default=0, help="of each image; more of those with glasses or hat")
     parser.add_argument("--hidden", type=int, nargs=2, default=(128, 32))
     parser.add_argument("--epochs", type=int, default=FitSettings().epochs)
     parser.add_argument("--calibration-samples", type=int, default=2000)
@@ -85,34 +93,36 @@ def main() -> None:
     pairs = [faces[i] for i in range(len(faces))]
     named = [(f"train-{i:02d}", image) for i, (image, _) in enumerate(pairs)]
     of_any_color = tuple(CLASS_NAMES.index(name) for name in ("glasses", "hat"))
-    views = ViewSettings(per_image=args.views, flip=True, any_color=of_any_color)
-    named, masks = with_views(named, torch.stack([mask for _, mask in pairs]), len(CLASS_NAMES), views)
+    augmentation = AugmentationSettings(per_image=args.augmentations, flip=True, any_color=of_any_color)
+    named, masks = with_augmentations(named, torch.stack([mask for _, mask in pairs]), len(CLASS_NAMES), augmentation)
     images = torch.stack([image for _, image in named]) * 2 - 1
-    encodings = None
+
+    encodings: dict[str, Tensor] = {}
     if "encoder" in networks:
         w = generator.mapping(networks["encoder"](images)[0])
         encodings = dict(zip((name for name, _ in named), w[:, None].expand(-1, generator.num_ws, -1), strict=True))
-    # The distance has pixels in it already.
+    # The distance contains pixels already.
     inversion = InversionSettings(steps=args.steps, learning_rate=0.05, pixel_weight=0, radius=None)
-    checkpoint = fit_checkpoint(
+    latents = invert(
         generator.to(args.device),
         named,
-        masks,
-        Segmentation(CLASS_NAMES, PALETTE),
         args.latents or args.out.with_suffix(".latents"),
-        inversion=inversion,
-        fit=FitSettings(hidden=(args.hidden[0], args.hidden[1]), epochs=args.epochs),
+        inversion,
         perceptual=TrainedDistance(networks["discriminator"], images).to(args.device),  # type: ignore[arg-type]
-        encodings=encodings,
-        calibration_samples=0,
-        sources={"generator.safetensors": sha256(args.run / "generator.safetensors")},
+        encode=(lambda pending: encodings) if encodings else None,
         progress=True,
     )
-    provenance = {**checkpoint.provenance, "generator_training": training}
-    if args.views:
-        provenance["views"] = views.config()
-    device = torch.device(args.device)
-    save_calibrated(replace(checkpoint, provenance=provenance), args.out, device, args.calibration_samples, half=True)
+    about = {
+        "sources": {"generator.safetensors": sha256(args.run / "generator.safetensors")},
+        "generator_training": training,
+    }
+    if args.augmentations:
+        about["augmentation"] = augmentation.config()
+    settings = FitSettings(hidden=(args.hidden[0], args.hidden[1]), epochs=args.epochs)
+    task = Segmentation(CLASS_NAMES, PALETTE)
+    checkpoint = fit_checkpoint(generator, latents, masks, task, settings, about=about, progress=True)
+    save_calibrated(checkpoint, args.out, torch.device(args.device), args.calibration_samples, half=True)
+    provenance = checkpoint.provenance
     accuracy, psnr = provenance["fit"]["accuracy"], provenance["inversion"]["psnr"]
     print(f"wrote {args.out}; inversions {sum(psnr) / len(psnr):.1f} dB, accuracy on held-out pixels {accuracy:.1%}")
 

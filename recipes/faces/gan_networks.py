@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from discriminator import Discriminator, Encoder
-from discriminator import grow as grow_discriminator
-from projected import ProjectedHeads
 
 from handsoff_stream.generators import StyleGAN2
+from recipes.faces.discriminator import Discriminator, Encoder
+from recipes.faces.discriminator import grow as grow_discriminator
+from recipes.faces.projected import ProjectedHeads
 
 
 @dataclass(frozen=True, kw_only=True)

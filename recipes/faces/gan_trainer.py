@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fused_synthesis import fuse
-from gan_losses import average, feature_distance, pyramid_distance, update
-from gan_networks import Settings, build, grow, optimizers
-from projected import FrozenFeatures, augment
 from torch import Tensor
 
 from handsoff_stream.generators import Generator, load_generator
+from recipes.faces.fused_synthesis import fuse
+from recipes.faces.gan_losses import average, feature_distance, pyramid_distance, update
+from recipes.faces.gan_networks import Settings, build, grow, optimizers
+from recipes.faces.projected import FrozenFeatures, augment
 
 
 class Trainer:

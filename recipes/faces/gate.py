@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import Judge, Quality, measure
 from torch import Tensor
 
 from handsoff_stream.generators import Generator
+from recipes.faces.quality import Judge, Quality, measure
 
 MIN_RECALL = 0.6
 """Of the best recall among the readings that passed: below it, modes are gone."""

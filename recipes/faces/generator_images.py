@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from handsoff_stream.datasets.labelled_images.pictures import read_image
 from handsoff_stream.datasets.rendered_faces import RenderedFaces
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -46,7 +47,7 @@ class ImageFolder(Dataset[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        image = Image.open(self.paths[index]).convert("RGB")
+        image = Image.fromarray(read_image(self.paths[index]))
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         box = (left, top, left + side, top + side)

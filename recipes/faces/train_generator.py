@@ -1,8 +1,8 @@
 """Train a StyleGAN2: on rendered faces out of the box, on a folder of your own images with the same command.
 
-    python recipes/faces/train_generator.py runs/faces
-    python recipes/faces/train_generator.py runs/mine --data photos/ --resolution 256 --images 5000000
-    torchrun --nproc-per-node 8 recipes/faces/train_generator.py runs/mine --data photos/ --resolution 256
+    python -m recipes.faces.train_generator runs/faces
+    python -m recipes.faces.train_generator runs/mine --data photos/ --resolution 256 --images 5000000
+    torchrun --nproc-per-node 8 -m recipes.faces.train_generator runs/mine --data photos/ --resolution 256
 
 Non-saturating logistic loss, lazy R1, style mixing, EMA, minibatch standard deviation (StyleGAN2, Karras et al., CVPR
 2020); bfloat16 convolutions. Ctrl-C or SIGTERM stops after the step and saves; the same command resumes from
@@ -26,12 +26,7 @@ from typing import Any, TextIO, cast
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from gan_networks import Settings
-from gan_trainer import Trainer
-from gate import Gate
-from generator_images import RandomOrder, open_data
 from PIL import Image
-from quality import look_at, open_judge
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
@@ -40,6 +35,11 @@ from handsoff_stream.datasets.rendered_faces import RenderedFaces
 from handsoff_stream.files.atomic import whole_file
 from handsoff_stream.generators import Generator
 from handsoff_stream.precision import cpu_multiplies_bfloat16
+from recipes.faces.gan_networks import Settings
+from recipes.faces.gan_trainer import Trainer
+from recipes.faces.gate import Gate
+from recipes.faces.generator_images import RandomOrder, open_data
+from recipes.faces.quality import look_at, open_judge
 
 SAVE_SECONDS = 300.0
 MAX_ROLLBACKS = 4  # to the same good state; each halves the weight of the heads

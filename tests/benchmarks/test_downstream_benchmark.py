@@ -9,27 +9,21 @@ import pytest
 import torch
 from conftest import make_checkpoint
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import common  # noqa: E402
-import downstream  # noqa: E402
-import downstream_batches as batches  # noqa: E402
-import downstream_judge as judge  # noqa: E402
-import report  # noqa: E402
-from downstream_arms import ARMS, Outcome, run  # noqa: E402
-
-from handsoff_stream.checkpoint import Checkpoint, Head, load_checkpoint, save_checkpoint  # noqa: E402
-from handsoff_stream.datasets.rendered_faces import (  # noqa: E402
+from benchmarks import common
+from benchmarks.downstream import batches, comparison, judge
+from benchmarks.downstream.arms import ARMS, Outcome, run
+from benchmarks.report.tables import rows_of
+from handsoff_stream.checkpoint import Checkpoint, Head, load_checkpoint, save_checkpoint
+from handsoff_stream.datasets.rendered_faces import (
     CLASS_NAMES,
     FINE_CLASS_NAMES,
     FINE_PALETTE,
     labelled_faces,
 )
-from handsoff_stream.downstream import SegmentationScores  # noqa: E402
-from handsoff_stream.fitting import FitSettings  # noqa: E402
-from handsoff_stream.label_generator import LabelGenerator  # noqa: E402
-from handsoff_stream.tasks import Segmentation  # noqa: E402
+from handsoff_stream.downstream import SegmentationScores
+from handsoff_stream.fitting import FitSettings
+from handsoff_stream.label_generator import LabelGenerator
+from handsoff_stream.tasks import Segmentation
 
 
 def faces_checkpoint(folder: Path, names: tuple[str, ...]) -> str:
@@ -138,8 +132,8 @@ def test_classes_are_those_of_the_checkpoint_and_others_are_refused(
     coarse = faces_checkpoint(tmp_path, CLASS_NAMES)
 
     def made(*options: str) -> batches.Experiment:
-        monkeypatch.setattr(sys, "argv", ["downstream.py", "--checkpoint", coarse, *options])
-        return downstream.experiment_of(downstream.arguments(), str(tmp_path))
+        monkeypatch.setattr(sys, "argv", ["downstream", "--checkpoint", coarse, *options])
+        return comparison.experiment_of(comparison.arguments(), str(tmp_path))
 
     assert made().class_names == CLASS_NAMES
     assert made("--arms", "labelled", "unlimited", "--classes", "fine").class_names == FINE_CLASS_NAMES
@@ -160,11 +154,11 @@ def test_the_gap_closed_is_counted_for_each_seed_between_the_labelled_images_and
         *(outcome("unlimited", seed, miou) for seed, miou in enumerate((0.9, 0.8, 0.7))),
         *(outcome("mixed", seed, miou) for seed, miou in enumerate((0.7, 0.55, 0.7))),
     ]
-    closed = downstream.gap_closed(outcomes)
+    closed = comparison.gap_closed(outcomes)
     assert closed["mixed"] == pytest.approx({0: 0.5, 1: -0.25})  # seed 2 has no gap
     assert closed["labelled"] == pytest.approx({0: 0, 1: 0}) and closed["unlimited"] == pytest.approx({0: 1, 1: 1})
-    assert downstream.summary(outcomes)["mixed"]["gap_closed_mean"] == pytest.approx(0.125)
-    assert downstream.gap_closed(outcomes[3:]) == {}
+    assert comparison.summary(outcomes)["mixed"]["gap_closed_mean"] == pytest.approx(0.125)
+    assert comparison.gap_closed(outcomes[3:]) == {}
 
 
 def test_the_benchmark_writes_arms_gap_and_settings(
@@ -173,11 +167,11 @@ def test_the_benchmark_writes_arms_gap_and_settings(
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     options = "--arms labelled stream unlimited --labelled 2 --steps 2 --batch 2 --size 16 --test-images 2 --seeds 0"
     checkpoint = faces_checkpoint(tmp_path, CLASS_NAMES)
-    monkeypatch.setattr(sys, "argv", ["downstream.py", "--checkpoint", checkpoint, *options.split()])
-    downstream.main()
+    monkeypatch.setattr(sys, "argv", ["downstream", "--checkpoint", checkpoint, *options.split()])
+    comparison.main()
     last = capsys.readouterr().out.splitlines()[-1]
     result = json.loads(last)
     assert [one["arm"] for one in result["runs"]] == ["labelled", "stream", "unlimited"]
     assert result["settings"]["fingerprint"] and result["settings"]["class_names"] == list(CLASS_NAMES)
-    assert len(report.rows_of(tmp_path / "downstream.json", result)) == 2
+    assert len(rows_of(tmp_path / "downstream.json", result)) == 2
     assert str(tmp_path) not in last

@@ -6,25 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from discriminator import Discriminator
-from fit_faces import TrainedDistance, open_run
-from gan_losses import feature_distance, pyramid_distance
 
 from handsoff_stream import HandsOffStream, load_checkpoint
+from recipes.faces.discriminator import Discriminator
+from recipes.faces.fit_faces import TrainedDistance, open_run
+from recipes.faces.gan_losses import feature_distance, pyramid_distance
 
-RECIPE = Path(__file__).parent.parent.parent / "recipes" / "faces"
+ROOT = Path(__file__).parents[2]
 
 
 def script(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(RECIPE / name), *map(str, arguments), "--device", "cpu"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", f"recipes.faces.{name}", *map(str, arguments), "--device", "cpu"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "faces"
     size = ("--resolution", 16, "--channels", 8, 7, 6, "--z-dim", 8, "--mapping-layers", 2)
-    script("train_generator.py", folder, *size, "--images", 8, "--batch", 4, "--autoencode", 10, "--workers", 0)
+    script("train_generator", folder, *size, "--images", 8, "--batch", 4, "--autoencode", 10, "--workers", 0)
     return folder
 
 
@@ -47,7 +47,7 @@ def test_another_discriminator_is_another_distance():
 def test_a_run_becomes_a_checkpoint_that_streams_and_tells_its_history(run, tmp_path):
     out = tmp_path / "faces.safetensors"
     text = script(
-        "fit_faces.py",
+        "fit_faces",
         run,
         out,
         "--num-labelled",
@@ -56,7 +56,7 @@ def test_a_run_becomes_a_checkpoint_that_streams_and_tells_its_history(run, tmp_
         4,
         "--epochs",
         1,
-        "--views",
+        "--augmentations",
         1,
         "--calibration-samples",
         8,
@@ -64,8 +64,9 @@ def test_a_run_becomes_a_checkpoint_that_streams_and_tells_its_history(run, tmp_
     assert f"wrote {out}; inversions" in text
     provenance = load_checkpoint(out).provenance
     assert provenance["perceptual"].startswith("pixels and discriminator features")
-    assert provenance["views"]["per_image"] == 1 and provenance["images"][:3] == ["train-00", "train-01", "train-02"]
-    assert sum(".view-" in name for name in provenance["images"]) == len(provenance["images"]) - 3 >= 3
+    assert provenance["augmentation"]["per_image"] == 1
+    assert provenance["images"][:3] == ["train-00", "train-01", "train-02"]
+    assert sum(".augmented-" in name for name in provenance["images"]) == len(provenance["images"]) - 3 >= 3
     assert provenance["inversion"]["radius"] is None
     assert len(provenance["inversion"]["psnr"]) == len(provenance["images"])
     assert provenance["generator_training"]["images"] == 8

@@ -1,9 +1,9 @@
 """Fused layers compute what the generator's own do, forward and backward, compiled or not."""
 
-import fused_synthesis
 import pytest
 import torch
 
+import recipes.faces.fused_synthesis as fused_synthesis
 from handsoff_stream.generators.stylegan2 import StyleGAN2
 
 

@@ -7,14 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from gate import MIN_RECALL, MIN_SHARE, Gate, Reading, samples
-from quality import LONG_TAIL, NEIGHBORS, Judge, Quality, look_at, measure, open_judge, precision_and_recall
-from train_generator import MAX_ROLLBACKS
 
 from handsoff_stream.generators import load_generator
 from handsoff_stream.generators.stylegan2 import StyleGAN2
+from recipes.faces.gate import MIN_RECALL, MIN_SHARE, Gate, Reading, samples
+from recipes.faces.quality import (
+    LONG_TAIL,
+    NEIGHBORS,
+    Judge,
+    Quality,
+    look_at,
+    measure,
+    open_judge,
+    precision_and_recall,
+)
+from recipes.faces.train_generator import MAX_ROLLBACKS
 
-RECIPE = Path(__file__).parent.parent.parent / "recipes" / "faces"
+ROOT = Path(__file__).parents[2]
 SHARES = {"glasses": 0.2, "hat": 0.1}
 
 
@@ -166,7 +175,7 @@ def test_a_run_keeps_what_passes_and_goes_back_when_modes_are_lost(tmp_path):
     options += ["--workers", 0, "--device", "cpu", "--gate", 8, "--gate-samples", 8, "--judge-steps", 2]
 
     def run(images: int, lr: float) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, RECIPE / "train_generator.py", out, "--images", images, "--lr", lr, *options]
+        command = [sys.executable, "-m", "recipes.faces.train_generator", out, "--images", images, "--lr", lr, *options]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
     assert run(8, lr=1e-9).stdout.count("; passes") == 2  # at the start and after 8 images

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from gan_networks import Settings
-from gan_trainer import Trainer
-from projected import FrozenFeatures, ProjectedHeads, augment, imagenet_efficientnet_lite0
 
 from handsoff_stream.downstream.efficientnet import packaged_weights
+from recipes.faces.gan_networks import Settings
+from recipes.faces.gan_trainer import Trainer
+from recipes.faces.projected import FrozenFeatures, ProjectedHeads, augment, imagenet_efficientnet_lite0
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ def test_a_state_of_another_training_is_refused(generator, images, tmp_path, cha
     if changed == "generator":
         generator = StyleGAN2(**generator.config()).eval().requires_grad_(False)
     perceptual.description = "sharp" if changed == "perceptual" else "blurred"
-    with pytest.raises(CheckpointError, match=f"with another {changed}; delete it to begin anew"):
+    with pytest.raises(CheckpointError, match=f"with another {changed}; delete it to start again"):
         train_encoder(generator, images, perceptual, out, settings)
 
 
