@@ -1,6 +1,6 @@
 """The experiment: DeepLabV3 trained on the stream, against the labelled images that the stream was made from.
 
-    python benchmarks/downstream.py --steps 300 --seeds 0 1 2
+    python -m benchmarks.downstream --steps 300 --seeds 0 1 2
 
 Each arm gets the same network, steps, batch size, optimiser and learning rate; all are scored on the same rendered
 test faces, which no training saw.
@@ -27,14 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_result
-from generator import train_judge
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision import tv_tensors
 
+from benchmarks.common import write_result
+from benchmarks.generator import train_judge
+from benchmarks.report.bar_chart import Chart
+from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.checkpoint import read_manifest
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
 from handsoff_stream.datasets.rendered_faces.labelled import labelled_faces
@@ -251,6 +253,40 @@ def train_and_save_judge(args: argparse.Namespace) -> SegmentationScores:
     judge = train_judge(size, args.judge_steps, resolve_device(None))
     torch.save(judge.state_dict(), args.judge)
     return evaluate(judge, RenderedFaces("test", num_images=args.test_images), CLASS_NAMES)
+
+
+ARM_NAMES = {
+    "stream": "the stream",
+    "plain": "the stream without augmentation",
+    "labelled": "the labelled images",
+    "mixed": "half stream, half labelled images",
+    "judged": "the stream's images, labelled by a network trained on renders",
+    "rendered": "unlimited labelled images",
+}
+
+
+def rows(result: Result) -> list[Row]:
+    """The stream, or the first arm if there is no stream, against every other arm."""
+    settings, arms = result["settings"], result["summary"]
+    what = f"mIoU of DeepLabV3-{settings['backbone']}, {settings['steps']} steps, {len(settings['seeds'])} seed(s)"
+    first, *others = sorted(arms, key=lambda name: name != "stream")
+    return [
+        Row(f"{what}: {ARM_NAMES[first]}", _miou(arms[first]), f"{ARM_NAMES[name]}: {_miou(arms[name])}", None)
+        for name in others
+    ]
+
+
+def _miou(arm: dict[str, Any]) -> str:
+    spread = arm["miou_std"]
+    return f"{arm['miou_mean']:.1%}" + ("" if spread is None else f" ± {spread:.1%}")
+
+
+def charts(result: Result) -> list[Chart]:
+    """The mIoU of every arm."""
+    return [Chart("mIoU, %", [(name, 100 * arm["miou_mean"]) for name, arm in result["summary"].items()])]
+
+
+PRESENTATION = Presentation(rows, charts)
 
 
 def main() -> None:

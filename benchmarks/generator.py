@@ -1,6 +1,6 @@
 """How far generated faces are from rendered ones, and how often they wear glasses or a hat.
 
-    python benchmarks/generator.py --images 2000
+    python -m benchmarks.generator --images 2000
 
 Distance: the kernel distance of torchmetrics (Binkowski et al., "Demystifying MMD GANs", ICLR 2018), which unlike the
 Frechet distance is unbiased for a few hundred images, between features of real and of generated images. The usual
@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import write_result
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from benchmarks.common import write_result
+from benchmarks.report.bar_chart import Chart
+from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream import load_checkpoint
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
 from handsoff_stream.downstream import build_deeplab, evaluate, train_segmentation
@@ -97,6 +99,29 @@ def measure(batches: Iterator[Tensor], judge: Any, distance: KernelInceptionDist
     shares = {name: number / count for name, number in found.items()}
     mean, deviation = distance.compute()
     return {"distance": float(mean), "distance_std": float(deviation), **shares}
+
+
+def rows(result: Result) -> list[Row]:
+    """The distance of every set of images, beside that of other renders."""
+    sets, floor = result["sets"], "other renders"
+    return [
+        Row(
+            f"{name}: kernel distance to renders, {result['arguments']['images']} images",
+            f"{found['distance']:.3g} ± {found['distance_std']:.2g}",
+            f"{floor}: {sets[floor]['distance']:.3g}",
+            None,
+        )
+        for name, found in sets.items()
+        if name != floor
+    ]
+
+
+def charts(result: Result) -> list[Chart]:
+    """The distance of every set of images."""
+    return [Chart("kernel distance to renders", [(name, found["distance"]) for name, found in result["sets"].items()])]
+
+
+PRESENTATION = Presentation(rows, charts)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@ memory. Pickles are written here by the standard pickler or by hand, opcode by o
 """
 
 import io
+import os
 import pickle
 import random
 import resource
@@ -463,10 +464,12 @@ def fuzz(count: int, seed: int) -> None:
 def run_fuzz(count: int, seed: int) -> None:
     # In a process of its own, whose peak memory is its own and whose address space is limited.
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import resource, torch; "
-        f"torch.set_num_threads(1); import test_strict_pickle as t; t.limit_memory(); t.fuzz({count}, {seed})"
+        "import resource, torch; torch.set_num_threads(1); "
+        f"import test_strict_pickle as t; t.limit_memory(); t.fuzz({count}, {seed})"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-3_000:]
     assert not (Path(tempfile.gettempdir()) / "handsoff_pwned").exists()

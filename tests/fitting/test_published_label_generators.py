@@ -133,7 +133,7 @@ def test_members_of_another_geometry_are_refused(tmp_path):
     states[1]["model_state_dict"]["module.layers.6.bias"] = torch.zeros(6)
     for i, state in enumerate(states):
         torch.save(state, tmp_path / f"model_{i}.pth")
-    with pytest.raises(CheckpointError, match=r"Member 1: layers\.6\.bias"):
+    with pytest.raises(CheckpointError, match=r"member 1: layers\.6\.bias"):
         read_label_generator(EXPERIMENT, CHANNELS, folder=tmp_path)
 
 

@@ -27,9 +27,9 @@ CASES: dict[str, tuple[Any, ...]] = {
 
 def compare(name: str, constant: bool, dtype: torch.dtype) -> dict[str, float]:
     """Share of changed labels and largest change of the divergence; runs where Triton interprets."""
-    from test_label_generator import random_pyramid, randomised
+    from test_label_generator import random_pyramid, randomized
 
-    from handsoff_stream.label_generator.triton_head import label_images
+    from handsoff_stream.label_generator.triton_head import FusedLabelHead
     from handsoff_stream.uncertainty import jensen_shannon_divergence, majority_vote
 
     shapes, size, hidden, classes, members, images, crop = CASES[name]
@@ -38,9 +38,9 @@ def compare(name: str, constant: bool, dtype: torch.dtype) -> dict[str, float]:
     if constant:
         pyramid = type(pyramid)((first.expand_as(pyramid.maps[0]), *pyramid.maps[1:]))
     pyramid = pyramid.crop(*crop) if crop else pyramid
-    label_generator = randomised(pyramid.channels, hidden=hidden, num_outputs=classes, members=members)
+    label_generator = randomized(pyramid.channels, hidden=hidden, num_outputs=classes, members=members)
     folded = label_generator.fold(constant_map=first if constant else None, dtype=dtype)
-    labels, divergences = label_images(folded, pyramid, size)
+    labels, divergences = FusedLabelHead(folded, pyramid, size)(pyramid)
     outputs_MPK = label_generator.reference(pyramid, size).permute(0, 1, 3, 4, 2).flatten(1, 3)
     wanted = majority_vote(outputs_MPK.argmax(-1), classes).view(labels.shape)
     error = (jensen_shannon_divergence(outputs_MPK).view(divergences.shape) - divergences).abs().max()
@@ -49,15 +49,16 @@ def compare(name: str, constant: bool, dtype: torch.dtype) -> dict[str, float]:
 
 def divergences_of_nan() -> list[bool]:
     """Whether every divergence is NaN, for NaN in each layer."""
-    from test_label_generator import random_pyramid, randomised
+    from test_label_generator import random_pyramid, randomized
 
-    from handsoff_stream.label_generator.triton_head import label_images
+    from handsoff_stream.label_generator.triton_head import FusedLabelHead
 
     found = []
     for layer in ("linear1", "linear2", "linear3"):
-        label_generator = randomised((3,), hidden=(16, 8), num_outputs=3, members=1).requires_grad_(False)
+        label_generator = randomized((3,), hidden=(16, 8), num_outputs=3, members=1).requires_grad_(False)
         getattr(label_generator, layer).weight.fill_(float("nan"))
-        _, divergences = label_images(label_generator.fold(), random_pyramid([(3, 8, 8)], 1), (8, 16))
+        pyramid = random_pyramid([(3, 8, 8)], 1)
+        _, divergences = FusedLabelHead(label_generator.fold(), pyramid, (8, 16))(pyramid)
         found.append(bool(divergences.isnan().all()))
     return found
 
@@ -66,7 +67,7 @@ def streamed() -> dict[str, Any]:
     """A synthesizer with the kernel against one without it, over chunks of two sizes, two heads that vote and one that
     does not."""
     from conftest import make_checkpoint
-    from test_label_generator import randomised
+    from test_label_generator import randomized
 
     from handsoff_stream.checkpoint import Head
     from handsoff_stream.options import SynthesisOptions
@@ -77,8 +78,8 @@ def streamed() -> dict[str, Any]:
     channels, task = checkpoint.generator.feature_channels, checkpoint.heads["segmentation"].task
     checkpoint.heads.clear()
     for seed, name in enumerate(("parts", "others")):
-        checkpoint.heads[name] = Head(task, randomised(channels, seed, hidden=(16, 8), num_outputs=3, members=3))
-    checkpoint.heads["depth"] = Head(Depth(), randomised(channels, 2, hidden=(16, 8), num_outputs=1, members=3))
+        checkpoint.heads[name] = Head(task, randomized(channels, seed, hidden=(16, 8), num_outputs=3, members=3))
+    checkpoint.heads["depth"] = Head(Depth(), randomized(channels, 2, hidden=(16, 8), num_outputs=1, members=3))
     kernels, plain = (
         Synthesizer(checkpoint, SynthesisOptions(kernel=kernel), torch.device("cpu")) for kernel in ("triton", "torch")
     )
@@ -130,7 +131,7 @@ def test_in_float16_the_kernel_moves_near_ties_only(results: dict[str, Any], nam
 
 
 def reasons() -> list[str | None]:
-    from test_label_generator import random_pyramid, randomised
+    from test_label_generator import random_pyramid, randomized
 
     from handsoff_stream.label_generator.triton_head import unsupported
 
@@ -144,7 +145,7 @@ def reasons() -> list[str | None]:
         ([(3, 8, 8)], {"hidden": (16, 8), "num_outputs": 3}, torch.float16),
     ]:
         pyramid = random_pyramid(shapes, 1)
-        folded = randomised(pyramid.channels, members=2, **geometry).fold(dtype=dtype)
+        folded = randomized(pyramid.channels, members=2, **geometry).fold(dtype=dtype)
         found.append(unsupported(folded, pyramid, (8, 8)))
     return found
 
@@ -166,14 +167,14 @@ def test_nan_in_any_layer_is_not_hidden(results: dict[str, Any]) -> None:
 
 
 def test_without_a_gpu_the_kernel_is_refused_by_name() -> None:
-    from test_label_generator import random_pyramid, randomised
+    from test_label_generator import random_pyramid, randomized
 
-    from handsoff_stream.label_generator.triton_head import label_images
+    from handsoff_stream.label_generator.triton_head import FusedLabelHead
 
     pyramid = random_pyramid([(3, 8, 8)], 1)
-    folded = randomised((3,), hidden=(16, 8), num_outputs=3, members=1).fold()
+    folded = randomized((3,), hidden=(16, 8), num_outputs=3, members=1).fold()
     with pytest.raises(ValueError, match='device is cpu.*kernel="torch"'):
-        label_images(folded, pyramid, (8, 8))
+        FusedLabelHead(folded, pyramid, (8, 8))
 
 
 def test_importing_the_package_and_a_synthesizer_does_not_import_triton() -> None:

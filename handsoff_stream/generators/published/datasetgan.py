@@ -1,7 +1,7 @@
-"""StyleGAN as DatasetGAN, EditGAN and HandsOff read it: a state dict of `g_mapping.*` and `g_synthesis.*`.
+"""Adapter of the StyleGAN files of DatasetGAN, EditGAN and HandsOff: a state dict of `g_mapping.*`, `g_synthesis.*`.
 
-The files store neither noise maps (the maps are zero) nor an average latent: that is a separate `.npy` file, or is
-estimated.
+The files store no noise maps, so the maps are zero, and no average latent, which is in a separate `.npy` file or is
+estimated. Knows the names in these files. Does not know containers or arithmetic.
 """
 
 import re
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from handsoff_stream.files.weights import tensor
 from handsoff_stream.generators.base import Generator
-from handsoff_stream.generators.published.assemble import assemble, estimate_centre
+from handsoff_stream.generators.published.assemble import assemble, estimate_center
 from handsoff_stream.generators.stylegan1 import StyleGAN1
 
 SOURCE = "DatasetGAN's StyleGAN"
 
 
 def build(content: Any) -> tuple[Generator, str] | None:
-    """Content of a file => generator and source format; None if it is of another format.
+    """Content of a file => generator and its source; None if the content is of another format.
 
     Raises:
-        CheckpointError: tensors that make no StyleGAN.
+        CheckpointError: the tensors do not make a StyleGAN.
     """
     if not isinstance(content, Mapping) or not isinstance(content.get("g_synthesis.blocks.4x4.const"), Tensor):
         return None
@@ -31,7 +31,11 @@ def build(content: Any) -> tuple[Generator, str] | None:
 
 
 def convert(state: Mapping[str, Tensor]) -> StyleGAN1:
-    """State dict in DatasetGAN's names => generator, its average latent estimated."""
+    """State dict with DatasetGAN's names => generator with an estimated average latent.
+
+    Raises:
+        CheckpointError: the tensors do not make a StyleGAN.
+    """
     config = geometry(state)
     renamed = {
         "constant": tensor(state, "g_synthesis.blocks.4x4.const", ndim=4)[0],
@@ -46,12 +50,16 @@ def convert(state: Mapping[str, Tensor]) -> StyleGAN1:
     for i in range(len(config["channels"])):
         renamed |= _block(state, f"blocks.{i}", i)
     generator = assemble(StyleGAN1, config, renamed)
-    estimate_centre(generator)
+    estimate_center(generator)
     return generator
 
 
 def geometry(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Constructor arguments of `StyleGAN1`, from the shapes alone."""
+    """Keyword arguments of `StyleGAN1`, from the shapes of the tensors.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another number of dimensions.
+    """
     keys = [key for key in state if isinstance(key, str)]
     num_blocks = sum(re.fullmatch(r"g_synthesis\.blocks\.\d+x\d+\.conv1?\.bias", key) is not None for key in keys)
     return {
@@ -68,7 +76,7 @@ def _name(i: int) -> str:
 
 
 def _second(i: int) -> str:
-    """Name of a block's second convolution; at the constant it is the only one."""
+    """Name of the second convolution of a block; the block of the constant has no other."""
     return "conv1" if i else "conv"
 
 

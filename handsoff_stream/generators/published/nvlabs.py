@@ -1,8 +1,10 @@
-"""NVlabs pickles of StyleGAN2: stylegan2-ada-pytorch, the stylegan3 repository, StyleGAN-Human.
+"""Adapter of NVlabs pickles of StyleGAN2: stylegan2-ada-pytorch, the stylegan3 repository, StyleGAN-Human.
 
-The file is a dictionary of networks; each network, layer by layer, is a `Record`: class name and attributes. The
-architecture is read from the attributes of the layers, since the code bases disagree on names and defaults of their
-constructor arguments. Everything is evaluated in float32, blocks flagged as float16 too.
+A file is a dictionary of networks. Each network, and each of its layers, is a `Record` of class name and attributes.
+The architecture is read from the attributes of the layers, because the code bases differ in the names and defaults of
+their constructor arguments. All blocks become float32, including those that are marked as float16.
+
+Knows the names in these files. Does not know pickles or arithmetic.
 """
 
 import re
@@ -17,23 +19,24 @@ from handsoff_stream.files.strict_pickle import Record, shown
 from handsoff_stream.files.weights import tensor
 from handsoff_stream.generators.base import Generator
 from handsoff_stream.generators.layers import fir_kernel
-from handsoff_stream.generators.published.assemble import assemble, centre, estimate_centre
+from handsoff_stream.generators.published.assemble import assemble, center_of_truncation, estimate_center
 from handsoff_stream.generators.stylegan2 import StyleGAN2
 
 KINDS = ("weight", "bias")
 
 
 def build(content: Any) -> tuple[Generator, str] | None:
-    """Content of a file => generator and source format; None if it is of another format.
+    """Content of a file => generator and its source; None if the content is of another format.
 
     Raises:
-        CheckpointError: no `G_ema`, StyleGAN3, or a StyleGAN2 with options that were never published.
+        CheckpointError: there is no `G_ema`, or it is a StyleGAN3, or a StyleGAN2 with options that were never
+            published.
     """
     if not isinstance(content, Mapping) or not any(isinstance(content.get(key), Record) for key in ("G", "G_ema")):
         return None
     network = content.get("G_ema")
     if not isinstance(network, Record):
-        raise CheckpointError("holds a generator G, but not G_ema, its running average; use a snapshot that has it")
+        raise CheckpointError("a generator G without its running average G_ema; use a snapshot that has it")
     synthesis = _child(network, "synthesis")
     if "input" in _modules(synthesis) or "layer_names" in synthesis.state:
         raise CheckpointError(
@@ -49,7 +52,11 @@ def build(content: Any) -> tuple[Generator, str] | None:
 
 
 def convert(network: Record) -> StyleGAN2:
-    """The record of a `Generator` => generator."""
+    """The record of a network of class `Generator` => generator.
+
+    Raises:
+        CheckpointError: the network is no StyleGAN2, or has options that were never published.
+    """
     mapping = _child(network, "mapping")
     blocks = _blocks(_child(network, "synthesis"))
     config, renamed = _mapping(mapping, network)
@@ -59,11 +66,11 @@ def convert(network: Record) -> StyleGAN2:
         renamed |= _block(block, f"blocks.{i}")
     w_avg = _tensors(mapping).get("w_avg")
     if w_avg is None and config["label_dim"]:
-        raise CheckpointError("a conditional generator without w_avg, the centre of truncation; use another snapshot")
-    renamed["w_avg"] = torch.zeros(config["w_dim"]) if w_avg is None else centre(w_avg, config["w_dim"])
+        raise CheckpointError("a conditional generator without w_avg, the center of truncation; use another snapshot")
+    renamed["w_avg"] = torch.zeros(config["w_dim"]) if w_avg is None else center_of_truncation(w_avg, config["w_dim"])
     generator = assemble(StyleGAN2, config, renamed)
     if w_avg is None:
-        estimate_centre(generator)
+        estimate_center(generator)
     return generator
 
 
@@ -71,10 +78,15 @@ def _mapping(mapping: Record, network: Record) -> tuple[dict[str, Any], dict[str
     depth = sum(re.fullmatch(r"fc\d+", name) is not None for name in _modules(mapping))
     layers = [_child(mapping, f"fc{i}") for i in range(depth)]
     if not layers or any(layer.state.get("activation") != "lrelu" for layer in layers):
-        raise CheckpointError("a mapping network without layers, or with another activation than leaky ReLU")
+        raise CheckpointError(
+            "a mapping network without layers, or with another activation than leaky ReLU, which is not supported; use "
+            "another StyleGAN2"
+        )
     z_dim = network.state.get("z_dim")
     if type(z_dim) is not int:
-        raise CheckpointError("no z_dim in its Generator; not a StyleGAN2, or a damaged file")
+        raise CheckpointError(
+            "no z_dim in its Generator, which is no StyleGAN2 or damaged; use another copy of the file"
+        )
     multiplier = _same([layer.state.get("bias_gain") for layer in layers], "learning-rate multipliers in its mapping")
     renamed = {f"mapping_network.{i}.{kind}": _tensor(layer, kind) for i, layer in enumerate(layers) for kind in KINDS}
     config = {
@@ -96,7 +108,9 @@ def _synthesis_config(blocks: list[Record]) -> dict[str, Any]:
     layers = [layer for block in blocks for name, layer in _layers(block).items() if name != "skip"]
     clamp = _same([layer.state.get("conv_clamp") for layer in layers], "clamps in its layers")
     if any(layer.state.get("activation", "lrelu") != "lrelu" for layer in layers):
-        raise CheckpointError("a synthesis network with another activation than leaky ReLU, which is not supported")
+        raise CheckpointError(
+            "a synthesis network with another activation than leaky ReLU, which is not supported; use another StyleGAN2"
+        )
     return {
         "channels": [_tensor(_child(block, "conv1"), "weight", ndim=4).shape[0] for block in blocks],
         "constant_size": list(_tensor(blocks[0], "const", ndim=3).shape[1:]),
@@ -107,10 +121,12 @@ def _synthesis_config(blocks: list[Record]) -> dict[str, Any]:
 
 
 def _blocks(synthesis: Record) -> list[Record]:
-    """From the constant upwards; their names are image heights."""
+    """The blocks from the constant upwards; their names contain the heights of their maps."""
     heights = sorted(int(name[1:]) for name in _modules(synthesis) if re.fullmatch(r"b\d{1,5}", name))
     if not heights or heights != [heights[0] << i for i in range(len(heights))]:
-        raise CheckpointError(f"a synthesis network of blocks {heights[:12]}, which do not double in size")
+        raise CheckpointError(
+            f"a synthesis network with blocks of heights {heights[:12]}, which do not double; use another StyleGAN2"
+        )
     return [_child(synthesis, f"b{height}") for height in heights]
 
 
@@ -121,7 +137,9 @@ def _block(block: Record, ours: str) -> dict[str, Tensor]:
         prefix = f"{ours}.{names[theirs]}"
         resampled = _tensors(layer).get("resample_filter")
         if resampled is not None and not _is_usual_filter(resampled):
-            raise CheckpointError("a resampling filter other than [1, 3, 3, 1], which is not supported")
+            raise CheckpointError(
+                "a resampling filter other than [1, 3, 3, 1], which is not supported; use another StyleGAN2"
+            )
         if theirs == "skip":
             renamed[f"{prefix}.weight"] = _tensor(layer, "weight")
             continue
@@ -145,7 +163,9 @@ def _layers(block: Record) -> dict[str, Record]:
 def _modules(record: Record) -> dict[str, Any]:
     modules = record.state.get("_modules")
     if not isinstance(modules, dict):
-        raise CheckpointError(f"a {shown(record.class_name)} without modules; the file is damaged")
+        raise CheckpointError(
+            f"a {shown(record.class_name)} without modules, so the file is damaged; use another copy of it"
+        )
     return {name: module for name, module in modules.items() if isinstance(name, str) and module is not None}
 
 
@@ -153,7 +173,8 @@ def _child(record: Record, name: str) -> Record:
     child = _modules(record).get(name)
     if not isinstance(child, Record):
         raise CheckpointError(
-            f"no module {name!r} in its {shown(record.class_name)}; not a StyleGAN2, or a damaged file"
+            f"no module {name!r} in its {shown(record.class_name)}, which is no StyleGAN2 or damaged; use another copy "
+            "of the file"
         )
     return child
 
@@ -173,7 +194,7 @@ def _tensor(record: Record, name: str, *, ndim: int | None = None) -> Tensor:
 
 def _same(values: list[Any], what: str) -> Any:
     if any(type(v) not in (str, int, float, bool, type(None)) for v in values) or len(set(values)) != 1:
-        raise CheckpointError(f"different or odd {what}, which no published generator has")
+        raise CheckpointError(f"different or odd {what}, which no published generator has; use another StyleGAN2")
     return values[0]
 
 

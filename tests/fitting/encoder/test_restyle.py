@@ -253,10 +253,10 @@ def test_damaged_and_foreign_files_of_our_own_format_are_refused(tmp_path, check
     save_encoder(path, encoder, {})
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(CheckpointError, match="copy or write it again"):
+    with pytest.raises(CheckpointError, match="copy or download it again"):
         load_restyle(path)
     save_checkpoint(path, Checkpoint(checkpoint.generator))
-    with pytest.raises(CheckpointError, match=f"no whole file with a {MANIFEST_KEY} manifest"):
+    with pytest.raises(CheckpointError, match=f"without a readable {MANIFEST_KEY} manifest"):
         load_restyle(path)
     (tmp_path / "half.pt").write_bytes((DATA / "restyle_psp_tiny.pt").read_bytes()[:50_000])
     with pytest.raises(CheckpointError, match="half.pt"):

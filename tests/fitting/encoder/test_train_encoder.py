@@ -121,7 +121,7 @@ def test_a_state_of_another_training_is_refused(generator, images, tmp_path, cha
 def test_a_damaged_state_is_refused(generator, images, tmp_path):
     out = tmp_path / "encoder.safetensors"
     state_path(out).write_bytes(b"damage")
-    with pytest.raises(CheckpointError, match="encoder.training.safetensors: .*write it again"):
+    with pytest.raises(CheckpointError, match="encoder.training.safetensors: damaged .*download it again"):
         train_encoder(generator, images, Blurred(), out, SETTINGS)
 
 

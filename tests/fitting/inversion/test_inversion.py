@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handsoff_stream.fitting.inversion import store as inversion_store
+from handsoff_stream.files import tensors
 from handsoff_stream.fitting.inversion.descent import (
     PUBLISHED_STEPS,
     InversionSettings,
@@ -272,7 +272,7 @@ def test_a_failed_write_leaves_no_file(generator, named, tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(inversion_store, "save_file", fail)
+    monkeypatch.setattr(tensors, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         invert_images(generator, named, tmp_path, Blurred(), SETTINGS)
     assert list(tmp_path.iterdir()) == []

@@ -312,9 +312,9 @@ def test_a_missing_weight_a_nan_and_a_foreign_filter_are_named(tmp_path):
     ("config", "match"),
     [
         ({"channels": [8192] * 10}, "tensors do not fit the geometry: blocks.0.conv.bias is missing"),
-        ({"channels": [4] * 12}, "images of .* up to 4096 pixels a side"),
-        ({"channels": [10**9]}, "channels beyond 8192"),
-        ({"channels": [4], "mapping_layers": 10**9}, "mapping_layers beyond 8192"),
+        ({"channels": [4] * 12}, "images of .* at most 4096 pixels per side"),
+        ({"channels": [10**9]}, "channels above 8192"),
+        ({"channels": [4], "mapping_layers": 10**9}, "mapping_layers above 8192"),
         ({"channels": [4], "depth": 3}, "describes no stylegan2 generator"),
     ],
 )

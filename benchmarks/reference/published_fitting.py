@@ -1,13 +1,16 @@
-"""The published training of a label generator, plainly: what fitting is measured against, on the same labels.
+"""A plain re-implementation of the published training of a label generator, for comparison.
 
-Written from a description of the released code of HandsOff and DatasetGAN, not from their code:
+Written from a description of the released code of HandsOff and DatasetGAN, not from the code itself:
 
-    every latent => feature maps => every map resized to label size, rounded to float16 => one float32 matrix with a row
-    for every pixel of every image => the members, one after another: all rows shuffled, minibatches of 64, Adam at
-    0.001, at most 100 epochs; after four, end when 50 minibatches in a row were no better than the best since
+1. Each latent gives feature maps; each map is resized to the label size and rounded to float16.
+2. One float32 matrix holds a row for every pixel of every image.
+3. The members are trained one after another, on all rows in random order, in minibatches of 64, by Adam with learning
+   rate 0.001, for at most 100 epochs. After four epochs, training ends when 50 minibatches in a row have not improved
+   on the best loss since then.
 
-Two departures, each in its favour: the float16 matrix that the published code keeps beside the float32 one is left out,
-and minibatches are taken from the matrix at once instead of row by row through a data loader.
+There are two departures, each in favor of the published training: the float16 matrix that the published code keeps
+beside the float32 matrix is left out, and minibatches are read from the matrix at once instead of row by row through a
+data loader.
 
 Shape letters: N images, P pixels of a minibatch, Q all pixels, C feature channels, K classes, H W label size.
 """
@@ -31,7 +34,13 @@ MAX_WORSE_BATCHES = 50
 
 @torch.no_grad()
 def hypercolumn_matrix(generator: Generator, w_plus_NLD: Tensor, size: Size) -> Tensor:
-    """float32 [N * H * W, C], all of it."""
+    """Hypercolumns of all pixels of all images, float32 [N * H * W, C].
+
+    Args:
+        generator: synthesizes with its stored noise maps.
+        w_plus_NLD: float32 [N, num_ws, w_dim].
+        size: (H, W) of the labels.
+    """
     pixels = size[0] * size[1]
     rows_QC = torch.empty(len(w_plus_NLD) * pixels, sum(generator.feature_channels))
     for i, w_plus_1LD in enumerate(w_plus_NLD.split(1)):
@@ -41,7 +50,10 @@ def hypercolumn_matrix(generator: Generator, w_plus_NLD: Tensor, size: Size) -> 
 
 
 def make_member(channels: int, hidden: tuple[int, int], classes: int, random: torch.Generator) -> nn.Sequential:
-    """Linear - ReLU - BatchNorm - Linear - ReLU - BatchNorm - Linear; weights N(0, 0.02), no biases at first."""
+    """One member with fresh weights: Linear, ReLU, BatchNorm, Linear, ReLU, BatchNorm, Linear.
+
+    Weights are normal with standard deviation 0.02, drawn from `random`; biases are zero.
+    """
     first, second = hidden
     member = nn.Sequential(
         nn.Linear(channels, first),
@@ -62,9 +74,16 @@ def make_member(channels: int, hidden: tuple[int, int], classes: int, random: to
 def train_member(
     member: nn.Sequential, rows_QC: Tensor, targets_Q: Tensor, random: torch.Generator, *, max_epochs: int = 100
 ) -> Iterator[tuple[int, float]]:
-    """Train one member; yields (minibatches, seconds of training) so far, after each epoch.
+    """Train one member; after each epoch, yield the number of minibatches and the seconds of training so far.
 
-    The clock stands still while the caller looks at the member, which is in eval mode then.
+    The seconds do not include what the caller does between epochs; the member is in eval mode then.
+
+    Args:
+        member: of `make_member`; trained in place.
+        rows_QC: float32 [Q, C], see `hypercolumn_matrix`.
+        targets_Q: int64 [Q], class ids.
+        random: order of the rows.
+        max_epochs: at most so many epochs.
     """
     optimizer = torch.optim.Adam(member.parameters(), lr=LEARNING_RATE)
     steps, seconds, best, worse = 0, 0.0, math.inf, 0

@@ -1,8 +1,8 @@
-"""StyleGAN2's synthesis as the paper states it, one step after another: what the folded network is held to.
+"""StyleGAN2's synthesis as the paper states it, step by step: the reference for the folded network.
 
-Per-sample weights are written out, modulated, demodulated and applied as a grouped convolution; up-sampling inserts
-zeros and filters; noise, bias, activation, gain and clamp are passes of their own (Karras et al., CVPR 2020, sections 2
-and 3.1, appendix B). Reads the parameters of a `StyleGAN2`. Obvious and slow, differentiable, in the weights' dtype.
+Weights are modulated and demodulated for each sample and applied as a grouped convolution; upsampling inserts zeros and
+filters; noise, bias, activation, gain and clamp are separate operations (Karras et al., CVPR 2020, sections 2 and 3.1,
+appendix B). Reads the parameters of a `StyleGAN2`. Slow, differentiable, in the dtype of the weights.
 
 Shape letters: B batch, I input channels, O output channels, H W map size, D latent size, L number of style inputs.
 """
@@ -20,7 +20,13 @@ from handsoff_stream.generators.stylegan2.style_layers import ModulatedConv, Sty
 
 
 def plain_synthesis(generator: StyleGAN2, w_plus_BLD: Tensor, noise: Sequence[Tensor | None]) -> Synthesis:
-    """w+ [B, L, D] and one noise map [1 or B, 1, H, W], or None, per style layer => image and feature maps."""
+    """Image and feature maps of w+.
+
+    Args:
+        generator: its parameters are read.
+        w_plus_BLD: float [B, num_ws, w_dim].
+        noise: one map [1 or B, 1, H, W] per style layer, or None for no noise in that layer.
+    """
     x = generator.constant.expand(len(w_plus_BLD), -1, -1, -1)
     features, image, index = [x], None, 0
     for block in generator.blocks:
@@ -40,6 +46,7 @@ def plain_synthesis(generator: StyleGAN2, w_plus_BLD: Tensor, noise: Sequence[Te
 
 
 def style_layer(layer: StyleLayer, x_BIHW: Tensor, w_BD: Tensor, noise: Tensor | None) -> Tensor:
+    """Modulated convolution, noise, bias, leaky ReLU, clamp, gain: [B, O, H, W], or twice as high and wide."""
     out = modulated_convolution(layer.conv, x_BIHW, w_BD, up=layer.up, demodulate=True)
     if noise is not None:
         out = out + noise * layer.noise_strength
@@ -51,12 +58,13 @@ def style_layer(layer: StyleLayer, x_BIHW: Tensor, w_BD: Tensor, noise: Tensor |
 
 
 def to_rgb(layer: ToRGB, x_BIHW: Tensor, w_BD: Tensor) -> Tensor:
+    """The contribution of one resolution to the image, [B, image channels, H, W]."""
     out = modulated_convolution(layer.conv, x_BIHW, w_BD, up=False, demodulate=False) + layer.bias[:, None, None]
     return out if layer.clamp is None else out.clamp(-layer.clamp, layer.clamp)
 
 
 def modulated_convolution(conv: ModulatedConv, x_BIHW: Tensor, w_BD: Tensor, *, up: bool, demodulate: bool) -> Tensor:
-    """Every sample through weights of its own: a convolution with one group per sample."""
+    """A convolution whose weights differ between samples, with one group per sample (equations 1 to 3 of the paper)."""
     style_BI = F.linear(w_BD, conv.affine.weight * conv.affine.weight_gain, conv.affine.bias)
     weight_BOIkk = conv.weight * conv.weight_gain * style_BI[:, None, :, None, None]
     if demodulate:
@@ -78,7 +86,7 @@ def zero_inserted(x_BCHW: Tensor) -> Tensor:
 
 
 def filtered(x_BCHW: Tensor, *, pad: tuple[int, int]) -> Tensor:
-    """[1, 3, 3, 1] along both axes, with gain 4; `pad` zeros before and after."""
+    """The low-pass filter [1, 3, 3, 1] along both axes, with gain 4 and `pad` zeros before and after."""
     taps = x_BCHW.new_tensor([1.0, 3.0, 3.0, 1.0])
     kernel = 4 * torch.outer(taps, taps) / 64
     channels = x_BCHW.shape[1]

@@ -1,15 +1,19 @@
-"""The published generation loop, plainly: what the stream is measured against, on the same weights.
+"""A plain re-implementation of the published generation loop, for comparison on the same weights.
 
-Written from a description of HandsOff's released tools, not from their code. For one image at a time:
+Written from a description of HandsOff's released tools, not from their code. One image at a time:
 
-    z => w => truncation => image and feature maps, by weights of the sample's own (`plain_stylegan2.py`) => every map
-    resized to label size and copied into one float32 hypercolumn => the members, one after another: softmax, entropy,
-    arg max => Jensen-Shannon divergence, majority vote => image PNG, label PNG, float32 npy of the divergence, on disk
+1. z => w => truncation => image and feature maps, with weights modulated per sample (`plain_stylegan2`).
+2. Each map is resized to the label size and copied into one float32 hypercolumn.
+3. The members run one after another: softmax, entropy, arg max.
+4. The label is the majority vote, the uncertainty the Jensen-Shannon divergence.
+5. Image and label are written as PNG, the divergence as float32 npy.
 
-and when all are made, the most uncertain tenth is dropped and the rest read back. Three departures, each in the loop's
-favour: the hypercolumn is allocated where it is used (the published code allocates 6 GB on the host and copies them to
-the card, `host_buffer=True`), the slow mode of scipy is a count, and what the published slice does by mistake, dropping
-the thirty most certain pairs as well, is left out. Latents are those of the stream, so that pairs can be compared.
+When all are made, the most uncertain tenth is dropped and the rest is read back.
+
+There are three departures, each in favor of the published loop: the hypercolumn is allocated on the device where it is
+used (the published code allocates 6 GB on the host and copies them, `host_buffer=True`), votes are counted instead of
+calling scipy's slow `mode`, and the published slice that drops the thirty most certain pairs by mistake is left out.
+Latents are those of the stream, so that pairs can be compared.
 
 Shape letters: M members, P pixels, C channels, K classes, H W label size.
 """
@@ -25,10 +29,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from plain_stylegan2 import plain_synthesis
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from benchmarks.reference.plain_stylegan2 import plain_synthesis
 from handsoff_stream.checkpoint import Checkpoint
 from handsoff_stream.features import FeaturePyramid
 from handsoff_stream.generators import Generator, StyleGAN2, Synthesis
@@ -38,11 +42,12 @@ from handsoff_stream.tasks import Segmentation
 
 SCORES = "scores.json"
 REJECTED_SHARE = 0.1
+"""Share of the pairs, the most uncertain ones, that is dropped."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One labelled image, on the host."""
+    """One labelled image in host memory."""
 
     image: NDArray[np.uint8]
     """[H, W, 3]."""
@@ -58,24 +63,30 @@ class PublishedGeneration:
     """The networks of a checkpoint with one segmentation head, run as the published loop runs them.
 
     Args:
-        checkpoint: generator and head; moved to `device`.
+        checkpoint: its generator and head are moved to `device`.
         device: where to compute.
         seed: of the latents; pair i is sample i of a stream with this seed.
         host_buffer: allocate each hypercolumn on the host and copy it to the device first, as the published code does.
+
+    Raises:
+        ValueError: the checkpoint crops its images, or has another head than one of segmentation.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, device: torch.device, seed: int = 0, host_buffer: bool = False):
         if checkpoint.crop is not None:
-            raise ValueError("this loop labels whole images, the checkpoint streams a part; compare without its crop")
+            raise ValueError(
+                f"crop={checkpoint.crop}, but the published loop labels whole images; measure with a checkpoint "
+                "that has no crop"
+            )
         self.generator = checkpoint.generator.to(device)
-        self.synthesis = _one_by_one(self.generator)
+        self.synthesis = _plain(self.generator)
         self.members = [member.to(device) for member in member_networks(_only_head(checkpoint))]
         self.size, self.truncation = checkpoint.size, checkpoint.truncation
         self.device, self.seed, self.host_buffer = device, seed, host_buffer
 
     @torch.no_grad()
     def __call__(self, index: int) -> Pair:
-        """Make pair `index`."""
+        """Pair `index`, from the latent of sample `index` of the stream."""
         z = latents(self.seed, [index], self.generator.z_dim).to(self.device)
         w_plus = self.generator.truncate(self.generator.mapping(z), self.truncation)
         synthesis = self.synthesis(w_plus)
@@ -84,7 +95,7 @@ class PublishedGeneration:
 
     @torch.no_grad()
     def label(self, features: FeaturePyramid) -> tuple[NDArray[np.uint8], NDArray[np.float32], float]:
-        """Label [H, W], divergence [H, W] and score of one image from its feature maps."""
+        """Label, uint8 [H, W], divergence, float32 [H, W] in nats, and score of one image, from its feature maps."""
         rows_PC = self._hypercolumn(features).flatten(2)[0].t()
         mean_PK = torch.zeros((), device=self.device)
         entropy_P = torch.zeros((), device=self.device)
@@ -119,8 +130,8 @@ class PublishedGeneration:
         return levels_CHW.permute(1, 2, 0).cpu().numpy()
 
 
-def _one_by_one(generator: Generator) -> Callable[[Tensor], Synthesis]:
-    """w+ => image and features; a StyleGAN2 by weights of each sample's own, as published."""
+def _plain(generator: Generator) -> Callable[[Tensor], Synthesis]:
+    """w+ => image and features; of a StyleGAN2 with weights modulated per sample, as published."""
     if not isinstance(generator, StyleGAN2):
         return generator.synthesis
     noise = [buffer for name, buffer in generator.named_buffers() if name.endswith("noise_const")]
@@ -131,7 +142,7 @@ def _only_head(checkpoint: Checkpoint) -> LabelGenerator:
     heads = [head.label_generator for head in checkpoint.heads.values() if isinstance(head.task, Segmentation)]
     if len(checkpoint.heads) != 1 or len(heads) != 1:
         raise ValueError(
-            f"the checkpoint has the heads {list(checkpoint.heads)}, the published loop labels segmentation alone; "
+            f"the checkpoint has the heads {list(checkpoint.heads)}, but the published loop labels segmentation only; "
             "measure with a checkpoint of one segmentation head"
         )
     return heads[0]
@@ -153,19 +164,19 @@ def _member(stacked: LabelGenerator, m: int) -> nn.Sequential:
     }
     for name, layer in layers.items():
         own = {key: value[m] for key, value in getattr(stacked, name).state_dict().items()}
-        layer.load_state_dict({**layer.state_dict(), **own})  # BatchNorm1d also counts batches
+        layer.load_state_dict({**layer.state_dict(), **own})  # BatchNorm1d has a counter of batches besides
     linear1, norm1, linear2, norm2, linear3 = layers.values()
     return nn.Sequential(linear1, nn.ReLU(), norm1, linear2, nn.ReLU(), norm2, linear3)
 
 
 def majority(votes_MP: NDArray[np.int64], *, classes: int) -> NDArray[np.uint8]:
-    """The class with the most votes, uint8 [P]; ties go to the smallest id."""
+    """The class with the most votes, uint8 [P], of votes [M, P]; ties go to the smallest id."""
     counts_KP = np.stack([(votes_MP == k).sum(axis=0) for k in range(classes)])
     return counts_KP.argmax(axis=0).astype(np.uint8)
 
 
 def write_pairs(generate: PublishedGeneration, folder: Path, *, count: int) -> None:
-    """Make pairs 0 .. count - 1 and write each as three files, then all scores."""
+    """Make pairs 0 .. count - 1, write each as three files, and at the end write all scores."""
     scores = {}
     for index in range(count):
         pair, stem = generate(index), f"{index:012d}"
@@ -177,7 +188,7 @@ def write_pairs(generate: PublishedGeneration, folder: Path, *, count: int) -> N
 
 
 class WrittenPairs(Dataset[tuple[Tensor, Tensor]]):
-    """What is kept of `write_pairs`: image float32 [3, H, W] in [0, 1], label int64 [H, W]."""
+    """The pairs of `write_pairs` that are kept: image float32 [3, H, W] in [0, 1], label int64 [H, W]."""
 
     def __init__(self, folder: Path):
         scores: dict[str, float] = json.loads((folder / SCORES).read_text())

@@ -1,0 +1,33 @@
+"""The kinds of results that are reported. A new kind is one line here; tables are in this order."""
+
+from benchmarks import (
+    downstream,
+    fitting,
+    fitting_memory,
+    generator,
+    inversion,
+    label_agreement,
+    label_head,
+    memory,
+    overlap,
+    stages,
+    synthesis,
+    throughput,
+)
+from benchmarks.report.rows import Presentation
+
+KINDS: dict[str, Presentation] = {
+    "throughput": throughput.PRESENTATION,
+    "synthesis": synthesis.PRESENTATION,
+    "label_head": label_head.PRESENTATION,
+    "stages": stages.PRESENTATION,
+    "overlap": overlap.PRESENTATION,
+    "memory": memory.PRESENTATION,
+    "fitting": fitting.PRESENTATION,
+    "fitting_memory": fitting_memory.PRESENTATION,
+    "inversion": inversion.PRESENTATION,
+    "generator": generator.PRESENTATION,
+    "downstream": downstream.PRESENTATION,
+    "label_agreement": label_agreement.PRESENTATION,
+}
+"""Presentation by kind; the kind of a result is its file's name up to the first "-"."""
