@@ -1,4 +1,4 @@
-"""A graph on a CPU: operators of PyTorch, recorded once and repeated on the same memory, as a CUDA graph repeats kernels.
+"""A graph on a CPU: operators of PyTorch, recorded once and repeated on the same memory, as CUDA repeats kernels.
 
 It keeps what makes graphs dangerous: Python does not run again, whatever it decided stays decided, tensors from outside
 are read where they lay, and nothing may be read on the host. A repetition costs as much as the work itself, so the tape

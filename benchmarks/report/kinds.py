@@ -14,6 +14,7 @@ from benchmarks import (
     synthesis,
     throughput,
 )
+from benchmarks.gpu import gpu_tests, training, variants
 from benchmarks.report.rows import Presentation
 
 KINDS: dict[str, Presentation] = {
@@ -23,6 +24,9 @@ KINDS: dict[str, Presentation] = {
     "stages": stages.PRESENTATION,
     "overlap": overlap.PRESENTATION,
     "memory": memory.PRESENTATION,
+    "variants": variants.PRESENTATION,
+    "gpu_tests": gpu_tests.PRESENTATION,
+    "generator_training": training.PRESENTATION,
     "fitting": fitting.PRESENTATION,
     "fitting_memory": fitting_memory.PRESENTATION,
     "inversion": inversion.PRESENTATION,
