@@ -117,12 +117,7 @@ def run_demo(
     result: dict[str, Any] = {
         "stream": {**on_stream.record(), **stream_report, "rejected": rejected, "accepted": stream.accepted},
         "labelled_images": {**on_labelled.record(), **labelled_report},
-        "budget": {
-            **vars(budget),
-            "seed": seed,
-            "device": str(chosen),
-            "precision": stream.options.precision,
-        },
+        "budget": {**vars(budget), "seed": seed, "device": str(chosen), "precision": stream.options.precision},
         "seconds": time.perf_counter() - started,
     }
     write_file(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())

@@ -5,6 +5,7 @@ arguments of the benchmarks. Does not run them.
 """
 
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import ROOT
 from benchmarks.geometries import random_checkpoint
@@ -102,7 +103,7 @@ def _training(out: Path, seconds: float) -> Step:
 def _dry(part: int, out: Path) -> list[Step]:
     checkpoint = out / "tiny.safetensors"
     if not checkpoint.exists():
-        head = {"hidden": (8, 8), "members": 2, "classes": 3}
+        head: dict[str, Any] = {"hidden": (8, 8), "members": 2, "classes": 3}
         save_checkpoint(checkpoint, random_checkpoint(16, channels=(8, 8, 8), **head))
     on_it = f"--checkpoint {checkpoint}"
     trainer = "--resolution 16 --channels 8 8 8 --z-dim 8 --mapping-layers 2 --batch 4 --images 8 --workers 0"
