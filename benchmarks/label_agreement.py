@@ -2,7 +2,7 @@
 
     python -m benchmarks.label_agreement --checkpoint faces other.safetensors
 
-The teacher, the DeepLabV3 of `benchmarks.generator`, is trained on many labelled renders and then labels the samples of
+The teacher, a small DeepLabV3, is trained on many labelled renders and then labels the samples of
 each checkpoint; printed is the IoU of its labels with those of the checkpoint. The teacher makes errors too, more on
 samples than on renders, so differences between checkpoints mean more than the numbers; its own IoU on test renders is
 printed beside them. All checkpoints must be of rendered faces and of one size. The last line of the output is the
@@ -17,19 +17,40 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils.data import DataLoader
 
 from benchmarks.common import parser, result_name, settings, write_result
-from benchmarks.generator import train_judge
 from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.checkpoint import load_checkpoint, read_manifest
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
-from handsoff_stream.downstream import SegmentationScores, evaluate
+from handsoff_stream.downstream import SegmentationScores, build_deeplab, evaluate, train_segmentation
+from handsoff_stream.progress import progress_bar
 from handsoff_stream.stream import HandsOffStream
+
+
+def train_judge(size: int, steps: int, device: torch.device) -> nn.Module:
+    """A DeepLabV3 that has seen `8 * steps` fresh renders of the validation split, glasses and hats at one third."""
+    torch.manual_seed(0)  # dropout of the judge's head
+    faces = RenderedFaces("validation", num_images=8 * steps, size=size, glasses=1 / 3, hat=1 / 3)
+    judge = build_deeplab(len(CLASS_NAMES), backbone="resnet18")
+    with progress_bar("training the judge", steps) as update:
+        train_segmentation(
+            judge,
+            DataLoader(faces, batch_size=8),
+            steps=steps,
+            lr=3e-3,
+            schedule="cosine",
+            warmup=20,
+            device=device,
+            dtype=torch.bfloat16,
+            progress=lambda step, loss: update(step, f"loss {loss:.3f}"),
+        )
+    return judge.eval()
 
 
 def agreement(teacher: nn.Module, checkpoint: str, psi: float, args: argparse.Namespace) -> SegmentationScores:
     """IoU of the teacher's labels with those of the samples that a stream delivers at truncation `psi`."""
-    stream = HandsOffStream(checkpoint, seed=args.seed, num_samples=args.samples, truncation=psi, device=args.device)
+    stream = HandsOffStream(checkpoint, seed=args.seed, epoch_size=args.samples, truncation=psi, device=args.device)
     return evaluate(teacher, stream, CLASS_NAMES, device=args.device)
 
 

@@ -1,4 +1,4 @@
-"""Endless labelled images from a StyleGAN2 and at most 50 labelled ones, synthesised while you train.
+"""Endless labelled images from a StyleGAN2 and at most 50 labelled ones, synthesized while you train.
 
     from torch.utils.data import DataLoader
     from handsoff_stream import HandsOffStream
@@ -11,12 +11,12 @@ This façade is the whole public surface of the online half. Fitting a checkpoin
 
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from handsoff_stream.errors import CheckpointError
+from handsoff_stream.errors import CheckpointError, StreamError
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
 from handsoff_stream.generators import load_generator
 from handsoff_stream.shard import Shard
+from handsoff_stream.state import merge_states
 from handsoff_stream.stream import HandsOffStream
-from handsoff_stream.walk import merge_states
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "LabelledBatch",
     "RollingPercentile",
     "Shard",
+    "StreamError",
     "Threshold",
     "load_checkpoint",
     "load_generator",

@@ -8,10 +8,11 @@ Shape letters: B batch, H W image size.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 Labels = Tensor | dict[str, Tensor]
 ONLY_HEAD = ""
@@ -22,7 +23,7 @@ class LabelledBatch:
     """Images and labels of B samples; unpacks as `images, labels = batch`."""
 
     images: Tensor
-    """float32 [B, 3, H, W] in [0, 1], on 8-bit levels."""
+    """float32 [B, 3, H, W] in [0, 1] on 8-bit levels, or uint8 in [0, 255] if the stream was asked for it."""
     labels: Labels
     """int64 [B, H, W] or float32 [B, K, H, W]; a dict by head if the checkpoint has several."""
     uncertainty: Tensor
@@ -30,13 +31,21 @@ class LabelledBatch:
     indices: Tensor
     """int64 [B] on the CPU: `stream[i]` regenerates the sample of index i."""
     next_index: int
-    """The first index of this shard that was not consumed when the batch was handed out."""
+    """The first index of this shard that had not been handed out or dropped when the batch was handed out."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.images, self.labels))
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __repr__(self) -> str:
+        labels = {name: f"{_kind(label)} {list(label.shape)}" for name, label in _heads(self).items()}
+        shown = labels.get(ONLY_HEAD) or ", ".join(f"{name} {label}" for name, label in labels.items())
+        return (
+            f"LabelledBatch({len(self)} samples on {self.images.device}: images {_kind(self.images)} "
+            f"{list(self.images.shape)}, labels {shown}, next_index={self.next_index})"
+        )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Images, uncertainty and the labels of each head: what lies on the device."""
@@ -75,6 +84,23 @@ class LabelledBatch:
     def _slice(self, rows: slice) -> "LabelledBatch":
         return replace(self.map(itemgetter(rows)), indices=self.indices[rows])
 
+    def packed(self) -> "LabelledBatch":
+        """Images that lie on 8-bit levels, and labels of at most 256 classes, in a byte per value: a fourth and an
+        eighth of the memory. `unpacked` gives the same bits back; labels of other kinds stay as they are."""
+        images = self.images if self.images.dtype == torch.uint8 else self.images.mul(255).round_().byte()
+        return self._with(images, lambda label: label.byte() if label.dtype == torch.int64 else label)
+
+    def unpacked(self, *, images_too: bool = True) -> "LabelledBatch":
+        """The inverse of `packed`; with `images_too=False` images stay uint8. Batches not packed stay as they are."""
+        images = self.images
+        if images_too and images.dtype == torch.uint8:
+            images = images.to(torch.float32).div_(255)
+        return self._with(images, lambda label: label.long() if label.dtype == torch.uint8 else label)
+
+    def _with(self, images: Tensor, function: Callable[[Tensor], Tensor]) -> "LabelledBatch":
+        heads = {name: function(label) for name, label in _heads(self).items()}
+        return replace(self, images=images, labels=heads if isinstance(self.labels, dict) else heads[ONLY_HEAD])
+
     @staticmethod
     def concatenate(batches: Sequence["LabelledBatch"], *, next_index: int) -> "LabelledBatch":
         """One batch out of one or several, in memory of its own; images must agree in size."""
@@ -102,3 +128,17 @@ def consecutive(rows: Sequence[int]) -> list[range]:
         else:
             runs.append(range(row, row + 1))
     return runs
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _refuse_to_collate(batch: Any, *, collate_fn_map: Any = None) -> NoReturn:
+    raise TypeError(
+        "batches were to be batched again: batch_size was given to the stream and to the DataLoader; pass "
+        "DataLoader(stream, batch_size=None), or build the stream without batch_size"
+    )
+
+
+default_collate_fn_map[LabelledBatch] = _refuse_to_collate

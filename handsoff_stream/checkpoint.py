@@ -22,7 +22,6 @@ from handsoff_stream.generators import Generator
 from handsoff_stream.generators.published import native, read_generator
 from handsoff_stream.geometry import Rectangle
 from handsoff_stream.label_generator import LabelGenerator
-from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.provenance import sha256, versions
 from handsoff_stream.tasks import TASKS, Task, task_from_config
 
@@ -292,49 +291,3 @@ def _load_task(name: str, config: dict[str, Any]) -> Task:
         fields = {key: value for key, value in config.items() if key != "name"}
         validated(arguments_of(kind), fields, f"the task of head {name!r}")
     return task_from_config(config)
-
-
-class CheckpointSource:
-    """A checkpoint given by name, by path or loaded: checked at once, its weights read on first use in each process.
-
-    Raises:
-        CheckpointError: a file that cannot be read, or a checkpoint without heads.
-    """
-
-    def __init__(self, source: str | Path | Checkpoint):
-        self._loaded = source if isinstance(source, Checkpoint) else None
-        self._path = None if isinstance(source, Checkpoint) else resolve(source)
-        self._manifest = source.manifest() if isinstance(source, Checkpoint) else read_manifest(source)
-        if not self._manifest["heads"]:
-            raise CheckpointError(
-                f"{self._path or 'this checkpoint'}: holds a generator but no labelling head, so there is nothing to "
-                "label with; fit one with `handsoff-stream fit`"
-            )
-
-    @property
-    def truncation(self) -> float:
-        """psi that the checkpoint's streams use by default."""
-        return float(self._manifest["truncation"])
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over everything that decides a sample but the options."""
-        return str(self._manifest["fingerprint"])
-
-    def calibration_scores(self, options: SynthesisOptions) -> list[float]:
-        """Image scores computed with exactly these options, except for the seed; empty if the checkpoint has none."""
-        calibration = self._manifest["calibration"]
-        if calibration is None or calibration["options"] != options.calibrated_by():
-            return []
-        return list(calibration["scores"].get(options.score, []))
-
-    def load(self) -> Checkpoint:
-        """The checkpoint with its weights.
-
-        Raises:
-            CheckpointError: as `load_checkpoint`.
-        """
-        if self._loaded is not None:
-            return self._loaded
-        assert self._path is not None
-        return load_checkpoint(self._path)

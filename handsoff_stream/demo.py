@@ -99,7 +99,7 @@ def run_demo(
         transforms=ordinary_augmentation(),
     )
     test = RenderedFaces("test", num_images=test_images, size=size)
-    console.print(f"\n[bold]1.[/bold] {budget.steps} steps on pairs synthesised and labelled while the network trains")
+    console.print(f"\n[bold]1.[/bold] {budget.steps} steps on pairs synthesized and labelled while the network trains")
     on_stream, stream_report = _train_and_score(budget, stream, test, seed, chosen, console)
     rejected = stream.rejected / (stream.accepted + stream.rejected)
     console.print(
@@ -117,12 +117,7 @@ def run_demo(
     result: dict[str, Any] = {
         "stream": {**on_stream.record(), **stream_report, "rejected": rejected, "accepted": stream.accepted},
         "labelled_images": {**on_labelled.record(), **labelled_report},
-        "budget": {
-            **vars(budget),
-            "seed": seed,
-            "device": str(chosen),
-            "precision": stream.options.precision,
-        },
+        "budget": {**vars(budget), "seed": seed, "device": str(chosen), "precision": stream.options.precision},
         "seconds": time.perf_counter() - started,
     }
     write_file(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())

@@ -1,15 +1,18 @@
-"""Score => keep. A filter sees one uncertainty score a sample, in the order of the shard's indices, and says which
+"""Score => keep. A filter sees one uncertainty score per sample, in the order of a lane's indices, and says which
 samples are worth training on (HandsOff, sections 3.3 and 4.1: the most uncertain 10 % are dropped).
 
 `push(score)` returns the decisions that this score settles, oldest first: one at once for a rolling percentile or a
-threshold, a block's worth at the end of each block for a block quantile. Knows floats. Does not know tasks, tensors or
-networks. Which filters need history, and so cannot promise the same choice for another number of ranks, is the
-attribute `index_only`.
+threshold, a block's worth at the end of each block for a block quantile. Every lane of the index line is judged by a
+filter of its own, which sees all scores of its lane and no others. So a decision is a function of the index, whatever
+the number of ranks and workers. Knows floats. Does not know tasks, tensors or networks.
 """
 
+import base64
+import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
+from array import array
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
@@ -17,19 +20,26 @@ from typing import Any, ClassVar
 
 from handsoff_stream.errors import StreamError
 
+MANY_LANES = 840  # divisible by 1 to 8: shards of nearly equal size for every usual number of them
+LANES_WITH_HISTORY = 24  # each has a window to save; divisible by 1, 2, 3, 4, 6, 8 and 12
+
 
 class Filter(ABC):
     """Decides which samples are kept. Lifecycle: `start(calibration)` once, then `push` score by score."""
 
     name: ClassVar[str]
-    index_only: ClassVar[bool]
-    """True if a decision depends on the sample's index (or its block) alone, not on what this shard saw before."""
     span: int = 1
-    """Consecutive, aligned indices that must be pushed by one shard, from the first to the last."""
+    """Consecutive, aligned indices that must be pushed together, from the first to the last."""
+    lanes: int = LANES_WITH_HISTORY
+    """Parts of the index line that are judged separately; also the largest number of ranks x workers."""
+    needs_scores: bool = True
+    """False if every sample is kept whatever its score, so that nobody has to wait for it."""
+    expected_share: float = 1.0
+    """The share of samples that should be kept, in (0, 1]."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Options, JSON-able; part of the stream's fingerprint."""
+        """Options, JSON-able; part of the stream's identity."""
 
     def start(self, calibration: Sequence[float]) -> None:
         """Forget all history; begin with the scores that the checkpoint was calibrated with (may be none)."""
@@ -37,82 +47,100 @@ class Filter(ABC):
 
     @abstractmethod
     def push(self, score: float) -> list[bool]:
-        """Take the next score; return the decisions that are now settled, oldest sample first."""
+        """Take the next score of the lane; return the decisions that are now settled, oldest sample first."""
 
     def state_dict(self) -> dict[str, Any]:
-        """History, JSON-able."""
+        """What was seen since `start`, JSON-able; empty if nothing needs to be remembered."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()` of a filter with the same options."""
+        """Continue from `state_dict()` of a filter with the same options, started with the same calibration."""
         del state
 
 
 class RollingPercentile(Filter):
     """Keep a sample whose score is at most a percentile of the last `window` scores, rejected ones included.
 
+    Each lane has a window of its own, which starts from the calibration scores: chunk k of the index line belongs to
+    lane k % lanes. So the choice does not depend on the number of ranks and workers.
+
     Args:
         percentile: in (0, 100]; 90 drops the most uncertain tenth.
-        window: scores remembered; the threshold's rank then has a standard deviation of
+        window: scores remembered per lane; the threshold's rank then has a standard deviation of
             sqrt(p (1 - p) / window), 0.7 % at the defaults.
+        lanes: at least the largest number of ranks x workers that will ever share the stream. Another number makes
+            another choice, and a saved state needs up to 8 bytes for each score of each window.
     """
 
     name = "rolling"
-    index_only = False
 
-    def __init__(self, percentile: float = 90.0, *, window: int = 2000):
+    def __init__(self, percentile: float = 90.0, *, window: int = 2000, lanes: int = LANES_WITH_HISTORY):
         self.percentile = _checked_percentile(percentile)
         if window < 1:
             raise ValueError(f"window={window} remembers no score; pass at least 1, 2000 is the default")
+        if lanes < 1:
+            raise ValueError(f"lanes={lanes} leave no chunk to judge; pass at least 1, {LANES_WITH_HISTORY} is usual")
         self.window = window
-        self._recent: deque[float] = deque()
-        self._sorted: list[float] = []
+        self.lanes = lanes
+        self.expected_share = self.percentile / 100
+        self.start([])
 
     def config(self) -> dict[str, Any]:
-        return {"name": self.name, "percentile": self.percentile, "window": self.window}
+        return {"name": self.name, "percentile": self.percentile, "window": self.window, "lanes": self.lanes}
 
     def start(self, calibration: Sequence[float]) -> None:
         self._recent = deque(float(score) for score in calibration[-self.window :])
         self._sorted = sorted(self._recent)
+        self._pushed = 0
 
     def push(self, score: float) -> list[bool]:
         keep = not self._sorted or score <= self._sorted[self._rank(len(self._sorted))]
+        self._remember(score)
+        return [keep]
+
+    def _remember(self, score: float) -> None:
         if len(self._recent) == self.window:
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
         self._recent.append(score)
         insort(self._sorted, score)
-        return [keep]
+        self._pushed += 1
 
     def _rank(self, count: int) -> int:
         # The smallest score with at least `percentile` percent of the window at or below it.
         return max(math.ceil(count * self.percentile / 100) - 1, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"recent": list(self._recent)}
+        if not self._pushed:
+            return {}
+        own = list(self._recent)[-min(self._pushed, self.window) :]
+        return {"recent": base64.b64encode(array("d", own).tobytes()).decode("ascii")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.start(state["recent"])
+        for score in array("d", base64.b64decode(state["recent"])) if state else ():
+            self._remember(score)
 
 
 class BlockQuantile(Filter):
     """In each block of `block` consecutive indices, drop the most uncertain ones.
 
     The streaming form of "generate, sort, drop the top 10 %": exactly that share of every block goes, ties broken by
-    index, and membership depends on nothing but the index. A block is held until its last score is known.
+    index. A block is held until its last score is known.
 
     Args:
         percentile: in (0, 100]; the kept share of each block, rounded up to whole samples.
-        block: indices a block.
+        block: indices per block.
     """
 
     name = "block"
-    index_only = True
+    lanes = MANY_LANES
 
     def __init__(self, percentile: float = 90.0, *, block: int = 100):
         self.percentile = _checked_percentile(percentile)
         if block < 1:
             raise ValueError(f"block={block} holds no index; pass at least 1, 100 is the default")
         self.span = block
+        self._kept = math.ceil(block * self.percentile / 100)
+        self.expected_share = self._kept / block
         self._scores: list[float] = []
 
     def config(self) -> dict[str, Any]:
@@ -126,7 +154,7 @@ class BlockQuantile(Filter):
         if len(self._scores) < self.span:
             return []
         order = sorted(range(self.span), key=self._scores.__getitem__)
-        kept = set(order[: math.ceil(self.span * self.percentile / 100)])
+        kept = set(order[: self._kept])
         self._scores = []
         return [i in kept for i in range(self.span)]
 
@@ -140,11 +168,12 @@ class Threshold(Filter):
     """
 
     name = "threshold"
-    index_only = True
+    lanes = MANY_LANES
 
     def __init__(self, percentile: float = 90.0, *, value: float | None = None):
         self.percentile = _checked_percentile(percentile)
         self.value = value
+        self.expected_share = 1.0 if value is not None else self.percentile / 100
         self._threshold = value
 
     def config(self) -> dict[str, Any]:
@@ -170,7 +199,8 @@ class KeepAll(Filter):
     """Keep everything; `filter=None`."""
 
     name = "none"
-    index_only = True
+    lanes = MANY_LANES
+    needs_scores = False
 
     def config(self) -> dict[str, Any]:
         return {"name": self.name}
@@ -197,47 +227,72 @@ def make_filter(choice: "str | Filter | None") -> Filter:
     return FILTERS[choice]()
 
 
+def started_filter(choice: "str | Filter | None", calibration: Sequence[float]) -> Filter:
+    """The chosen filter, a copy of its own, started with the calibration scores.
+
+    Raises:
+        ValueError: unknown name, or a filter that needs calibration scores where there are none.
+    """
+    filter = copy.deepcopy(make_filter(choice))
+    filter.start(calibration)
+    if isinstance(filter, RollingPercentile) and not calibration:
+        warnings.warn(
+            "this checkpoint has no calibration scores for these options, so the windows of the rolling filter start "
+            f"empty: it keeps too much or too little until each of its {filter.lanes} lanes has seen some hundred "
+            "scores; calibrate the checkpoint, or pass filter='block' or Threshold(value=...)",
+            stacklevel=3,
+        )
+    return filter
+
+
 class RejectionMonitor:
-    """Counts what a filter does and speaks up when it rejects nearly everything.
+    """Counts what a filter does and speaks up when it rejects far more than it should.
 
     Attributes:
         accepted, rejected: samples so far.
+        skipped: those of the rejected whose score was not finite.
 
     Raises:
-        StreamError: from `count`, when more than `RAISE_SHARE` of the last `WINDOW` samples were rejected.
+        StreamError: from `count`, when of the last `WINDOW` samples at most `RAISE_SHARE` of those were kept that
+            should be.
     """
 
     WINDOW = 1000
     WARN_SHARE = 0.5
-    RAISE_SHARE = 0.99
+    RAISE_SHARE = 0.01
 
     def __init__(self, filter: Filter):
         self._filter = filter.config()
+        self._expected = filter.expected_share * self.WINDOW
         self.accepted = 0
         self.rejected = 0
+        self.skipped = 0
         self._window_rejected = 0
         self._window_seen = 0
         self._warned = False
 
-    def count(self, kept: bool) -> None:
+    def count(self, kept: bool, *, finite: bool = True) -> None:
         """Note one decision."""
         self.accepted += kept
         self.rejected += not kept
+        self.skipped += not finite
         self._window_seen += 1
         self._window_rejected += not kept
         if self._window_seen == self.WINDOW:
-            share, self._window_seen, self._window_rejected = self._window_rejected / self.WINDOW, 0, 0
-            self._judge(share)
+            kept_of_window = self.WINDOW - self._window_rejected
+            self._window_seen = self._window_rejected = 0
+            self._judge(kept_of_window)
 
-    def _judge(self, share: float) -> None:
+    def _judge(self, kept: int) -> None:
         message = (
-            f"{share:.1%} of the last {self.WINDOW} samples were rejected by {self._filter}: training data comes at "
-            "a trickle. Look at them with `handsoff-stream preview`; raise the percentile or the threshold, lower "
-            "the truncation, or pass filter=None"
+            f"{1 - kept / self.WINDOW:.1%} of the last {self.WINDOW} samples were rejected by {self._filter}: "
+            "training data comes at a trickle. Look at them with `handsoff-stream preview`; raise the percentile or "
+            "the threshold, lower the truncation, or pass filter=None"
         )
-        if share >= self.RAISE_SHARE:
+        if kept <= self.RAISE_SHARE * self._expected:
             raise StreamError(message)
-        if share > self.WARN_SHARE and not self._warned:
+        chance = 3 * math.sqrt(self._expected)  # three standard deviations of what a working filter keeps
+        if kept < self.WARN_SHARE * self._expected - chance and not self._warned:
             warnings.warn(message, stacklevel=2)
             self._warned = True
 
@@ -245,12 +300,13 @@ class RejectionMonitor:
         return {
             "accepted": self.accepted,
             "rejected": self.rejected,
+            "skipped": self.skipped,
             "window_seen": self._window_seen,
             "window_rejected": self._window_rejected,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.accepted, self.rejected = state["accepted"], state["rejected"]
+        self.accepted, self.rejected, self.skipped = state["accepted"], state["rejected"], state["skipped"]
         self._window_seen, self._window_rejected = state["window_seen"], state["window_rejected"]
 
 

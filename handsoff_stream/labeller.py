@@ -7,11 +7,13 @@ heads, feature maps and kernels. Does not know latents, images or indices.
 Shape letters: B batch, C channels, M ensemble members, P pixels, K outputs, H W label size, h w native size.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from handsoff_stream.checkpoint import Checkpoint, Head
 from handsoff_stream.features import FeaturePyramid
@@ -19,6 +21,7 @@ from handsoff_stream.label_generator import FoldedLabelGenerator, join
 from handsoff_stream.options import KernelKind
 from handsoff_stream.tasks import Segmentation
 
+M = TypeVar("M", bound=nn.Module)
 Labelled = tuple[Tensor, Tensor]
 """Label [B, H, W] or [B, K, H, W], and uncertainty float32 [B, H, W]."""
 Kernel = Callable[[FeaturePyramid], Labelled]
@@ -34,8 +37,8 @@ class Labeller:
         kernel: see `SynthesisOptions.kernel`.
 
     Raises:
-        ValueError: `kernel="triton"`, and a voting head that the fused kernel cannot label; weights beyond the range of
-            `dtype`.
+        ValueError: `kernel="triton"`, and a voting head that the fused kernel cannot label, or no voting head; weights
+            beyond the range of `dtype`.
     """
 
     def __init__(
@@ -46,6 +49,11 @@ class Labeller:
         dtype: torch.dtype = torch.float32,
         kernel: KernelKind = "auto",
     ) -> None:
+        if kernel == "triton" and not any(isinstance(head.task, Segmentation) for head in checkpoint.heads.values()):
+            raise ValueError(
+                f'kernel="triton" labels heads that vote, and none of {sorted(checkpoint.heads)} does; pass '
+                'kernel="auto", or "torch"'
+            )
         self.size = checkpoint.size
         self.tasks = {name: head.task for name, head in checkpoint.heads.items()}
         constant_map = checkpoint.generator.constant_map
@@ -103,9 +111,15 @@ class Labeller:
         return {name: (_whole_label(labels[name]), torch.cat(uncertainty[name], dim=1)) for name in order}
 
 
+def on_device(module: M, device: torch.device) -> M:
+    """The module itself if it lies there, otherwise a copy: `Module.to` would move the caller's."""
+    where = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+    return module if where <= {torch.empty(0, device=device).device} else copy.deepcopy(module).to(device)
+
+
 def _fold(head: Head, constant_map: Tensor | None, *, device: torch.device, dtype: torch.dtype) -> FoldedLabelGenerator:
     constant_map = None if constant_map is None else constant_map.to(device)
-    return head.label_generator.to(device).fold(constant_map=constant_map, dtype=dtype)
+    return on_device(head.label_generator, device).fold(constant_map=constant_map, dtype=dtype)
 
 
 def _example(checkpoint: Checkpoint) -> FeaturePyramid:

@@ -3,10 +3,15 @@
 Knows names and ranges. Does not know networks, devices or streams.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
+import torch
+
+from handsoff_stream.filters import Filter
 from handsoff_stream.precision import Precision
+from handsoff_stream.shard import Shard
 from handsoff_stream.uncertainty import ScoreKind
 
 NoiseKind = Literal["const", "none", "random"]
@@ -56,3 +61,55 @@ class SynthesisOptions:
     def calibrated_by(self) -> dict[str, Any]:
         """The options that change the distribution of scores; JSON-able."""
         return {"truncation": self.truncation, "noise": self.noise}
+
+
+class StreamOptions(TypedDict, total=False):
+    """Keyword arguments of `HandsOffStream`, for type checkers; what they mean is said there."""
+
+    seed: int
+    filter: FilterKind | Filter | None
+    truncation: float | None
+    epoch_size: int | None
+    drop_last: bool
+    indices: range | None
+    device: str | torch.device | None
+    output_device: str | torch.device | None
+    transforms: Callable[..., Any] | None
+    image_dtype: torch.dtype
+    noise: NoiseKind
+    score: ScoreKind
+    precision: Precision | None
+    kernel: KernelKind
+    chunk_size: int | None
+    shard: Shard | None
+    on_bad_sample: Literal["raise", "skip"]
+    verify: bool
+    graphs: bool
+    synthesize: Callable[[Sequence[int]], Any] | None
+
+
+def check_choices(
+    batch_size: int | None,
+    epoch_size: int | None,
+    chunk_size: int | None,
+    as_dict: bool,
+    image_dtype: torch.dtype,
+    on_bad_sample: str,
+) -> None:
+    """Options that do not decide a sample.
+
+    Raises:
+        ValueError: a value that is out of its range or has an unknown name.
+    """
+    for name, value in (("batch_size", batch_size), ("epoch_size", epoch_size), ("chunk_size", chunk_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} yields nothing; pass a positive integer or None")
+    if as_dict and batch_size is not None:
+        raise ValueError(
+            f"as_dict=True is for samples, and batch_size={batch_size} makes batches, which carry uncertainty and "
+            "indices already; pass one of the two"
+        )
+    if image_dtype not in (torch.float32, torch.uint8):
+        raise ValueError(f"image_dtype={image_dtype} is no form of an image; pass torch.float32 or torch.uint8")
+    if on_bad_sample not in ("raise", "skip"):
+        raise ValueError(f'on_bad_sample={on_bad_sample!r} is unknown; pass "raise" or "skip"')

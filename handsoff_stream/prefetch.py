@@ -3,9 +3,12 @@
 The only file that knows torch.cuda streams. It sees a callable from indices to a batch and hands out `Chunk`s: scores
 on the host, samples to copy from. It does not know what is computed, nor which samples are wanted.
 
+There is one side stream per device and process: networks are prepared on it (`side_stream`), so every later chunk
+finds them ready whoever asks, and memory that the allocator keeps for it is kept once.
+
 Finished chunks lie in a ring of slots, allocated once and written again and again. Five rules keep the streams apart;
 the tests take each away in turn and see wrong data:
-  1. the side stream waits once for the consumer's stream: weights may still be on their way;
+  1. the side stream waits once for the consumer's stream: weights that were given may still be on their way;
   2. the host reads a chunk's scores after the chunk's event. Later chunks are enqueued by then, so while it waits, the
      device works on;
   3. a reader's stream, whichever is current at that moment, waits for the chunk's event;
@@ -16,6 +19,8 @@ the tests take each away in turn and see wrong data:
 There is no thread and no process, so there is nothing to shut down: a ring that nothing refers to is freed.
 """
 
+import os
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,6 +31,7 @@ import torch
 from torch import Tensor
 
 from handsoff_stream.batch import LabelledBatch
+from handsoff_stream.isolation import isolated
 
 CHUNKS_IN_FLIGHT = 3  # while the host waits for the first, the device has two more to do
 PRIORITY = -1  # above the consumer's: the ring bounds how far synthesis runs ahead, and a late batch stops training
@@ -38,6 +44,9 @@ class Chunk(Protocol):
 
     @property
     def indices(self) -> Sequence[int]: ...
+
+    def finished(self) -> bool:
+        """Whether `scores` would not wait."""
 
     def scores(self) -> list[float]:
         """Uncertainty of each sample; the host waits until the chunk is finished."""
@@ -63,16 +72,43 @@ def prefetch(
         output_device: where chunks lie; None means `device`. From CUDA to a CPU they lie in pinned memory.
     """
     if device.type != "cuda":
-        return _in_turn(synthesize, chunks, device, output_device or device)
+        return _in_turn(synthesize, chunks, output_device or device)
     return _SideStream(synthesize, device, output_device or device).run(chunks)
 
 
-def _in_turn(
-    synthesize: Synthesize, chunks: Iterable[Sequence[int]], device: torch.device, output: torch.device
-) -> Iterator[Chunk]:
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """For the preparation of networks: work enqueued inside comes before all chunks, on CUDA; no global setting counts.
+
+    Networks are prepared here and not on the stream of whoever asks first, because the next one who asks may be on
+    another stream, which knows nothing of the first.
+    """
+    with isolated():
+        if device.type != "cuda":
+            yield
+            return
+        side = _stream("side", device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            yield
+
+
+def _stream(role: str, device: torch.device) -> torch.cuda.Stream:
+    """The one of its role on this device in this process."""
+    key = (role, _numbered(device), os.getpid())
+    if key not in _streams:
+        _streams[key] = torch.cuda.Stream(device, priority=PRIORITY)
+    return _streams[key]
+
+
+_streams: dict[tuple[str, torch.device, int], torch.cuda.Stream] = {}
+
+
+def _in_turn(synthesize: Synthesize, chunks: Iterable[Sequence[int]], output: torch.device) -> Iterator[Chunk]:
     for indices in chunks:
         with _located(indices):
-            batch = _undisturbed(synthesize, indices, device)
+            with isolated():
+                batch = synthesize(indices)
             chunk = _FinishedChunk(indices, batch.uncertainty.tolist(), batch.to(output))
         yield chunk
 
@@ -82,6 +118,9 @@ class _FinishedChunk:
     indices: Sequence[int]
     host_scores: list[float]
     batch: LabelledBatch
+
+    def finished(self) -> bool:
+        return True
 
     def scores(self) -> list[float]:
         return self.host_scores
@@ -96,10 +135,10 @@ class _SideStream:
     def __init__(self, synthesize: Synthesize, device: torch.device, output: torch.device):
         self._synthesize = synthesize
         self._output = _numbered(output)
-        self._side = torch.cuda.Stream(device, priority=PRIORITY)
+        self._side = _stream("side", device)
         # A copy between two GPUs makes the current streams of both wait for each other: never the consumer's.
         apart = output.type == "cuda" and self._output != _numbered(device)
-        self._landing = torch.cuda.Stream(output, priority=PRIORITY) if apart else self._side
+        self._landing = _stream("landing", output) if apart else self._side
         self._free: deque[_Slot] = deque()
         self._side.wait_stream(torch.cuda.current_stream(device))
 
@@ -111,6 +150,7 @@ class _SideStream:
                 try:
                     in_flight.append(self._enqueue(indices))
                 except Exception as error:
+                    _let_go(error)
                     in_flight.append(error)
                     source = iter(())
                     break
@@ -122,7 +162,8 @@ class _SideStream:
 
     def _enqueue(self, indices: Sequence[int]) -> Chunk:
         with _located(indices), torch.cuda.stream(self._landing), torch.cuda.stream(self._side):
-            batch = _undisturbed(self._synthesize, indices, self._side.device)
+            with isolated():
+                batch = self._synthesize(indices)
             slot = self._free.popleft() if self._free else _Slot(batch, self._output)
             slot.fill(batch, self._side)
             return _ChunkInSlot(indices, slot, self._side.record_event(), self._free)
@@ -167,6 +208,9 @@ class _ChunkInSlot:
         self._filled = filled
         self._free = free
 
+    def finished(self) -> bool:
+        return self._filled.query()
+
     def scores(self) -> list[float]:
         self._wait()
         return self._slot.scores.tolist()
@@ -185,15 +229,17 @@ class _ChunkInSlot:
         self._free.append(self._slot)
 
 
-def _undisturbed(synthesize: Synthesize, indices: Sequence[int], device: torch.device) -> LabelledBatch:
-    """The same bits also if the consumer asks for its next batch under autocast."""
-    with torch.autocast(device.type, enabled=False):
-        return synthesize(indices)
+def _let_go(error: BaseException | None) -> None:
+    """Empty the frames that an exception remembers: it may wait for its turn while chunks before it are consumed, and
+    after a failed allocation their tensors are what memory is short of."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 @torch.inference_mode(False)  # or else it could not be written again outside of the consumer's inference mode
 def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:
-    """Uninitialised memory; page-locked on a CPU, so that copies to it are asynchronous."""
+    """Uninitialized memory; page-locked on a CPU, so that copies to it are asynchronous."""
     return torch.empty_like(tensor, device=device, pin_memory=device.type == "cpu")
 
 
@@ -216,5 +262,5 @@ def _located(indices: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error.add_note(f"while the samples {indices[0]} to {indices[-1]} were being synthesised")
+        error.add_note(f"while the samples {indices[0]} to {indices[-1]} were being synthesized")
         raise

@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from handsoff_stream.checkpoint import Checkpoint, CheckpointSource, resolve
-from handsoff_stream.device import usable_device
+from handsoff_stream.checkpoint import Checkpoint, resolve
+from handsoff_stream.device import default_chunk_size, usable_device
 from handsoff_stream.files.atomic import check_file, whole_file
 from handsoff_stream.filters import Threshold
+from handsoff_stream.isolation import isolated
 from handsoff_stream.options import SynthesisOptions
-from handsoff_stream.synthesizer import Synthesizer
+from handsoff_stream.precision import default_precision
+from handsoff_stream.source import CheckpointSource
+from handsoff_stream.synthesizer import Synthesizer, in_chunks
 from handsoff_stream.tasks import Segmentation
 from handsoff_stream.uncertainty import ScoreKind, image_score
 
@@ -42,7 +45,6 @@ HEAT_ANCHORS = (
 )
 OPACITY = 0.6  # of the label over the image
 MAX_SAMPLES = 1024  # on a sheet, whose pixels must all be in memory
-BATCH = 4  # images synthesised at once: bounds memory
 TILE_SIZE = 192  # small images are enlarged to about this many pixels
 GAP, MARGIN, TEXT, LINE = 4, 16, 13, 20
 PAPER, INK, ACCEPTED, REJECTED = (255, 255, 255), (40, 40, 40), (90, 90, 90), (200, 30, 40)
@@ -94,7 +96,7 @@ def preview_sheet(
         truncation: psi; None means the checkpoint's own.
         score: "top10_mean" or "sum".
         percentile: in (0, 100].
-        device: where to synthesise; None means CUDA if there is one.
+        device: where to synthesize; None means CUDA if there is one.
 
     Returns:
         What was drawn, in order.
@@ -107,16 +109,16 @@ def preview_sheet(
     chosen = _chosen(range(num) if indices is None else list(indices), columns)
     source = CheckpointSource(checkpoint)
     psi = source.truncation if truncation is None else truncation
-    options = SynthesisOptions(seed=seed, truncation=psi, score=score)
+    where = usable_device(device)
+    options = SynthesisOptions(seed=seed, truncation=psi, score=score, precision=default_precision(where))
     loaded = source.load()
     name, task = _segmentation_head(loaded)
     judge = _judge(source.calibration_scores(options), percentile)
-    synthesizer = Synthesizer(loaded, options, usable_device(device))
     check_file(path, inputs=[] if isinstance(checkpoint, Checkpoint) else [resolve(checkpoint)])
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    samples: list[PreviewSample] = []
-    for start in range(0, len(chosen), BATCH):
-        samples += _synthesize(synthesizer, name, chosen[start : start + BATCH], judge)
+    with isolated():
+        synthesizer = Synthesizer(loaded, options, where)
+        samples = _synthesize(synthesizer, name, chosen, judge)
     sheet = draw_sheet(samples, task, columns=columns)
     with whole_file(path) as partial:
         sheet.save(partial, format="PNG")
@@ -153,20 +155,22 @@ def _judge(calibration: Sequence[float], percentile: float) -> Threshold | None:
 def _synthesize(
     synthesizer: Synthesizer, head: str, indices: Sequence[int], judge: Threshold | None
 ) -> list[PreviewSample]:
-    images_B3HW, features = synthesizer.generate(indices)
-    label_BHW, uncertainty_BHW = synthesizer.label(head, features)
-    scores = image_score(uncertainty_BHW, synthesizer.options.score).tolist()
-    return [
-        PreviewSample(
-            index=index,
-            image=_pixels(images_B3HW[i]),
-            label=label_BHW[i].cpu().numpy(),
-            uncertainty=uncertainty_BHW[i].cpu().numpy(),
-            score=scores[i],
-            kept=None if judge is None else judge.push(scores[i])[0],
-        )
-        for i, index in enumerate(indices)
-    ]
+    """In the chunks of a stream, whose samples these are bit for bit."""
+    samples: dict[int, PreviewSample] = {}
+    for chunk, rows, places in in_chunks(indices, default_chunk_size(synthesizer.device)):
+        images_B3HW, features = synthesizer.generate(chunk)
+        label_BHW, uncertainty_BHW = synthesizer.label(head, features)
+        scores = image_score(uncertainty_BHW, synthesizer.options.score).tolist()
+        for row, place in zip(rows, places, strict=True):
+            samples[place] = PreviewSample(
+                index=chunk[row],
+                image=_pixels(images_B3HW[row]),
+                label=label_BHW[row].cpu().numpy(),
+                uncertainty=uncertainty_BHW[row].cpu().numpy(),
+                score=scores[row],
+                kept=None if judge is None else judge.push(scores[row])[0],
+            )
+    return [samples[place] for place in range(len(indices))]
 
 
 def _pixels(image_3HW: Tensor) -> Pixels:

@@ -5,7 +5,8 @@ Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 
 k of sample i is the same whoever asks for it: any rank, worker, batch size, before or after a restart.
 
 Knows integers and normal numbers. Does not know generators, devices or chunks: results are float32 on the CPU, the
-same bits on every machine whose libm rounds float64 log, sin and cos alike.
+same bits on every machine whose libm rounds float64 log, sin and cos alike. The millions of numbers of noise maps are
+drawn on the device instead (`noise.py`).
 """
 
 from collections.abc import Sequence
@@ -95,14 +96,6 @@ def normal(seed: int, indices: Sequence[int], size: int, stream: Stream) -> NDAr
 def latents(seed: int, indices: Sequence[int], z_dim: int) -> Tensor:
     """Latents z of some samples: float32 [len(indices), z_dim], standard normal."""
     return torch.from_numpy(normal(seed, indices, z_dim, Stream.LATENT))
-
-
-def noise_maps(seed: int, indices: Sequence[int], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Fresh noise for every layer: one float32 [len(indices), 1, h, w] per shape, standard normal."""
-    sizes = [h * w for h, w in shapes]
-    flat = torch.from_numpy(normal(seed, indices, sum(sizes), Stream.NOISE))
-    parts = flat.split(sizes, dim=1)
-    return [part.reshape(len(indices), 1, h, w) for part, (h, w) in zip(parts, shapes, strict=True)]
 
 
 def transform_seed(seed: int, index: int) -> int:

@@ -1,12 +1,12 @@
-"""Which spans of the index line are mine: plain arithmetic on a rank x worker number.
+"""Which lanes of the index line are mine: plain arithmetic on a rank x worker number.
 
-A span is a fixed number of consecutive indices, aligned to a multiple of itself; span s belongs to shard
-s % count. Knows integers. Does not know samples or filters. `detect()` is the only code that asks torch.distributed
-and DataLoader workers who is running.
+The index line is cut into spans of a fixed number of indices, and span s lies on lane s % lanes. A filter names the
+number of lanes (see `filters.py`), so it is the same for every number of ranks and workers; a shard owns whole lanes.
+Knows integers. Does not know samples or filters. `detect()` and `detect_worker()` are the only code that asks
+torch.distributed and DataLoader workers who is running.
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed
@@ -25,38 +25,49 @@ class Shard:
             raise ValueError(f"shard {self.index} of {self.count} does not exist; pass 0 <= index < count")
 
     def split(self, index: int, count: int) -> "Shard":
-        """Divide this shard further: worker `index` of `count` on this rank."""
-        inner = Shard(index, count)
-        return Shard(self.index * inner.count + inner.index, self.count * inner.count)
+        """Divide this shard further: worker `index` of `count` on this rank.
 
-    def owns(self, index: int, span: int) -> bool:
-        """Whether sample `index` lies in one of this shard's spans."""
-        return index // span % self.count == self.index
-
-    def spans(self, start: int, span: int) -> Iterator[range]:
-        """This shard's spans of indices in increasing order, beginning with the one that holds or follows `start`.
-
-        Each is whole and aligned, also the first, which may therefore begin before `start`.
+        The parts own exactly the lanes of this shard, so a rank may change its number of workers by itself.
         """
-        number = start // span
-        number += (self.index - number) % self.count
-        while True:
-            yield range(number * span, (number + 1) * span)
-            number += self.count
+        inner = Shard(index, count)
+        return Shard(self.index + self.count * inner.index, self.count * inner.count)
 
-    def share(self, total: int) -> int:
-        """This shard's part of `total` things dealt out as evenly as possible."""
-        return total // self.count + (self.index < total % self.count)
+    def lanes(self, total: int) -> range:
+        """The lanes of this shard, out of `total`."""
+        return range(self.index, total, self.count)
+
+    def contains(self, other: "Shard") -> bool:
+        """Whether every lane of `other` is one of this shard's, for any number of lanes."""
+        return other.count % self.count == 0 and other.index % self.count == self.index
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A DataLoader worker process."""
+
+    turn: int
+    """Its place in the order in which the loader takes from its workers."""
+    count: int
+    loader_pass: int
+    """A number that all workers of one pass over the loader share, and that differs between passes, except that
+    persistent workers keep theirs."""
+    shift: int = 0
+    """Whose turn it is first, after a resume in the middle of a round."""
+
+    @property
+    def index(self) -> int:
+        """Which part of the rank's lanes it walks."""
+        return (self.turn + self.shift) % self.count
 
 
 def detect() -> Shard:
-    """The rank's shard: torch.distributed if initialised, else the RANK and WORLD_SIZE that launchers set, else 0/1."""
+    """The rank's shard: torch.distributed if initialized, else the RANK and WORLD_SIZE that launchers set, else 0/1."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return Shard(torch.distributed.get_rank(), torch.distributed.get_world_size())
     return Shard(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def detect_worker() -> Shard | None:
+def detect_worker() -> Worker | None:
     """The DataLoader worker that runs this code, None in the main process."""
     info = get_worker_info()
-    return None if info is None else Shard(info.id, info.num_workers)
+    return None if info is None else Worker(info.id, info.num_workers, info.seed - info.id)

@@ -6,303 +6,311 @@ from indices to a batch. Does not know networks, tasks, files or CUDA.
 """
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from itertools import groupby, islice
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar, Unpack, overload
 
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from handsoff_stream.batch import LabelledBatch, Labels, consecutive
-from handsoff_stream.checkpoint import Checkpoint, CheckpointSource
+from handsoff_stream.assembly import Assembly, Sample
+from handsoff_stream.batch import LabelledBatch
+from handsoff_stream.checkpoint import Checkpoint
+from handsoff_stream.dealing import Dealing, Line, addressed
 from handsoff_stream.device import check_device, default_chunk_size, resolve_device
-from handsoff_stream.filters import Filter, make_filter
-from handsoff_stream.options import FilterKind, KernelKind, NoiseKind, SynthesisOptions
+from handsoff_stream.errors import StreamError
+from handsoff_stream.filters import Filter, started_filter
+from handsoff_stream.graphs import GraphedSynthesizer, check_graphs
+from handsoff_stream.options import FilterKind, KernelKind, NoiseKind, StreamOptions, SynthesisOptions, check_choices
+from handsoff_stream.passing import Passes, Progress, StreamIterator
 from handsoff_stream.precision import Precision, compute_dtype, default_precision
-from handsoff_stream.prefetch import Chunk, Synthesize, prefetch
-from handsoff_stream.seeding import MAX_INDEX, check_seed
-from handsoff_stream.shard import Shard, detect, detect_worker
-from handsoff_stream.synthesizer import Synthesizer
+from handsoff_stream.prefetch import Chunk, Synthesize, prefetch, side_stream
+from handsoff_stream.resuming import Resumable
+from handsoff_stream.seeding import check_seed
+from handsoff_stream.shard import Shard, Worker, detect, detect_worker
+from handsoff_stream.source import CheckpointSource
+from handsoff_stream.state import State, turned
+from handsoff_stream.synthesizer import Synthesizer, in_chunks
 from handsoff_stream.transforms import JointTransform
 from handsoff_stream.uncertainty import ScoreKind
-from handsoff_stream.walk import EPOCH_STRIDE, STATE_VERSION, Walk, check_version, options_that_differ
+from handsoff_stream.walk import BadSample, Walk
 
-Sample = tuple[Tensor, Labels]
-Row = tuple[Chunk, int]
-
-MERGE_REMEDY = "; for another number of ranks or workers load merge_states([the state of every shard])"
+T_co = TypeVar("T_co", covariant=True)
 
 
-class HandsOffStream(IterableDataset[Any]):
-    """An endless dataset of labelled images, synthesised while you train.
+class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
+    """An endless dataset of labelled images, synthesized while you train.
 
     With `batch_size=None` it yields samples `(image, label)` for `DataLoader(stream, batch_size=8)`; with
     `batch_size=n` it yields `LabelledBatch`es for `DataLoader(stream, batch_size=None)`, which collates nothing.
     image: float32 [3, H, W] in [0, 1] on 8-bit levels. label: int64 [H, W] (segmentation), float32 [K, H, W]
     (keypoint heatmaps) or float32 [1, H, W] (depth); a checkpoint with several heads gives a dict of labels by head.
 
-    `stream[i]` regenerates sample i, rejected or not. `state_dict()` is small, JSON-able, and counts what was handed
-    out, not what was prefetched. Ranks and DataLoader workers share the indices without overlap; samples have the
-    same bits for any batch size, rank or worker count on the same kind of device.
+    `stream[i]` regenerates sample i and `stream[i:j]` a batch, rejected or not; `random_split` and `Subset` go that
+    way, so they include rejected samples: use `take` and `skip` to part training from validation. Ranks and DataLoader
+    workers share the indices without overlap; samples have the same bits, and the same are kept, for any batch size,
+    rank or worker count on the same kind of device. No global setting of PyTorch changes a sample.
+
+    Every pass (`iter(stream)`) is an epoch: samples that no other pass has, unless `indices` or `take` name a part of
+    the index line, which is then the same at every pass. An iterator owns its position; a pickle, a deep copy or a
+    forked process begins where the stream was set to begin. The rank is looked up where the stream is iterated or
+    pickled, and travels into workers.
 
     On a CPU the bits also depend on the number of intra-op threads, because products may be summed in another order:
-    with "faces" one and two threads agree, three and more move the last bits of some scores. DataLoader workers
-    therefore keep the one thread that PyTorch gives them, whatever the number of cores: any number of workers agrees,
-    none oversubscribes the machine, and `num_workers` = cores uses all of it. Without workers it is
-    `torch.get_num_threads()`.
+    with "faces" one and two threads agree, three and more move the last bits of some scores. DataLoader workers keep
+    the one thread that PyTorch gives them, so any number of workers agrees.
 
     Args:
         checkpoint: name of a checkpoint that ships ("faces"), path of a `.safetensors`, or a loaded `Checkpoint`.
         batch_size: None for samples, n for batches.
+        as_dict: samples as dicts of image, label, uncertainty (float32 []) and index (int), for loops that want them.
         seed: which stream; in [0, 2**64).
         filter: "rolling" (default), "block", "threshold", None, or a `Filter`.
         truncation: psi on all layers around the mean latent; None means the checkpoint's own.
-        num_samples: accepted samples an epoch over all shards; None means endless.
-        device: where to synthesise; None means CUDA if there is one. CUDA synthesises in the main process
-            (`num_workers=0`), beside training, on a stream of its own.
+        epoch_size: accepted samples per epoch over all ranks; None means endless. Every rank hands out the same number,
+            rounded up with further samples of the stream.
+        drop_last: round down instead, to whole batches on every rank.
+        indices: walk only this range of the index line, at every pass; None means all of it.
+        device: where to synthesize; None means CUDA if there is one. CUDA synthesizes in the main process
+            (`num_workers=0`), beside training, on a stream of its own. Samples lie on the device then, so a DataLoader
+            needs `pin_memory=False` unless it is given batches.
         output_device: where samples lie, for instance "cuda:0" with device="cuda:1"; None means `device`.
         transforms: joint transform of image and label (torchvision v2), its randomness a function of (seed, index).
+        image_dtype: torch.float32 in [0, 1], or torch.uint8 in [0, 255], the same levels in a fourth of the memory.
         noise: "const" (stored maps), "none", or "random" (fresh maps per index).
         score: image score, "top10_mean" (published code) or "sum" (HandsOff, section 3.3).
         precision: of images and labels, "exact" (float32) or "fast" (16-bit products: float16 on CUDA, bfloat16 on a
             CPU that has it); None means "fast" on CUDA, else "exact".
         kernel: of labels, "triton" (one fused CUDA kernel), "torch", or "auto".
-        chunk_size: indices synthesised at once; None means 16 on CUDA, 4 on a CPU.
+        chunk_size: indices synthesized at once, part of what decides a sample's last bits; None means 16 on CUDA, 4 on
+            a CPU.
         shard: this process's part; None asks torch.distributed or the launcher's environment.
+        on_bad_sample: what to do about a sample whose uncertainty is not finite: "raise", or "skip" and count it.
+        verify: compare all weights with the checkpoint's fingerprint when they are loaded, not 4096 of each tensor.
+        graphs: replay CUDA graphs instead of launching kernels one by one; changes no sample. It has not been tried on
+            a GPU yet.
         synthesize: indices => `LabelledBatch` on `device`, instead of the checkpoint's own networks: for tests, and for
             synthesis that runs elsewhere. It must be a pure function of the indices, and picklable if workers spawn.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or has no labelling head.
-        ValueError: an option out of its range.
+        ValueError: an option out of its range, or a filter that needs calibration scores that are not there.
     """
 
+    @overload
+    def __init__(
+        self: "HandsOffStream[LabelledBatch]",
+        checkpoint: str | Path | Checkpoint,
+        *,
+        batch_size: int,
+        **options: Unpack[StreamOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "HandsOffStream[Sample]",
+        checkpoint: str | Path | Checkpoint,
+        *,
+        batch_size: None = None,
+        as_dict: Literal[False] = False,
+        **options: Unpack[StreamOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "HandsOffStream[dict[str, Any]]",
+        checkpoint: str | Path | Checkpoint,
+        *,
+        batch_size: None = None,
+        as_dict: Literal[True],
+        **options: Unpack[StreamOptions],
+    ) -> None: ...
     def __init__(
         self,
         checkpoint: str | Path | Checkpoint,
         *,
         batch_size: int | None = None,
+        as_dict: bool = False,
         seed: int = 0,
         filter: FilterKind | Filter | None = "rolling",
         truncation: float | None = None,
-        num_samples: int | None = None,
+        epoch_size: int | None = None,
+        drop_last: bool = False,
+        indices: range | None = None,
         device: str | torch.device | None = None,
         output_device: str | torch.device | None = None,
         transforms: Callable[..., Any] | None = None,
+        image_dtype: torch.dtype = torch.float32,
         noise: NoiseKind = "const",
         score: ScoreKind = "top10_mean",
         precision: Precision | None = None,
         kernel: KernelKind = "auto",
         chunk_size: int | None = None,
         shard: Shard | None = None,
+        on_bad_sample: BadSample = "raise",
+        verify: bool = False,
+        graphs: bool = False,
         synthesize: Synthesize | None = None,
-    ):
-        super().__init__()
-        for name, value in (
-            ("batch_size", batch_size),
-            ("num_samples", num_samples),
-            ("chunk_size", chunk_size),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} yields nothing; pass a positive integer or None")
-        self._source = CheckpointSource(checkpoint)
+    ) -> None:
+        Resumable.__init__(self)
+        check_choices(batch_size, epoch_size, chunk_size, as_dict, image_dtype, on_bad_sample)
+        self._source = CheckpointSource(checkpoint, verify=verify)
         self.device = resolve_device(device)
         self.output_device = self.device if output_device is None else resolve_device(output_device)
-        self.batch_size = batch_size
-        self.num_samples = num_samples
+        check_graphs(graphs, self.device)
+        self._graphs = graphs
+        self.batch_size, self.epoch_size, self.drop_last = batch_size, epoch_size, drop_last
         self.chunk_size = chunk_size or default_chunk_size(self.device)
+        psi = self._source.truncation if truncation is None else truncation
+        chosen = default_precision(self.device) if precision is None else precision
+        compute_dtype(chosen, self.device)  # what this device cannot do is said now
         self.options = SynthesisOptions(
-            seed=check_seed(seed),
-            truncation=self._source.truncation if truncation is None else truncation,
-            noise=noise,
-            score=score,
-            precision=default_precision(self.device) if precision is None else precision,
-            kernel=kernel,
+            seed=check_seed(seed), truncation=psi, noise=noise, score=score, precision=chosen, kernel=kernel
         )
-        compute_dtype(self.options.precision, self.device)  # what this device cannot do is said now
-        self._filter = make_filter(filter)
-        self._transform = None if transforms is None else JointTransform(transforms, seed)
+        self._filter = started_filter(filter, self._source.calibration_scores(self.options))
+        transform = None if transforms is None else JointTransform(transforms, seed)
+        self._assembly = Assembly(transform, image_dtype, as_dict)
+        self._line = Line.of(indices)
+        self._on_bad_sample: BadSample = on_bad_sample
         self._shard = shard
-        self._epoch = 0
-        self._walk: Walk | None = None
-        self._resume: dict[str, Any] | None = None
+        self._carried_rank: Shard | None = None
         self._synthesize, self._given_synthesize = synthesize, synthesize is not None
 
     # Iteration -------------------------------------------------------------------------------------------------
 
-    def __iter__(self) -> Iterator[Sample | LabelledBatch]:
-        shard = self._my_shard()
-        self._check_devices()
-        filter = copy.deepcopy(self._filter)  # each iteration has a history of its own
-        filter.start(self._source.calibration_scores(self.options))
-        walk = Walk(filter, shard, self.chunk_size, self.num_samples, start=self._epoch * EPOCH_STRIDE)
-        if self._resume is not None:
-            _check_shard(self._resume["stream"]["shard"], shard)
-            walk.load_state_dict(self._resume["walk"])
-            self._resume = None
-        self._walk = walk
-        rows = walk.select(self._prefetch(walk.chunks()))
-        if self.batch_size is None:
-            return (self._sample(row) for row in rows)
-        return self._batches(rows, self.batch_size, walk)
+    def __iter__(self) -> StreamIterator[T_co]:
+        """A new pass: the loaded state's if one was loaded, else the next epoch."""
+        worker = detect_worker()
+        self._check_devices(worker)
+        epoch, state = self._passes.begin(worker)
+        progress = self._new_progress(state, epoch, worker)
+        self._progress = os.getpid(), progress
+        walk = progress.walk
+        items = self._assembly.items(walk.select(self._prefetch(walk.chunks())), self.batch_size)
+        return StreamIterator(items, progress)
+
+    def _new_progress(self, state: State | None, epoch: int, worker: Worker | None) -> Progress:
+        rank, indices = self._rank(worker), self._line.indices(epoch)
+        worker = turned(worker, rank, state)
+        if rank.count > 1 and self.epoch_size is None and self._line.stop is not None:
+            raise StreamError(
+                f"how many samples of indices={indices} the filter keeps differs between the {rank.count} ranks, so "
+                "some would wait forever for others that have ended; pass epoch_size=..., or shard=Shard(0, 1) to let "
+                "every rank walk all of them"
+            )
+        part = self._dealing.part(state, rank, worker)
+        walk = Walk(
+            self._filter,
+            rank if worker is None else rank.split(worker.index, worker.count),
+            self.chunk_size,
+            indices=indices,
+            left=part.left,
+            on_bad_sample=self._on_bad_sample,
+        )
+        if state is not None and state["walk"] is not None:
+            walk.load_state_dict(state["walk"], same_shard=part.same_shard)
+        return Progress(walk, epoch, part, self._identity())
 
     def _prefetch(self, chunks: Iterable[range]) -> Iterator[Chunk]:
-        """Finished chunks; the networks are prepared when the first one is asked for."""
+        """Finished chunks of these indices."""
         return prefetch(self._prepared(), chunks, self.device, self.output_device)
 
-    def _batches(self, rows: Iterator[Row], size: int, walk: Walk) -> Iterator[LabelledBatch]:
-        while taken := list(islice(rows, size)):
-            yield self._batch(taken, next_index=walk.cursor)
+    @overload
+    def __getitem__(self, index: int) -> T_co: ...
+    @overload
+    def __getitem__(self, index: slice) -> LabelledBatch: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        """Sample `index` of this seed, or a batch of the samples of a slice, whether the filter keeps them or not.
 
-    def _sample(self, row: Row) -> Sample:
-        """One sample in memory of its own."""
-        chunk, number = row
-        with chunk.reading() as batch:
-            (one,) = self._pieces(batch, [number])
-            image, label = one.map(lambda tensor: tensor[0].clone())
-        return image, label
+        Any int in [0, 2**63 - chunk_size). With `batch_size=n` an int gives the plain sample, too.
 
-    def _batch(self, rows: list[Row], *, next_index: int) -> LabelledBatch:
-        """Samples of one or several chunks as one batch in memory of its own."""
-        pieces: list[LabelledBatch] = []
-        with ExitStack() as stack:
-            for _, group in groupby(rows, key=lambda row: id(row[0])):
-                chunks, numbers = zip(*group, strict=True)
-                pieces += self._pieces(stack.enter_context(chunks[0].reading()), numbers)
-            rows.clear()  # lets the chunks go before the consumer sets to work
-            return LabelledBatch.concatenate(pieces, next_index=next_index)
-
-    def _pieces(self, batch: LabelledBatch, rows: Sequence[int]) -> list[LabelledBatch]:
-        if self._transform is None:
-            return [batch.select(run) for run in consecutive(rows)]
-        return [self._transform(batch.select([row])) for row in rows]
-
-    def __getitem__(self, index: int) -> Sample:
-        """Sample `index` of this seed, whether the filter keeps it or not; any int in [0, 2**63 - chunk_size)."""
-        if not 0 <= index < MAX_INDEX - self.chunk_size:
-            raise IndexError(f"index {index} addresses no sample; pass one in [0, 2**63 - {self.chunk_size})")
-        self._check_devices()
-        first = index // self.chunk_size * self.chunk_size
-        (chunk,) = self._prefetch(iter([range(first, first + self.chunk_size)]))
-        return self._sample((chunk, index - first))
+        Raises:
+            IndexError: an index without a sample, or a slice without an end, or of nothing.
+        """
+        self._check_devices(detect_worker())
+        parts = list(in_chunks(addressed(index, self.chunk_size), self.chunk_size))
+        chunks = self._prefetch(iter([chunk for chunk, _, _ in parts]))
+        rows = [(chunk, row) for chunk, (_, some, _) in zip(chunks, parts, strict=True) for row in some]
+        return self._assembly.batch(rows) if isinstance(index, slice) else self._assembly.sample(rows[0])
 
     def __len__(self) -> int:
-        """Samples (or batches) that this rank yields an epoch.
+        """Samples (or batches) that this rank yields per epoch, on every rank the same, for any number of workers.
 
         Raises:
-            TypeError: the stream is endless (`num_samples=None`).
+            TypeError: the stream is endless (`epoch_size=None`).
         """
-        if self.num_samples is None:
-            raise TypeError("an endless stream has no length; pass num_samples=... to give an epoch one")
-        share = self._rank_shard().share(self.num_samples)
-        return share if self.batch_size is None else math.ceil(share / self.batch_size)
+        if self.epoch_size is None:
+            raise TypeError("an endless stream has no length; pass epoch_size=... to give an epoch one")
+        samples = self._dealing.per_rank(self.epoch_size, self._rank(detect_worker()).count)
+        return samples if self.batch_size is None else -(-samples // self.batch_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Let the next `iter()` begin at index `epoch * 2**40`: samples that no other epoch has."""
-        if not 0 <= epoch < MAX_INDEX // EPOCH_STRIDE:
-            raise ValueError(f"epoch={epoch} has no indices; pass one in [0, {MAX_INDEX // EPOCH_STRIDE})")
-        self._epoch, self._walk, self._resume = epoch, None, None
+    # Other streams -----------------------------------------------------------------------------------------------
 
-    # State -----------------------------------------------------------------------------------------------------
+    def take(self, count: int) -> "HandsOffStream[T_co]":
+        """The stream of the first `count` indices alone, kept or not; its passes repeat. For validation."""
+        return self._with_line(self._line.take(count))
+
+    def skip(self, count: int) -> "HandsOffStream[T_co]":
+        """The stream without the first `count` indices: disjoint from `take(count)`."""
+        return self._with_line(self._line.skip(count))
+
+    def _with_line(self, line: Line) -> "HandsOffStream[T_co]":
+        twin = copy.copy(self)
+        twin._line, twin._passes = line, Passes()
+        return twin
 
     @property
-    def accepted(self) -> int:
-        """Samples handed out by the current iteration of this process."""
-        return 0 if self._walk is None else self._walk.monitor.accepted
+    def class_names(self) -> tuple[str, ...] | dict[str, tuple[str, ...]]:
+        """Class names by id: of the only head, or by head; empty for a head without classes."""
+        return self._source.class_names
 
-    @property
-    def rejected(self) -> int:
-        """Samples dropped by the filter in the current iteration of this process."""
-        return 0 if self._walk is None else self._walk.monitor.rejected
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position after the last sample or batch handed out; JSON-able.
-
-        Load it into a stream built with the same options, before iterating. Batch size, transforms and output device
-        may differ; the number of ranks and workers may if the states of all shards go through `merge_states`.
-        """
-        if self._resume is not None:
-            return {**self._resume, "stream": self._identity()}  # a merged state becomes this shard's
-        walk = None if self._walk is None else self._walk.state_dict()
-        return {"version": STATE_VERSION, "stream": self._identity(), "epoch": self._epoch, "walk": walk}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next `iter()` continue exactly where `state_dict()` was taken.
-
-        Args:
-            state: of this shard, or of all shards by `merge_states`.
-
-        Raises:
-            ValueError: the state is of another version, or of a stream with other options or another shard; it says
-                which option differs and what to do. Or it is merged, and this filter has a history.
-        """
-        check_version(state)
-        mine, theirs = self._identity(), state["stream"]
-        differ = options_that_differ(mine, theirs)
-        if theirs["shard"] not in (None, mine["shard"]):
-            differ.append("shard")
-        for name in differ:
-            raise ValueError(
-                f"the state was saved with {name}={theirs.get(name)!r}, this stream has {name}={mine.get(name)!r}: "
-                "resuming would repeat or skip samples without a word. Build the stream as it was, or start a new one "
-                "with another seed" + (MERGE_REMEDY if name == "shard" else "")
-            )
-        if theirs["shard"] is None and not self._filter.index_only:
-            raise ValueError(
-                f"this is a merged state, and the filter {mine['filter']['name']!r} decides by what its own shard has "
-                "seen before; begin a run with filter='block', 'threshold' or None"
-            )
-        self._epoch = state["epoch"]
-        self._walk = None
-        self._resume = state if state["walk"] is not None else None
+    # What a state must share -------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        shard = self._my_shard()
         return {
             "checkpoint": self._source.fingerprint,
+            "device": self.device.type,
             "chunk_size": self.chunk_size,
             "filter": self._filter.config(),
-            "num_samples": self.num_samples,
-            "shard": [shard.index, shard.count],
+            "epoch_size": self.epoch_size,
+            "indices": [self._line.first, self._line.stop],
             **self.options.config(),
         }
 
     # Construction on first use ---------------------------------------------------------------------------------
 
-    def _rank_shard(self) -> Shard:
-        return self._shard or detect()
+    @property
+    def _dealing(self) -> Dealing:
+        return Dealing(self.epoch_size, self.batch_size, self.drop_last)
 
-    def _my_shard(self) -> Shard:
-        rank, worker = self._rank_shard(), detect_worker()
-        return rank if worker is None else rank.split(worker.index, worker.count)
+    def _rank(self, worker: Worker | None) -> Shard:
+        if self._shard is not None:
+            return self._shard
+        return self._carried_rank if worker is not None and self._carried_rank is not None else detect()
 
-    def _check_devices(self) -> None:
+    def _check_devices(self, worker: Worker | None) -> None:
         for device in (self.device, self.output_device):
-            check_device(device, in_worker=detect_worker() is not None)
+            check_device(device, in_worker=worker is not None)
 
     def _prepared(self) -> Synthesize:
         if self._synthesize is None:
-            self._synthesize = Synthesizer(self._source.load(), self.options, self.device)
+            with side_stream(self.device):
+                synthesizer = Synthesizer(self._source.load(), self.options, self.device)
+            graphed = GraphedSynthesizer(synthesizer) if self._graphs else synthesizer
+            self._synthesize = lambda indices: graphed(indices).packed()
         return self._synthesize
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy for another process starts where this stream would; it builds its own networks on first use.
-        state = self.__dict__.copy()
-        state["_resume"] = self.state_dict() if self._walk is not None else self._resume
-        state["_walk"] = None
-        if not self._given_synthesize:
-            state["_synthesize"] = None
-        return state
+        # A copy begins where this stream was set to begin; it builds its own networks on first use. A worker that is
+        # being spawned cannot ask torch.distributed, so the rank goes with it.
+        state = {**self.__dict__, "_carried_rank": self._rank(detect_worker()), "_progress": None}
+        return state if self._given_synthesize else {**state, "_synthesize": None}
 
+    def __copy__(self) -> "HandsOffStream[T_co]":
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__getstate__(), _passes=copy.deepcopy(self._passes), _synthesize=self._synthesize)
+        return twin
 
-def _check_shard(saved: list[int] | None, shard: Shard) -> None:
-    if saved not in (None, [shard.index, shard.count]):
-        raise ValueError(
-            f"the state belongs to shard {saved[0]} of {saved[1]}, this process is shard {shard.index} of "
-            f"{shard.count}: a state loaded in the main process cannot position DataLoader workers. Use "
-            "torchdata's StatefulDataLoader, which saves one state a worker, or num_workers=0" + MERGE_REMEDY
-        )
+    def __repr__(self) -> str:
+        filter = self._filter.config()["name"]
+        shown = f"{self._source.name!r}, batch_size={self.batch_size}, seed={self.options.seed}, filter={filter!r}"
+        return f"HandsOffStream({shown}, epoch_size={self.epoch_size}, device={str(self.device)!r})"

@@ -8,20 +8,22 @@ the same bits.
 Shape letters: B batch, H W image size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handsoff_stream.batch import LabelledBatch
+from handsoff_stream.batch import LabelledBatch, Labels
 from handsoff_stream.checkpoint import Checkpoint
 from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.generators.base import Noise
 from handsoff_stream.geometry import Rectangle
-from handsoff_stream.labeller import Labeller
+from handsoff_stream.labeller import Labeller, on_device
+from handsoff_stream.noise import noise_maps
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.precision import compute_dtype
-from handsoff_stream.seeding import latents, noise_maps
+from handsoff_stream.seeding import latents
 from handsoff_stream.uncertainty import image_score
 
 
@@ -31,7 +33,7 @@ class Synthesizer:
     Args:
         checkpoint: generator, heads, output size and crop.
         options: what decides a sample.
-        device: where to compute; the networks of `checkpoint` are moved there.
+        device: where to compute; `checkpoint` stays where it is.
 
     Raises:
         ValueError: a precision or a kernel that this device cannot run; an output size that would cut pixels at the
@@ -47,21 +49,18 @@ class Synthesizer:
         part = self.crop or Rectangle(0, 0, height, width)
         self._whole_size, self._corner = part.placement(self.size, (height, width))
         dtype = compute_dtype(options.precision, device)
-        self.generator = checkpoint.generator.to(device)
+        self.generator = on_device(checkpoint.generator, device)
         self._synthesis = self.generator.fold(dtype)
         self.labeller = Labeller(checkpoint, device, dtype=dtype, kernel=options.kernel)
 
     @torch.no_grad()
     def __call__(self, indices: Sequence[int]) -> LabelledBatch:
         """Synthesize and label the samples of these indices; tensors lie on `device`."""
-        images, features = self.generate(indices)
-        found = self.labeller(features)
-        labels = {name: label for name, (label, _) in found.items()}
-        _, uncertainty_BHW = next(iter(found.values()))
+        images, labels, uncertainty = self.compute(*self.inputs(indices))
         return LabelledBatch(
             images=images,
-            labels=labels if len(labels) > 1 else next(iter(labels.values())),
-            uncertainty=image_score(uncertainty_BHW, self.options.score),
+            labels=labels,
+            uncertainty=uncertainty,
             indices=torch.tensor(indices, dtype=torch.int64),
             next_index=indices[-1] + 1,
         )
@@ -69,13 +68,29 @@ class Synthesizer:
     @torch.no_grad()
     def generate(self, indices: Sequence[int]) -> tuple[Tensor, FeaturePyramid]:
         """Images float32 [B, 3, H, W] in [0, 1] on 8-bit levels, and the feature maps behind them."""
+        return self._generate(*self.inputs(indices))
+
+    def inputs(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
+        """What differs from chunk to chunk: latents float32 [B, z_dim], then any fresh noise maps, on `device`."""
         z = self._upload(latents(self.options.seed, indices, self.generator.z_dim))
+        if self.options.noise != "random":
+            return (z,)
+        return z, *noise_maps(self.options.seed, indices, self.generator.noise_shapes, self.device)
+
+    @torch.no_grad()
+    def compute(self, z: Tensor, *maps: Tensor) -> tuple[Tensor, Labels, Tensor]:
+        """Images, labels and image scores of `inputs`, as a `LabelledBatch` holds them; work on the device alone."""
+        images, features = self._generate(z, *maps)
+        found = self.labeller(features)
+        labels = {name: label for name, (label, _) in found.items()}
+        _, uncertainty_BHW = next(iter(found.values()))
+        score = image_score(uncertainty_BHW, self.options.score)
+        return images, labels if len(labels) > 1 else next(iter(labels.values())), score
+
+    def _generate(self, z: Tensor, *maps: Tensor) -> tuple[Tensor, FeaturePyramid]:
         w_plus = self.generator.truncate(self.generator.mapping(z), self.options.truncation)
-        if self.options.noise == "random":
-            maps = noise_maps(self.options.seed, indices, self.generator.noise_shapes)
-            synthesis = self._synthesis(w_plus, [self._upload(n) for n in maps])
-        else:
-            synthesis = self._synthesis(w_plus, self.options.noise)
+        noise: Noise = maps if self.options.noise == "random" else self.options.noise
+        synthesis = self._synthesis(w_plus, noise)
         return self._output(synthesis.images, synthesis.features)
 
     def _output(self, images_BCHW: Tensor, features: FeaturePyramid) -> tuple[Tensor, FeaturePyramid]:
@@ -98,6 +113,20 @@ class Synthesizer:
             KeyError: a head that the checkpoint does not have.
         """
         return self.labeller(features, [name])[name]
+
+
+def in_chunks(indices: Sequence[int], chunk_size: int) -> Iterator[tuple[range, list[int], list[int]]]:
+    """The aligned chunks that hold some indices: (chunk, rows of it, places in `indices` that these rows take).
+
+    A sample's bits depend on the shape of the chunk that it is computed in, so whoever wants the samples of a stream
+    computes them in its chunks.
+    """
+    places: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        places.setdefault(index // chunk_size, []).append(place)
+    for number, some in places.items():
+        first = number * chunk_size
+        yield range(first, first + chunk_size), [indices[place] - first for place in some], some
 
 
 def quantize(images_BCHW: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,23 +1,26 @@
-"""Where a stream is on the index line: one iteration of one shard, and what several shards have done together.
+"""Where a stream is on the index line: one pass of one shard, lane by lane.
 
-The state of a walk is a position, what earlier runs with other numbers of shards had done, and the filter's history. A
-filter without history decides by the index alone, so the positions of all shards of a run can be merged, and any
-number of new shards can go on from there (`merge_states`). Knows indices, scores and shards. Does not know tensors,
-networks or devices.
+The index line is cut into spans, whole chunks that hold whole blocks of the filter, and span s lies on lane
+s % lanes. A lane is walked in order, judged by a filter of its own, and described by one number: below its position
+everything has been handed out or dropped, from it on nothing has. So the state of any number of shards is a position
+for each of their lanes and the history of each lane's filter, and any other number of shards can go on from there.
+Knows indices, scores and shards. Does not know tensors, networks or devices.
 """
 
+import copy
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from heapq import heapify, heappop, heappush
+from itertools import islice
+from typing import Any, Literal, Protocol, TypeVar
 
 from handsoff_stream.errors import StreamError
-from handsoff_stream.filters import Filter, KeepAll, RejectionMonitor
+from handsoff_stream.filters import Filter, RejectionMonitor
 from handsoff_stream.shard import Shard
 
-STATE_VERSION = 1
-EPOCH_STRIDE = 2**40  # indices between the starts of two epochs: far more than one epoch can walk
+BadSample = Literal["raise", "skip"]
+NEXT_CHUNKS = 3  # chunks that a state names, to be compared with what a resumed walk sets out to do
 
 C = TypeVar("C", bound="Scored")
 
@@ -28,210 +31,243 @@ class Scored(Protocol):
     @property
     def indices(self) -> Sequence[int]: ...
 
+    def finished(self) -> bool: ...
+
     def scores(self) -> list[float]: ...
 
 
-@dataclass(frozen=True)
-class Taken:
-    """What earlier runs of this epoch handed out or dropped, each with a number of shards of its own."""
-
-    runs: tuple[tuple[int, ...], ...] = ()
-    """For each run the cursors of all its shards: shard k of n took its spans k, k + n, ... up to cursor k."""
-    samples: int = 0
-    """Handed out by all of them together."""
-
-    def until(self, span_number: int) -> int:
-        """An index: of this span everything below it is taken, and nothing from it on."""
-        return max((cursors[span_number % len(cursors)] for cursors in self.runs), default=0)
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {"runs": [list(cursors) for cursors in self.runs], "samples": self.samples}
-
-
 class Walk:
-    """One iteration: index by index through the shard's spans, score by score through the filter.
+    """One pass: span by span through the shard's lanes, score by score through their filters.
 
-    Invariant: of the shard's indices all below `cursor` have been handed out or dropped, and from it on only those that
-    are `taken`.
+    Decisions run ahead of what is handed out. `commit()` says that all samples yielded by `select` have been handed
+    out; `state_dict()` and the counts are those of the last commit, so what an exception swallowed comes again.
 
     Args:
-        filter: started, owned by this walk.
-        shard: whose spans to walk.
-        chunk_size: indices a chunk.
-        num_samples: accepted samples an epoch over all shards; None means endless.
-        start: first index of the epoch.
+        filter: started with the calibration scores; every lane gets a copy.
+        shard: whose lanes to walk.
+        chunk_size: indices per chunk.
+        indices: the indices of this pass.
+        left: samples to hand out; None means all there are.
+        on_bad_sample: what to do about a score that is not finite.
+
+    Raises:
+        StreamError: the filter has fewer lanes than there are shards.
     """
 
-    def __init__(self, filter: Filter, shard: Shard, chunk_size: int, num_samples: int | None, *, start: int):
-        self.filter = filter
-        self.shard = shard
-        self.chunk_size = chunk_size
-        self.num_samples = num_samples
-        self.cursor = start
+    def __init__(
+        self,
+        filter: Filter,
+        shard: Shard,
+        chunk_size: int,
+        *,
+        indices: range,
+        left: int | None = None,
+        on_bad_sample: BadSample = "raise",
+    ):
+        if shard.count > filter.lanes:
+            raise StreamError(
+                f"{shard.count} ranks x workers cannot share the {filter.lanes} lanes of the filter {filter.config()}: "
+                "each needs one of its own; use fewer workers, or begin a run with "
+                f"RollingPercentile(lanes={shard.count}), whose choice differs"
+            )
+        self.shard, self.chunk_size, self.indices, self.left = shard, chunk_size, indices, left
+        self.on_bad_sample = on_bad_sample
         self.monitor = RejectionMonitor(filter)
-        self.taken = Taken()
+        self._filter = filter
+        self._lanes = filter.lanes
         self._span = math.lcm(chunk_size, filter.span)
+        self._filters: dict[int, Filter] = {}
+        self._begin = {lane: self._implied(lane, indices.start) for lane in shard.lanes(self._lanes)}
+        """Where each lane was when this walk set out."""
+        self._position = dict(self._begin)
+        self._uncommitted: dict[int, tuple[int, dict[str, Any]]] = {}
+        """Position and filter state, as committed, of the lanes that went on since."""
+        self._expected: list[int] | None = None
+        self._pending = 0
+        self._committed = self.monitor.state_dict()
+
+    # The way -----------------------------------------------------------------------------------------------------
+
+    def chunks(self) -> Iterator[range]:
+        """The chunks to synthesize: whole, aligned, increasing.
+
+        Raises:
+            StreamError: after a resume, if they do not begin as the saved state says.
+        """
+        found = [chunk.start for chunk in islice(self._plan(self._begin), NEXT_CHUNKS)]
+        if self._expected not in (None, found):
+            raise StreamError(
+                f"the saved state goes on with the chunks that begin at {self._expected}, this stream would with "
+                f"{found}: samples would be repeated or skipped. Resume with the release that wrote the state"
+            )
+        return self._plan(self._begin)
+
+    def _plan(self, positions: dict[int, int]) -> Iterator[range]:
+        """Chunks that hold an index from its lane's position on, or that the filter needs to judge one."""
+        waiting = [(position // self._span, lane) for lane, position in positions.items()]
+        heapify(waiting)
+        while waiting:
+            number, lane = heappop(waiting)
+            span = range(number * self._span, (number + 1) * self._span)
+            needed = self._pushed(max(span.start, positions[lane]), span)
+            if not needed:
+                continue  # this lane has reached the end
+            for first in range(span.start, span.stop, self.chunk_size):
+                if first + self.chunk_size > needed.start and first < needed.stop:
+                    yield range(first, first + self.chunk_size)
+            heappush(waiting, (number + self._lanes, lane))
+
+    def _pushed(self, begin: int, span: range) -> range:
+        """The indices of a span that the filter sees so that it can decide those from `begin` on: whole blocks."""
+        block, end = self._filter.span, min(span.stop, self.indices.stop)
+        if begin >= end:
+            return range(0)
+        return range(begin // block * block, -(-end // block) * block)
+
+    def _implied(self, lane: int, index: int) -> int:
+        return _first_on(lane, index, self._lanes, self._span)
 
     def select(self, chunks: Iterable[C]) -> Iterator[tuple[C, int]]:
-        """(chunk, row) of every sample that is kept, until this shard's part of `num_samples` is handed out.
+        """(chunk, row) of every sample that is kept, until `left` of them have been yielded.
 
         `chunks`: those of `chunks()`, synthesized, in their order.
         """
-        quota = None if self.num_samples is None else self.shard.share(self.num_samples - self.taken.samples)
-        undecided: deque[tuple[int, C, int]] = deque()
-        if self.monitor.accepted == quota:
-            return
-        for chunk in chunks:
-            begin = self._begin(chunk.indices[0])
-            pushed = self._block(begin)
-            for row, (index, score) in enumerate(zip(chunk.indices, chunk.scores(), strict=True)):
-                if index < pushed:
+        selected, quota = 0, self.left
+        undecided: deque[tuple[int, C, int, bool]] = deque()
+        for chunk in chunks if quota != 0 else ():
+            number = chunk.indices[0] // self._span
+            lane = number % self._lanes
+            begin = max(number * self._span, self._begin[lane])
+            pushed = self._pushed(begin, range(number * self._span, (number + 1) * self._span))
+            known = self._filter.needs_scores or self.on_bad_sample == "skip" or chunk.finished()
+            scores = chunk.scores() if known else [0.0] * len(chunk.indices)
+            for row, (index, score) in enumerate(zip(chunk.indices, scores, strict=True)):
+                if index not in pushed:
                     continue
-                _check_finite(score, index)
-                undecided.append((index, chunk, row))
-                for keep in self.filter.push(score):
-                    decided, its_chunk, its_row = undecided.popleft()
-                    if decided < begin:
+                finite = self._is_finite(score, index)
+                undecided.append((index, chunk, row, finite))
+                for keep in self._push(lane, score if finite else math.inf):
+                    decided, its_chunk, its_row, finite = undecided.popleft()
+                    if not begin <= decided < self.indices.stop:
                         continue
-                    self.cursor = decided + 1
-                    self.monitor.count(keep)
-                    if keep:
+                    self._touch(lane)
+                    self._position[lane] = decided + 1
+                    self.monitor.count(keep and finite, finite=finite)
+                    if keep and finite:
+                        selected += 1
+                        self._pending += 1
                         yield its_chunk, its_row
-                    if self.monitor.accepted == quota:
-                        return
+                    if selected == quota:
+                        return self._check_late(chunk, known)
+            self._check_late(chunk, known)
+            del chunk, scores  # what is held longer cannot be written again
 
-    def chunks(self) -> Iterator[range]:
-        """The chunks to synthesise: whole, aligned, increasing."""
-        for span in self.shard.spans(self.cursor, self._span):
-            pushed = self._block(self._begin(span.start))
-            for first in range(span.start, span.stop, self.chunk_size):
-                if first + self.chunk_size > pushed:
-                    yield range(first, first + self.chunk_size)
+    def commit(self) -> None:
+        """All samples that `select` yielded have been handed out."""
+        self._uncommitted.clear()
+        self._committed = self.monitor.state_dict()
+        if self.left is not None:
+            self.left -= self._pending
+        self._pending = 0
 
-    def _begin(self, index: int) -> int:
-        """The first index that is still to be decided in the span of `index`, or one after the span."""
-        number = index // self._span
-        return max(number * self._span, self.cursor, self.taken.until(number))
+    def _push(self, lane: int, score: float) -> list[bool]:
+        """The decisions that a score settles."""
+        self._touch(lane)
+        return self._filter_of(lane).push(score)
 
-    def _block(self, index: int) -> int:
-        # A block filter decides blocks as a whole: a block's first scores are pushed again, its decisions not repeated.
-        return index // self.filter.span * self.filter.span
+    def _touch(self, lane: int) -> None:
+        """Remember, until the next commit, where the lane was at the last one."""
+        if lane not in self._uncommitted:
+            self._uncommitted[lane] = self._position[lane], self._filter_of(lane).state_dict()
+
+    def _filter_of(self, lane: int) -> Filter:
+        if lane not in self._filters:
+            self._filters[lane] = copy.deepcopy(self._filter)
+        return self._filters[lane]
+
+    def _is_finite(self, score: float, index: int) -> bool:
+        if math.isfinite(score):
+            return True
+        if self.on_bad_sample == "raise":
+            raise StreamError(
+                f"sample {index} has the uncertainty {score}: the generator or a label generator computes NaN or "
+                "infinite values there, and its label would be garbage; check the checkpoint with `handsoff-stream "
+                'inspect`, or pass on_bad_sample="skip" to go on without such samples'
+            )
+        return False
+
+    def _check_late(self, chunk: C, known: bool) -> None:
+        # Scores that nobody waited for are looked at when the chunk has been used.
+        if not known:
+            for index, score in zip(chunk.indices, chunk.scores(), strict=True):
+                self._is_finite(score, index)
+
+    # State -------------------------------------------------------------------------------------------------------
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """`RejectionMonitor.state_dict` as of the last commit."""
+        return dict(self._committed)
+
+    @property
+    def cursor(self) -> int:
+        """The first index of the shard that had not been handed out or dropped at the last commit."""
+        return min(self._positions().values())
+
+    def _positions(self) -> dict[int, int]:
+        changed = {lane: position for lane, (position, _) in self._uncommitted.items()}
+        return {lane: self._implied(lane, position) for lane, position in (self._position | changed).items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able; constant in size but for the filter's history."""
+        """JSON-able. Lanes are listed where they are not simply the next to come after `cursor`."""
+        positions = self._positions()
+        histories = {lane: filter.state_dict() for lane, filter in self._filters.items()}
+        histories |= {lane: history for lane, (_, history) in self._uncommitted.items()}
         return {
-            "cursor": self.cursor,
-            "filter": self.filter.state_dict(),
-            "counts": self.monitor.state_dict(),
-            "taken": self.taken.state_dict(),
+            **encode_positions(positions, self._lanes, self._span),
+            "start": self.indices.start,
+            "filters": {str(lane): history for lane, history in sorted(histories.items()) if history},
+            "counts": self.counts,
+            "left": self.left,
+            "next": [chunk.start for chunk in islice(self._plan(positions), NEXT_CHUNKS)],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after `state_dict()` was taken, or after the states that were merged into this one."""
-        self.cursor = state["cursor"]
-        self.filter.load_state_dict(state["filter"])
-        self.monitor.load_state_dict(state["counts"])
-        self.taken = _taken(state)
+    def load_state_dict(self, state: dict[str, Any], *, same_shard: bool) -> None:
+        """Go on after `state_dict()` of a shard that owned all lanes of this one, or of several merged.
+
+        Counts, and what is left to hand out, are taken over from the same shard only.
+        """
+        positions = decode_positions(state, self.shard.lanes(self._lanes))
+        self._begin = {lane: max(position, self._begin[lane]) for lane, position in positions.items()}
+        self._position = dict(self._begin)
+        for lane in positions:
+            if str(lane) in state["filters"]:
+                self._filter_of(lane).load_state_dict(state["filters"][str(lane)])
+        if same_shard:
+            self.monitor.load_state_dict(state["counts"])
+            self._committed = self.monitor.state_dict()
+            self.left, self._expected = state["left"], state["next"]
 
 
-def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """States of all shards of one run => one state that any number of shards continues from, nothing twice or left out.
-
-    For filters that decide by the index alone: "block", "threshold", None. Save `stream.state_dict()` on every rank,
-    and load the merged state on every rank of the new run, or in the main process of a DataLoader with workers. Shards
-    count `accepted` and `rejected` anew; what is left of `num_samples` is dealt out anew.
-
-    Args:
-        states: one state of each shard, in any order.
-
-    Returns:
-        A state for `HandsOffStream.load_state_dict`, JSON-able.
-
-    Raises:
-        ValueError: a shard is missing or there twice, the shards differ in an option or in the epoch, or the filter
-            has a history.
-    """
-    _check_same_run(states)
-    epoch, options = states[0]["epoch"], states[0]["stream"]
-    fresh = Walk(KeepAll(), Shard(), 1, None, start=epoch * EPOCH_STRIDE).state_dict()
-    ordered = sorted(states, key=lambda state: state["stream"]["shard"])
-    walks = [state["walk"] or fresh for state in ordered]
-    if any(walk["filter"] for walk in walks):
-        raise ValueError(
-            f"filter {options['filter']} decides by the scores that its own shard has seen, and {len(states)} "
-            "histories cannot become one: go on with the same number of ranks and workers, or begin a run with "
-            "filter='block', 'threshold' or None, whose states can be merged"
-        )
-    earlier = {_taken(walk) for walk in walks}
-    if len(earlier) > 1:
-        raise ValueError(
-            "some of these shards went on from a merged state and some did not, or from another one, so they are no "
-            "part of the same run; load the same state on every rank"
-        )
-    (before,) = earlier
-    cursors = tuple(walk["cursor"] for walk in walks)
-    taken = Taken(_union((*before.runs, cursors)), before.samples + sum(walk["counts"]["accepted"] for walk in walks))
-    walk = {**fresh, "cursor": min(cursors), "taken": taken.state_dict()}
-    return {"version": STATE_VERSION, "stream": {**options, "shard": None}, "epoch": epoch, "walk": walk}
+def encode_positions(positions: dict[int, int], lanes: int, span: int) -> dict[str, Any]:
+    """Position of each lane => JSON-able; lanes that come next after the smallest position are left out."""
+    cursor = min(positions.values())
+    apart = {lane: place for lane, place in positions.items() if place != _first_on(lane, cursor, lanes, span)}
+    return {
+        "geometry": [lanes, span],
+        "cursor": cursor,
+        "lanes": {str(lane): place for lane, place in sorted(apart.items())},
+    }
 
 
-def check_version(state: Any) -> None:
-    """Refuse what is no stream state of this version.
-
-    Raises:
-        ValueError: with what came instead.
-    """
-    version = state.get("version") if isinstance(state, dict) else None
-    if version != STATE_VERSION or not state.keys() >= {"stream", "epoch", "walk"}:
-        raise ValueError(
-            f"this is no stream state of version {STATE_VERSION} (version={version!r}), so the position is "
-            "unknown; load it with the release that wrote it, or start a new stream with another seed"
-        )
+def decode_positions(state: dict[str, Any], wanted: Iterable[int]) -> dict[int, int]:
+    """The inverse of `encode_positions`, for some lanes."""
+    lanes, span = state["geometry"]
+    return {lane: state["lanes"].get(str(lane), _first_on(lane, state["cursor"], lanes, span)) for lane in wanted}
 
 
-def _check_same_run(states: Sequence[dict[str, Any]]) -> None:
-    """One state of each shard, all with the same options, in the same epoch."""
-    for state in states:
-        check_version(state)
-    shards = [state["stream"]["shard"] for state in states]
-    if not states or any([number, len(states)] not in shards for number in range(len(states))):
-        raise ValueError(
-            f"states of the shards {shards} are not one of each shard of a run, so samples would be repeated or "
-            "skipped; pass what `state_dict()` returned on every rank (and worker), once each"
-        )
-    options = [{**state["stream"], "epoch": state["epoch"]} for state in states]
-    for shard, other in zip(shards, options, strict=True):
-        for name in options_that_differ(options[0], other):
-            raise ValueError(
-                f"the shards {shards[0]} and {shard} differ in {name}, so they are no part of the same run; pass "
-                "states that were saved together"
-            )
-
-
-def options_that_differ(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
-    """Names of the options that two streams do not share, their shards aside."""
-    names = (left.keys() | right.keys()) - {"shard"}
-    return sorted(name for name in names if left.get(name) != right.get(name))
-
-
-def _union(runs: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """As few runs as take the same indices: of each number of shards one, and none that the last has overtaken."""
-    union: dict[int, tuple[int, ...]] = {}
-    for cursors in runs:
-        union[len(cursors)] = tuple(map(max, cursors, union.get(len(cursors), cursors)))
-    return tuple(cursors for cursors in union.values() if max(cursors) > min(runs[-1]))
-
-
-def _taken(walk: dict[str, Any]) -> Taken:
-    """The inverse of `Taken.state_dict`, found in a walk's state."""
-    state = walk.get("taken", Taken().state_dict())
-    return Taken(tuple(tuple(cursors) for cursors in state["runs"]), state["samples"])
-
-
-def _check_finite(score: float, index: int) -> None:
-    if not math.isfinite(score):
-        raise StreamError(
-            f"sample {index} has the uncertainty {score}: the generator or a label generator computes NaN or infinite "
-            "values there, and its label would be garbage; check the checkpoint with `handsoff-stream inspect`"
-        )
+def _first_on(lane: int, index: int, lanes: int, span: int) -> int:
+    """The first index of a lane that is not below `index`."""
+    number = index // span
+    ahead = (lane - number) % lanes
+    return (number + ahead) * span if ahead else index

@@ -29,6 +29,9 @@ class Event:
     def __init__(self, stream):
         self.stream, self.happened = stream, False
 
+    def query(self):
+        return self.happened
+
     def synchronize(self):
         if "host waits" not in self.stream.cuda.forget:
             self.stream.cuda.force(self)
@@ -139,6 +142,7 @@ class LateCuda:
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(module, "_empty_like", self.empty_like)
+        monkeypatch.setattr(module, "_streams", {})
         monkeypatch.setattr(LabelledBatch, "record_stream", lambda batch, stream: self.claim(batch, stream))
 
 

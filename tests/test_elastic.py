@@ -11,15 +11,17 @@ from conftest import assert_resumes_exactly, take
 from torch.utils.data import DataLoader
 
 from handsoff_stream.batch import LabelledBatch
-from handsoff_stream.filters import BlockQuantile, Threshold
+from handsoff_stream.dealing import EPOCH_STRIDE
+from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
 from handsoff_stream.shard import Shard
+from handsoff_stream.state import merge_states
 from handsoff_stream.stream import HandsOffStream
-from handsoff_stream.walk import merge_states
 
 FILTERS = {
     "threshold": lambda: Threshold(value=700),
     "block": lambda: BlockQuantile(80, block=10),
     "none": lambda: None,
+    "rolling": lambda: RollingPercentile(80, window=15, lanes=6),
 }
 
 
@@ -64,7 +66,7 @@ def kept_below(checkpoint, stop, **options) -> list[int]:
 
 
 @pytest.mark.parametrize("filter", FILTERS)
-@pytest.mark.parametrize(("before", "after"), list(itertools.product([(9,), (7, 12), (30, 1, 13)], [1, 2, 3, 5])))
+@pytest.mark.parametrize(("before", "after"), list(itertools.product([(9,), (30, 1, 13)], [1, 2, 5])))
 def test_another_number_of_shards_goes_on_without_repeating_or_skipping(checkpoint, filter, before, after):
     first, state = run(checkpoint, before, filter=filter)
     second, _ = run(checkpoint, [400] * after, state, filter=filter)
@@ -72,11 +74,12 @@ def test_another_number_of_shards_goes_on_without_repeating_or_skipping(checkpoi
     assert sorted(i for i in first + second if i < stop) == kept_below(checkpoint, stop, filter=filter)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_run_may_change_its_number_of_shards_again_and_again(checkpoint, seed):
     dice = random.Random(seed)
     block, chunk_size = dice.choice([1, 6, 10]), dice.choice([1, 3, 4, 16])
-    options = {"filter": BlockQuantile(80, block=block), "chunk_size": chunk_size}
+    filter = dice.choice([BlockQuantile(80, block=block), RollingPercentile(70, window=9, lanes=5)])
+    options = {"filter": filter, "chunk_size": chunk_size}
     seen, state = [], None
     for _ in range(6):
         counts = [dice.choice([0, 1, 5, 40]) for _ in range(dice.randint(1, 5))]
@@ -94,7 +97,7 @@ def test_each_shard_of_the_new_run_resumes_exactly_at_every_step(checkpoint):
     def make():
         shard = stream(checkpoint, Shard(1, 3))
         shard.load_state_dict(merged)
-        assert shard.state_dict()["stream"]["shard"] == [1, 3]
+        assert shard.state_dict()["shard"] == [1, 3]
         return shard
 
     assert_resumes_exactly(make, steps=20)
@@ -105,26 +108,26 @@ def test_a_merged_state_stays_small_however_often_a_run_stops(checkpoint):
     for _ in range(20):
         _, state = run(checkpoint, (10, 20, 50), state)
     _, state = run(checkpoint, (7, 8), state)
-    assert sorted(map(len, state["walk"]["taken"]["runs"])) == [2, 3]
-    assert len(json.dumps(state)) < 1000
+    assert len(json.dumps(state)) < 20 * 840  # a position per lane
 
 
 def test_what_is_left_of_an_epoch_is_dealt_out_anew(checkpoint):
-    options = {"filter": "threshold", "num_samples": 100}
+    options = {"filter": "threshold", "epoch_size": 100}
     first, state = run(checkpoint, (10, 3, 7), **options)
     assert len(first) == 20
     second, state = run(checkpoint, (25, 25), state, **options)
     third, state = run(checkpoint, [1000] * 4, state, **options)
-    assert len(third) == 30
-    assert len(set(first + second + third)) == 100
-    assert run(checkpoint, [1000] * 2, state, **options)[0] == []
+    assert len(third) == 32  # the last 30, rounded up so that four shards have the same number
+    assert len(set(first + second + third)) == 102
+    after = run(checkpoint, [1000] * 2, state, **options)[0]
+    assert len(after) == 100 and min(after) >= EPOCH_STRIDE, "what is done is followed by the next epoch"
 
 
 def test_the_epoch_is_kept(checkpoint):
-    ahead = stream(checkpoint)
+    whole, ahead = stream(checkpoint), stream(checkpoint)
+    whole.set_epoch(2)
     ahead.set_epoch(2)
-    expected = indices(iter(ahead), 20)
-    ahead.set_epoch(2)
+    expected = indices(iter(whole), 20)
     first = indices(iter(ahead), 8)
     resumed = stream(checkpoint)
     resumed.load_state_dict(merge_states([ahead.state_dict()]))
@@ -138,12 +141,14 @@ def test_shards_that_have_not_begun_merge_to_the_beginning(checkpoint):
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_a_merged_state_positions_the_workers_of_a_dataloader(checkpoint, workers):
-    options = {"filter": "threshold", "num_samples": 90}
+    options = {"filter": "threshold", "epoch_size": 90}
     first, state = run(checkpoint, (30, 17), **options)
     resumed = stream(checkpoint, **options)
     resumed.load_state_dict(state)
-    second = list(DataLoader(PlainLabels(resumed), batch_size=None, num_workers=workers))
+    loader = DataLoader(PlainLabels(resumed), batch_size=None, num_workers=workers)
+    second = list(loader)
     assert len(second) == 43 and len(set(first + second)) == 90
+    assert min(loader) >= EPOCH_STRIDE, "the state is not applied again"
 
 
 class PlainLabels(torch.utils.data.IterableDataset):
@@ -166,24 +171,16 @@ def states(checkpoint, count=2, **options):
     return [one.state_dict() for one in made]
 
 
-def test_a_filter_with_a_history_is_refused_with_the_remedy(checkpoint):
-    with pytest.raises(ValueError, match="histories cannot become one: .*filter='block'"):
-        merge_states(states(checkpoint, filter="rolling"))
-    state = merge_states([stream(checkpoint, filter="rolling").state_dict()])
-    with pytest.raises(ValueError, match="'rolling'.*filter='block'"):
-        stream(checkpoint, filter="rolling").load_state_dict(state)
-
-
 def test_one_state_of_each_shard_is_asked_for(checkpoint):
     both = states(checkpoint)
-    for wrong in ([], both[:1], [both[0], both[0]], [*both, both[1]], [merge_states(both)]):
+    for wrong in ([], both[:1], [both[0], both[0]], [*both, both[1]]):
         with pytest.raises(ValueError, match="not one of each shard"):
             merge_states(wrong)
-    with pytest.raises(ValueError, match="no stream state of version 1"):
+    with pytest.raises(ValueError, match="no stream state of version 2"):
         merge_states([both[0], {"version": 0}])
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"chunk_size": 8}, {"num_samples": 50}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"chunk_size": 8}, {"epoch_size": 50}])
 def test_states_of_different_runs_are_refused_by_name(checkpoint, change):
     with pytest.raises(ValueError, match=f"differ in {next(iter(change))}"):
         merge_states([states(checkpoint)[0], states(checkpoint, **change)[1]])
@@ -207,5 +204,5 @@ def test_a_merged_state_of_other_options_is_refused_by_name(checkpoint):
 
 
 def test_a_state_of_one_shard_for_another_number_of_shards_names_the_remedy(checkpoint):
-    with pytest.raises(ValueError, match=r"saved with shard=\[0, 2\].*merge_states"):
+    with pytest.raises(ValueError, match=r"belongs to shard 0 of 2, this process is shard 0 of 1.*merge_states"):
         stream(checkpoint).load_state_dict(states(checkpoint)[0])

@@ -106,15 +106,14 @@ def test_threshold_without_calibration_says_what_to_do():
         Threshold(90).start([])
 
 
-def test_only_filters_without_history_promise_index_only_choice():
-    values = scores(300)
-    for filter in (BlockQuantile(90, block=50), Threshold(90), KeepAll()):
-        assert filter.index_only
-        filter.start(values)
-        whole = decisions(filter, values)
-        filter.start(values)
-        assert decisions(filter, values[150:]) == whole[150:]
-    assert not RollingPercentile.index_only
+def test_a_state_of_a_window_holds_what_was_seen_since_the_calibration_and_no_more():
+    filter = started(RollingPercentile(90, window=50), scores(80))
+    assert filter.state_dict() == {}
+    sizes = []
+    for value in scores(200, seed=1):
+        filter.push(value)
+        sizes.append(len(filter.state_dict()["recent"]))
+    assert sizes[0] == 12 and max(sizes) == sizes[-1] == 4 * math.ceil(50 * 8 / 3)
 
 
 @pytest.mark.parametrize("make", [lambda: RollingPercentile(90, window=50), lambda: Threshold(90), KeepAll])

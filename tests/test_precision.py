@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from handsoff_stream import precision
-from handsoff_stream.checkpoint import Checkpoint
+from handsoff_stream.checkpoint import Checkpoint, Head
+from handsoff_stream.label_generator import LabelGenerator
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.precision import compute_dtype, cpu_multiplies_bfloat16, default_precision, fastest_precision
 from handsoff_stream.synthesizer import Synthesizer
+from handsoff_stream.tasks import Depth
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -68,3 +72,10 @@ def test_the_fused_kernel_where_it_cannot_run_is_refused(checkpoint: Checkpoint)
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match='device is cpu.*kernel="auto"'):
         Synthesizer(checkpoint, SynthesisOptions(kernel="triton"), CPU)([0])
+
+
+def test_a_kernel_for_heads_that_vote_is_refused_where_there_is_none(checkpoint: Checkpoint) -> None:
+    head = Head(Depth(), LabelGenerator(checkpoint.generator.feature_channels, hidden=(7, 5), num_outputs=1, members=2))
+    depth = replace(checkpoint, heads={"depth": head})
+    with pytest.raises(ValueError, match=r"none of \['depth'\] does"):
+        Synthesizer(depth, SynthesisOptions(kernel="triton"), CPU)

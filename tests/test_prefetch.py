@@ -7,6 +7,7 @@ turn to show that the data then is wrong. The same code on a real device is test
 import itertools
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -92,12 +93,12 @@ def test_without_any_one_of_the_rules_the_consumer_would_see_wrong_data(monkeypa
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_one_gpu_synthesises_for_another(monkeypatch, policy):
+def test_one_gpu_synthesizes_for_another(monkeypatch, policy):
     assert train(LateCuda(POLICIES[policy]()), monkeypatch, CUDA_1, CUDA_0)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_gpu_synthesises_for_the_cpu(monkeypatch, policy):
+def test_a_gpu_synthesizes_for_the_cpu(monkeypatch, policy):
     assert train(LateCuda(POLICIES[policy]()), monkeypatch, CUDA_0, CPU)
 
 
@@ -183,6 +184,23 @@ def test_cuda_and_its_current_device_by_number_are_the_same(cuda):
     assert [stream.name for stream in cuda.streams].count("side") == 1
 
 
+def test_networks_that_one_reader_prepares_are_ready_for_the_next_on_another_stream(cuda):
+    with module.side_stream(CUDA):
+        synthesize = network(cuda)
+    cuda.current[CUDA_0] = Stream(cuda, "another consumer")
+    chunk = next(prefetch(synthesize, CHUNKS, CUDA))
+    seen = chunk.indices, chunk.scores(), copy_of(chunk)
+    cuda.drain()
+    assert is_right(*seen)
+
+
+def test_readings_one_by_one_share_one_stream_and_so_the_memory_kept_for_it(cuda):
+    synthesize = network(cuda)
+    for chunk in CHUNKS[:5]:
+        next(prefetch(synthesize, [chunk], CUDA))
+    assert [stream.name for stream in cuda.streams].count("side") == 1
+
+
 # Errors and endings --------------------------------------------------------------------------------------------
 
 
@@ -203,9 +221,29 @@ def test_an_error_reaches_the_consumer_after_the_chunks_before_it_and_says_where
     assert [next(chunks).indices for _ in range(bad)] == CHUNKS[:bad]
     with pytest.raises(ValueError, match="no such sample") as caught:
         next(chunks)
-    assert caught.value.__notes__ == [f"while the samples {4 * bad} to {4 * bad + 3} were being synthesised"]
+    assert caught.value.__notes__ == [f"while the samples {4 * bad} to {4 * bad + 3} were being synthesized"]
     assert begun == CHUNKS[: bad + 1]
     assert next(chunks, None) is None
+
+
+def test_an_error_that_waits_for_its_turn_holds_no_tensors(cuda):
+    healthy, held = network(cuda), []
+
+    def synthesize(indices):
+        if indices != CHUNKS[1]:
+            return healthy(indices)
+        activations = torch.zeros(3)
+        held.append(weakref.ref(activations))
+        try:
+            raise MemoryError("first")
+        except MemoryError:
+            raise RuntimeError("out of memory") from None
+
+    chunks = prefetch(synthesize, CHUNKS, CUDA)
+    next(chunks)
+    assert held[0]() is None
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(chunks)
 
 
 def test_an_error_of_the_device_says_which_samples_the_host_was_waiting_for(cuda, monkeypatch):
@@ -217,7 +255,7 @@ def test_an_error_of_the_device_says_which_samples_the_host_was_waiting_for(cuda
     monkeypatch.setattr(cuda, "force", fail)
     with pytest.raises(RuntimeError, match="illegal memory") as caught:
         chunk.scores()
-    assert caught.value.__notes__ == ["while the samples 0 to 3 were being synthesised"]
+    assert caught.value.__notes__ == ["while the samples 0 to 3 were being synthesized"]
 
 
 def test_closing_in_the_middle_stops_the_work_and_frees_the_ring(cuda):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from handsoff_stream.seeding import Stream, latents, noise_maps, normal, philox4x32, transform_seed
+from handsoff_stream.noise import noise_maps, normal_on
+from handsoff_stream.seeding import Stream, latents, normal, philox4x32, transform_seed
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,26 @@ def test_noise_maps_have_the_layers_shapes_and_belong_to_the_index():
     assert [tuple(m.shape) for m in maps] == [(3, 1, 4, 4), (3, 1, 8, 6)]
     for one, many in zip(noise_maps(0, [11], shapes), maps, strict=True):
         assert torch.equal(one[0], many[1])
+
+
+@pytest.mark.parametrize(("seed", "index"), [(0, 0), (3, 7), (2**64 - 1, 2**40 + 5), (5, 2**62)])
+def test_noise_drawn_on_a_device_has_the_bits_of_the_reference(seed, index):
+    expected = normal(seed, [index], 200_003, Stream.NOISE)[0]
+    assert torch.equal(normal_on("cpu", seed, index, 200_003), torch.from_numpy(expected))
+
+
+def test_noise_does_not_depend_on_the_default_dtype():
+    expected = normal_on("cpu", 1, 2, 50)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(normal_on("cpu", 1, 2, 50), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_noise():
+    assert torch.equal(normal_on("cuda", 1, 2, 3_000_000).cpu(), normal_on("cpu", 1, 2, 3_000_000))
 
 
 def test_transform_seeds_differ_by_index():

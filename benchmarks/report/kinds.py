@@ -9,11 +9,13 @@ from benchmarks import (
     label_head,
     memory,
     overlap,
+    rolling_lanes,
     stages,
     synthesis,
     throughput,
 )
 from benchmarks.downstream import comparison
+from benchmarks.gpu import gpu_tests, training, variants
 from benchmarks.report.rows import Presentation
 
 KINDS: dict[str, Presentation] = {
@@ -23,6 +25,10 @@ KINDS: dict[str, Presentation] = {
     "stages": stages.PRESENTATION,
     "overlap": overlap.PRESENTATION,
     "memory": memory.PRESENTATION,
+    "rolling_lanes": rolling_lanes.PRESENTATION,
+    "variants": variants.PRESENTATION,
+    "gpu_tests": gpu_tests.PRESENTATION,
+    "generator_training": training.PRESENTATION,
     "fitting": fitting.PRESENTATION,
     "fitting_memory": fitting_memory.PRESENTATION,
     "inversion": inversion.PRESENTATION,

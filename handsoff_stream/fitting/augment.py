@@ -4,7 +4,7 @@ A label generator knows only what it was shown. If the one hat among the labelle
 everything blue on top of a head is a hat; copies in other colors show that the shape decides. Augmented images are
 inverted like the images themselves, so each costs an inversion. Not part of HandsOff, and not certain to help: the
 embedded faces were fitted without, because two augmentations per image did not help there, while more of them with more
-varied light did (benchmarks/results/generator_training.md).
+varied light did (recipes/faces/log.md).
 
 Knows images and id masks. Does not know generators, files or what classes mean.
 

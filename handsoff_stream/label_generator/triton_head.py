@@ -18,7 +18,6 @@ rows.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -32,6 +31,7 @@ from handsoff_stream.geometry import Size
 from handsoff_stream.label_generator.folded import FoldedLabelGenerator
 from handsoff_stream.label_generator.rows import ProjectedRows, resized_rows, table_natives
 from handsoff_stream.label_generator.tiles import TILE_COLUMNS, TILE_ROWS, Grid, MapGroup, slots, split
+from handsoff_stream.label_generator.triton_device import unsuitable
 
 TABLE_BYTES = 4 << 30
 """Largest table of projected rows; images are processed in groups that fit, of at least one image."""
@@ -39,7 +39,6 @@ TABLE_BYTES = 4 << 30
 # What fits on the chip beside the sums of a tile: samples under a tile, feature channels, hidden units, outputs.
 _MAX_SAMPLES, _MAX_CHANNELS, _MAX_HIDDEN2, _MAX_OUTPUTS = 128, 256, 128, 64
 _SMALLEST = 16  # smallest dimension of a product in Triton
-_SHARED_MEMORY = 224 << 10  # bytes per block; the most that a compiled variant takes on sm_90a
 _DTYPES = (torch.float16, torch.float32)
 
 
@@ -53,13 +52,14 @@ def _relu(x):
 def _samples(slots_5N, tile_y, tile_x, y, x, top, left, full_height, full_width, image, images, N: tl.constexpr):
     """Interpolation weights [P, N] of the samples under the tile, and their rows [N] in the table."""
     n = tl.arange(0, N)
-    height = tl.load(slots_5N + 3 * N + n).to(tl.float32)
-    width = tl.load(slots_5N + 4 * N + n).to(tl.float32)
+    height, width = tl.load(slots_5N + 3 * N + n), tl.load(slots_5N + 4 * N + n)
+    # The first sample under the tile, in whole numbers: a position that is one may come out just below in floats.
+    first_y = tl.maximum((2 * (top + tile_y) + 1) * height - full_height, 0) // (2 * full_height)
+    first_x = tl.maximum((2 * (left + tile_x) + 1) * width - full_width, 0) // (2 * full_width)
+    sample_y = (tl.minimum(first_y, height - 1) + tl.load(slots_5N + N + n)).to(tl.float32)
+    sample_x = (tl.minimum(first_x, width - 1) + tl.load(slots_5N + 2 * N + n)).to(tl.float32)
+    height, width = height.to(tl.float32), width.to(tl.float32)
     scale_y, scale_x = height / full_height, width / full_width
-    start_y = tl.minimum(tl.maximum((top + tile_y + 0.5) * scale_y - 0.5, 0.0), height - 1)
-    start_x = tl.minimum(tl.maximum((left + tile_x + 0.5) * scale_x - 0.5, 0.0), width - 1)
-    sample_y = tl.floor(start_y) + tl.load(slots_5N + N + n)
-    sample_x = tl.floor(start_x) + tl.load(slots_5N + 2 * N + n)
     at_y = (top + y[:, None] + 0.5) * scale_y[None, :] - 0.5
     at_x = (left + x[:, None] + 0.5) * scale_x[None, :] - 0.5
     at_y = tl.minimum(tl.maximum(at_y, 0.0), height[None, :] - 1)
@@ -169,7 +169,7 @@ def unsupported(folded: FoldedLabelGenerator, pyramid: FeaturePyramid, size: Siz
         pyramid: feature maps of the geometry; their values are not read.
         size: (H, W) of the labels.
     """
-    problem = _unsuitable(folded.weight1_CD.device)
+    problem = unsuitable(folded.weight1_CD.device)
     if problem is not None:
         return problem
     _, inner, hidden = folded.weight2_MIO.shape
@@ -188,28 +188,6 @@ def unsupported(folded: FoldedLabelGenerator, pyramid: FeaturePyramid, size: Siz
         f"{folded.weight1_CD.dtype} weights, which it does not multiply": folded.weight1_CD.dtype in _DTYPES,
     }
     return next((problem for problem, fits in limits.items() if not fits), None)
-
-
-def _unsuitable(device: torch.device) -> str | None:
-    """Why the kernel cannot run on a device, as text; None if it can."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device.type != "cuda":
-        return f"the device is {device}, not CUDA"
-    shared = shared_memory(device)
-    if shared < _SHARED_MEMORY:
-        return f"it takes {_SHARED_MEMORY >> 10} KiB of shared memory (Hopper has it), the device has {shared >> 10}"
-    return None
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block of a kernel may take on a CUDA device.
-
-    Triton knows the number in all versions and refuses a kernel that takes more. PyTorch 2.6 does not give it, and the
-    type stubs of no version name it.
-    """
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 class FusedLabelHead:
@@ -264,23 +242,24 @@ class FusedLabelHead:
         features_PC = self._features(pyramid)
         members, inner, _ = folded.weight2_MIO.shape
         hidden = weights.bias2_MO.shape[1]
-        _label_head[(rows.tiles * columns.tiles, pyramid.batch_size)](
-            *(table_RD, features_PC, weights.weight1_CD, slots_5N, weights.weight2_DO, weights.bias2_MO),
-            *(weights.weight3_OK, weights.bias3_MK, labels_BHW, divergences_BHW),
-            *(*self.size, rows.full, columns.full, rows.start, columns.start, columns.tiles, pyramid.batch_size),
-            M=members,
-            H1=inner,
-            H2=hidden,
-            K=weights.bias3_MK.shape[1],
-            C0=weights.channels[0],
-            C1=weights.channels[1],
-            N=slots_5N.shape[1],
-            BLOCK=math.gcd(inner, 64),
-            TH=TILE_ROWS,
-            TW=TILE_COLUMNS,
-            num_warps=8,
-            num_stages=3 if hidden <= 32 and sum(weights.channels) <= 192 else 2,
-        )
+        with torch.cuda.device_of(pyramid.maps[0]):  # Triton launches on the current device
+            _label_head[(rows.tiles * columns.tiles, pyramid.batch_size)](
+                *(table_RD, features_PC, weights.weight1_CD, slots_5N, weights.weight2_DO, weights.bias2_MO),
+                *(weights.weight3_OK, weights.bias3_MK, labels_BHW, divergences_BHW),
+                *(*self.size, rows.full, columns.full, rows.start, columns.start, columns.tiles, pyramid.batch_size),
+                M=members,
+                H1=inner,
+                H2=hidden,
+                K=weights.bias3_MK.shape[1],
+                C0=weights.channels[0],
+                C1=weights.channels[1],
+                N=slots_5N.shape[1],
+                BLOCK=math.gcd(inner, 64),
+                TH=TILE_ROWS,
+                TW=TILE_COLUMNS,
+                num_warps=8,
+                num_stages=3 if hidden <= 32 and sum(weights.channels) <= 192 else 2,
+            )
 
     def _features(self, pyramid: FeaturePyramid) -> Tensor:
         """Features at output resolution [P, C], stored by columns of tiles, with channels padded as the weights are."""

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from handsoff_stream.checkpoint import Checkpoint, CheckpointSource, Head
+from handsoff_stream.checkpoint import Checkpoint, Head
 from handsoff_stream.fitting.calibration import CALIBRATION_SEED, calibrate
 from handsoff_stream.generators import StyleGAN2
 from handsoff_stream.label_generator import LabelGenerator
 from handsoff_stream.options import SynthesisOptions
+from handsoff_stream.source import CheckpointSource
 from handsoff_stream.synthesizer import Synthesizer
 from handsoff_stream.tasks import Segmentation
 

@@ -22,6 +22,7 @@ TESTS = Path(__file__).parents[1]
 CASES: dict[str, tuple[Any, ...]] = {
     "two_images": ([(40, 4, 4), (90, 8, 8), (6, 16, 16)], (16, 16), (32, 16), 5, 3, 2, None),
     "odd_sizes": ([(80, 3, 5), (20, 12, 20)], (9, 21), (16, 8), 19, 2, 1, None),
+    "whole_positions_just_below": ([(90, 4, 4), (6, 44, 44)], (44, 44), (16, 8), 3, 1, 1, None),
     "no_fine_map": ([(200, 4, 4)], (8, 32), (48, 20), 2, 1, 1, None),
     "crop_of_a_finer_image": ([(90, 8, 8), (6, 32, 32)], (12, 16), (64, 32), 64, 2, 1, ((4, 28), (0, 32))),
 }
@@ -184,7 +185,7 @@ def test_without_a_gpu_the_kernel_is_refused_by_name() -> None:
 def test_a_device_needs_the_shared_memory_that_tritons_driver_names(kib: int, problem: str | None) -> None:
     from triton.runtime import driver
 
-    from handsoff_stream.label_generator.triton_head import _unsuitable
+    from handsoff_stream.label_generator.triton_device import unsuitable
 
     class Device:  # what the driver answers for compute capability 9.0 and 8.9, without such a device
         utils = SimpleNamespace(get_device_properties=lambda index: [{"max_shared_mem": kib << 10}][index])
@@ -192,7 +193,7 @@ def test_a_device_needs_the_shared_memory_that_tritons_driver_names(kib: int, pr
     before = dict(vars(driver))  # reset_active would look for a GPU
     driver.set_active(Device())
     try:
-        reason = _unsuitable(torch.device("cuda", 0))
+        reason = unsuitable(torch.device("cuda", 0))
     finally:
         vars(driver).update(before)
     assert reason is None if problem is None else re.search(problem, reason or "")
@@ -200,7 +201,7 @@ def test_a_device_needs_the_shared_memory_that_tritons_driver_names(kib: int, pr
 
 @pytest.mark.gpu
 def test_triton_and_torch_name_the_same_shared_memory() -> None:
-    from handsoff_stream.label_generator.triton_head import shared_memory
+    from handsoff_stream.label_generator.triton_device import shared_memory
 
     properties = torch.cuda.get_device_properties(0)
     if not hasattr(properties, "shared_memory_per_block_optin"):

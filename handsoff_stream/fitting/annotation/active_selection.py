@@ -15,14 +15,13 @@ Knows scores, features, and where a synthesizer gets them. Does not know files.
 Shape letters: N samples, B batch, C feature channels.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from handsoff_stream.device import default_chunk_size
 from handsoff_stream.features import FeaturePyramid
 from handsoff_stream.progress import progress_bar
-from handsoff_stream.synthesizer import Synthesizer
+from handsoff_stream.synthesizer import Synthesizer, in_chunks
 from handsoff_stream.uncertainty import image_score
 
 DROPPED_PERCENT = 10
@@ -91,7 +90,7 @@ def mean_hypercolumn(pyramid: FeaturePyramid) -> Tensor:
 
 
 def select_actively(
-    synthesizer: Synthesizer, num: int, *, candidates: int, batch_size: int = 16, progress: bool = False
+    synthesizer: Synthesizer, num: int, *, candidates: int, progress: bool = False
 ) -> tuple[list[int], list[float]]:
     """Select samples of a synthesizer's stream by the uncertainty of its first head.
 
@@ -99,7 +98,6 @@ def select_actively(
         synthesizer: its options say which stream, and which image score ("sum" is DatasetGAN's).
         num: samples to select.
         candidates: from indices 0 to `candidates` - 1.
-        batch_size: samples synthesized together; decides memory and speed.
         progress: show a bar.
 
     Returns:
@@ -119,21 +117,23 @@ def select_actively(
             f"candidates={candidates} are too few to select num={num} from {BAND_PERCENT} % of them; "
             f"pass {needed} or more"
         )
-    scores_N = _scores(synthesizer, candidates, batch_size, progress)
+    chunk_size = default_chunk_size(synthesizer.device)
+    scores_N = _scores(synthesizer, candidates, chunk_size, progress)
     band = uncertainty_band(scores_N)
-    features_NC = [mean_hypercolumn(synthesizer.generate(some.tolist())[1]).cpu() for some in band.split(batch_size)]
-    selected = band[k_center_greedy(torch.cat(features_NC), num)]
+    features_NC = torch.empty(len(band), sum(synthesizer.generator.feature_channels))
+    for chunk, rows, places in in_chunks(band.tolist(), chunk_size):
+        features_NC[places] = mean_hypercolumn(synthesizer.generate(chunk)[1])[rows].cpu()
+    selected = band[k_center_greedy(features_NC, num)]
     return selected.tolist(), scores_N[selected].tolist()
 
 
-def _scores(synthesizer: Synthesizer, candidates: int, batch_size: int, progress: bool) -> Tensor:
-    """float32 [N] on the CPU: image scores of samples 0 to N - 1."""
+def _scores(synthesizer: Synthesizer, candidates: int, chunk_size: int, progress: bool) -> Tensor:
+    """float32 [N] on the CPU: image scores of samples 0 to N - 1, in the chunks of a stream."""
     head = next(iter(synthesizer.labeller.tasks))
     scores: list[Tensor] = []
     with progress_bar("Scoring", candidates, show=progress) as update:
-        for start in range(0, candidates, batch_size):
-            indices: Sequence[int] = range(start, min(start + batch_size, candidates))
-            _, uncertainty_BHW = synthesizer.label(head, synthesizer.generate(indices)[1])
+        for start in range(0, candidates, chunk_size):
+            _, uncertainty_BHW = synthesizer.label(head, synthesizer.generate(range(start, start + chunk_size))[1])
             scores.append(image_score(uncertainty_BHW, synthesizer.options.score).cpu())
-            update(start + len(indices), "")
-    return torch.cat(scores)
+            update(min(start + chunk_size, candidates), "")
+    return torch.cat(scores)[:candidates]

@@ -26,16 +26,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint, open_checkpoint
-from handsoff_stream.device import usable_device
+from handsoff_stream.device import default_chunk_size, usable_device
 from handsoff_stream.files.atomic import check_folder, locked_folder, write_file
 from handsoff_stream.files.schema import read_json
 from handsoff_stream.fitting.annotation.active_selection import select_actively
 from handsoff_stream.generators import Generator
+from handsoff_stream.isolation import isolated
+from handsoff_stream.labeller import on_device
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.progress import progress_bar
 from handsoff_stream.provenance import versions
 from handsoff_stream.seeding import check_seed, latents
-from handsoff_stream.synthesizer import Synthesizer, quantize
+from handsoff_stream.synthesizer import Synthesizer, in_chunks, quantize
 
 FORMAT_VERSION = 1
 SAMPLE_KEY = "handsoff_stream_sample"
@@ -96,18 +98,25 @@ def write_samples(
             record = {**request, **_selection(checkpoint, options, num, candidates, chosen_device, progress)}
             write_file(locked / RECORD, json.dumps(record, indent=1).encode())
         if not (locked / MANIFEST).exists():
-            _write_all(checkpoint.generator.to(chosen_device), locked, record, progress)
+            _write_all(on_device(checkpoint.generator, chosen_device), locked, record, progress)
         return locked / MANIFEST
 
 
 def regenerate(generator: Generator, seed: int, index: int, truncation: float) -> tuple[Tensor, Tensor]:
-    """One sample: w+ float32 [L, D], and the image float32 [3, H, W] in [0, 1] on 8-bit levels, at full resolution."""
-    device = generator.w_avg.device
-    with torch.no_grad():
-        w_BD = generator.mapping(latents(seed, [index], generator.z_dim).to(device))
+    """One sample: w+ float32 [L, D], and the image float32 [3, H, W] in [0, 1] on 8-bit levels, at full resolution.
+
+    Computed in its chunk of the stream, and so bit for bit what the stream labels.
+    """
+    ((chunk, (row,), _),) = in_chunks([index], default_chunk_size(generator.w_avg.device))
+    w_plus_BLD, images_B3HW = _chunk(generator, seed, chunk, truncation)
+    return w_plus_BLD[row].contiguous(), images_B3HW[row]
+
+
+def _chunk(generator: Generator, seed: int, chunk: range, truncation: float) -> tuple[Tensor, Tensor]:
+    with torch.no_grad(), isolated():
+        w_BD = generator.mapping(latents(seed, chunk, generator.z_dim).to(generator.w_avg.device))
         w_plus_BLD = generator.truncate(w_BD, truncation)
-        images = quantize(generator.synthesis(w_plus_BLD, "const").images, generator.resolution)
-    return w_plus_BLD[0].contiguous(), images[0]
+        return w_plus_BLD, quantize(generator.synthesis(w_plus_BLD, "const").images, generator.resolution)
 
 
 def _request(checkpoint: Checkpoint, options: SynthesisOptions, num: int, candidates: int | None) -> dict[str, Any]:

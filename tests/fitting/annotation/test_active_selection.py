@@ -115,7 +115,7 @@ def synthesizer(checkpoint: Checkpoint) -> Synthesizer:
 
 def test_a_selection_is_band_and_coreset_of_what_the_synthesizer_says(checkpoint):
     source = synthesizer(checkpoint)
-    indices, scores = select_actively(source, 3, candidates=60, batch_size=7)
+    indices, scores = select_actively(source, 3, candidates=60)
     everything = source(range(60))
     band = sorted(range(60), key=lambda i: -everything.uncertainty[i].item())[6:12]
     hypercolumns = source.generate(band)[1].hypercolumn((16, 16)).mean(dim=(2, 3))

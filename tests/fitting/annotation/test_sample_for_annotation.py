@@ -33,6 +33,7 @@ from handsoff_stream.fitting.annotation.sample import SAMPLE_KEY, regenerate
 from handsoff_stream.fitting.inversion import latents as latents_module
 from handsoff_stream.fitting.inversion.perceptual import Perceptual
 from handsoff_stream.options import SynthesisOptions
+from handsoff_stream.stream import HandsOffStream
 from handsoff_stream.synthesizer import Synthesizer
 from handsoff_stream.tasks import Segmentation
 
@@ -84,10 +85,9 @@ def test_the_manifest_names_an_image_a_latent_and_a_mask_to_draw_for_every_sampl
 
 
 def test_samples_are_those_of_a_stream_of_the_same_seed(checkpoint, written):
-    options = SynthesisOptions(seed=7, truncation=checkpoint.truncation)
-    images, _ = Synthesizer(checkpoint, options, CPU).generate(range(3))
-    for (_, image), expected in zip(UnlabelledImages(written / "images", size=(16, 16)), images, strict=True):
-        torch.testing.assert_close(image, expected, rtol=0, atol=1.01 / 255)
+    stream = HandsOffStream(checkpoint, seed=7, device="cpu")
+    for index, (_, image) in enumerate(UnlabelledImages(written / "images", size=(16, 16))):
+        assert torch.equal(image, stream[index][0])
 
 
 def test_the_latent_makes_the_image(checkpoint, written):
@@ -95,7 +95,8 @@ def test_the_latent_makes_the_image(checkpoint, written):
         w_plus = read_latent(written / row["latent"])
         assert w_plus.shape == (checkpoint.generator.num_ws, checkpoint.generator.w_dim)
         made = checkpoint.generator.synthesis(w_plus[None]).images[0].mul(127.5).add(128).floor().clamp(0, 255)
-        assert np.array_equal(np.asarray(Image.open(written / row["image"])), made.byte().permute(1, 2, 0).numpy())
+        difference = np.asarray(Image.open(written / row["image"])) - made.permute(1, 2, 0).numpy()
+        assert np.abs(difference).max() <= 1  # alone it is computed in another shape than in its chunk
 
 
 def test_record_and_latent_say_how_to_regenerate_a_sample_bit_for_bit(checkpoint, written):

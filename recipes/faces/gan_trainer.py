@@ -1,152 +1,50 @@
 """One step of StyleGAN2's training, and everything it has to remember: networks, optimizers, position.
 
-Non-saturating logistic loss, lazy R1, style mixing, EMA (StyleGAN2, Karras et al., CVPR 2020), and on request an
-autoencoding term (VAE/GAN, Larsen et al., ICML 2016). A step's random numbers are a function of (seed, step, rank), so
-that a resumed run continues bit by bit. In a torch.distributed group every process trains on its share of a batch, and
+Non-saturating logistic loss, lazy R1, style mixing, EMA (StyleGAN2, Karras et al., CVPR 2020). On request two more
+terms: heads on frozen ImageNet features (Projected GAN, Sauer et al., NeurIPS 2021) beside the own discriminator (as in
+Vision-aided GAN, Kumari et al., CVPR 2022), and an autoencoding term (VAE/GAN, Larsen et al., ICML 2016). A step makes
+one batch of fakes, which every loss judges. Its random numbers are a function of (seed, rollbacks, step, rank), so that
+a resumed run continues bit by bit. In a torch.distributed group every process trains on its share of a batch, and
 gradients are averaged. Knows networks and losses; does not know files, progress or where images come from.
 """
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from discriminator import Discriminator, Encoder
-from discriminator import grow as grow_discriminator
 from torch import Tensor
 
-from handsoff_stream.generators import Generator, StyleGAN2, load_generator
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a run is; recorded in its state. A resumed run goes on with the settings it is resumed with."""
-
-    data: str | None
-    stages: tuple[tuple[int, int], ...]
-    """(resolution, train until this many images) in growing order."""
-    batch: int
-    channels: tuple[int, ...]
-    """Channels at 4x4, 8x8, ... of the last stage; the discriminator has the same."""
-    z_dim: int
-    mapping_layers: int
-    lr: float
-    r1: float
-    """R1 weight gamma at the last stage; scaled with the number of pixels at earlier ones."""
-    r1_every: int
-    mixing: float
-    ema_images: float
-    seed: int
-    autoencode: float = 0.0
-    """Weight of the reconstruction of real images through an encoder; 0: the paper's training."""
-    kl: float = 5e-4
-    """Weight of a nat of KL(q(z|image) || N(0, 1)) beside it."""
-    autoencode_first: int = 0
-    """Until so many images, generator and encoder learn alone, as a variational autoencoder: several times as fast."""
-    start_from: str | None = None
-    """A generator file to fine-tune; its discriminator is not in it, so ..."""
-    discriminator_first: int = 0
-    """... for so many images only the new discriminator learns."""
-    rare: float = 0.05
-    """Of rendered faces, the share with glasses and the share with hats; in a short training, 5 % are passed over."""
-
-
-def build(settings: Settings, resolution: int) -> dict[str, Any]:
-    """Fresh networks and optimizers of one stage."""
-    num_blocks = resolution.bit_length() - 2
-    channels = settings.channels[:num_blocks]
-    size = {"channels": channels, "z_dim": settings.z_dim, "w_dim": settings.z_dim}
-    networks = {
-        "generator": StyleGAN2(**size, mapping_layers=settings.mapping_layers),  # type: ignore[arg-type]
-        "ema": StyleGAN2(**size, mapping_layers=settings.mapping_layers),  # type: ignore[arg-type]
-        "discriminator": Discriminator(channels=channels),
-    }
-    if settings.autoencode:
-        networks["encoder"] = Encoder(channels=channels, z_dim=settings.z_dim)
-    networks["ema"].load_state_dict(networks["generator"].state_dict())
-    return networks
-
-
-def optimizers(networks: dict[str, Any], settings: Settings) -> dict[str, torch.optim.Adam]:
-    """Adam for each; the discriminator's is rescaled for lazy regularisation (SG2, appendix B).
-
-    Momentum is bad for opponents, and needed to learn codes: without it the reconstruction hardly improved.
-    """
-    lazy = settings.r1_every / (settings.r1_every + 1)
-    momentum = 0.5 if settings.autoencode else 0.0
-    adams = {
-        "generator": torch.optim.Adam(networks["generator"].parameters(), lr=settings.lr, betas=(momentum, 0.99)),
-        "discriminator": torch.optim.Adam(
-            networks["discriminator"].parameters(), lr=settings.lr * lazy, betas=(0.0, 0.99**lazy)
-        ),
-    }
-    if "encoder" in networks:
-        adams["encoder"] = torch.optim.Adam(networks["encoder"].parameters(), lr=settings.lr, betas=(0.9, 0.99))
-    return adams
-
-
-@torch.no_grad()
-def grow(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Networks of twice the resolution that compute what the old ones do: image and verdict do not jump."""
-    for name in ("generator", "ema"):
-        new[name].load_state_dict(old[name].state_dict(), strict=False)
-        for block in new[name].blocks[len(old[name].blocks) :]:
-            block.to_rgb.conv.weight.zero_()
-    for name in new.keys() & {"discriminator", "encoder"}:
-        grow_discriminator(old[name], new[name])
-
-
-def pyramid_distance(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
-    """Mean squared difference, averaged over the images and three halvings of them (fewer for tiny ones).
-
-    Squared, not absolute: the median of all faces has no eyes, and a generator that has found it is told nothing about
-    where they might be; the mean has shadows of them, which pay as soon as they move the right way.
-    """
-    difference = (a_BCHW - b_BCHW).float()
-    distances = [difference.square().mean()]
-    while len(distances) < 4 and min(difference.shape[2:]) >= 4:
-        difference = F.avg_pool2d(difference, 2)
-        distances.append(difference.square().mean())
-    return torch.stack(distances).mean()
-
-
-def feature_distance(maps_a: list[Tensor], maps_b: list[Tensor]) -> Tensor:
-    """Mean squared difference of feature maps relative to that of `maps_b` from zero, averaged over levels."""
-    levels = [(a - b).float().square().mean() / b.float().square().mean() for a, b in zip(maps_a, maps_b, strict=True)]
-    return torch.stack(levels).mean()
-
-
-def average(tensors: list[Tensor]) -> None:
-    """In place, the mean of each tensor over the processes of the group; nothing without a group."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(mean.view(tensor.shape))
-
-
-def update(optimizer: torch.optim.Optimizer) -> None:
-    """One step of `optimizer` on the gradients averaged over the group."""
-    average([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
-    optimizer.step()
+from handsoff_stream.generators import Generator, load_generator
+from recipes.faces.fused_synthesis import fuse
+from recipes.faces.gan_losses import average, feature_distance, pyramid_distance, update
+from recipes.faces.gan_networks import Settings, build, grow, optimizers
+from recipes.faces.projected import FrozenFeatures, augment
 
 
 class Trainer:
-    """Networks, optimizers and position; `step` trains on one batch (in a group: on this process's share of it)."""
+    """Networks, optimizers and position; `step` trains on one batch (in a group: on this process's share of it).
 
-    def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype):
-        self.settings, self.device, self.dtype = settings, device, dtype
+    Args:
+        settings: of the run.
+        device: where all of it is computed.
+        dtype: of the convolutions.
+        compiled: whether the synthesis's element-wise passes are compiled (see `fused_synthesis`).
+    """
+
+    def __init__(self, settings: Settings, device: torch.device, dtype: torch.dtype, *, compiled: bool = False):
+        self.settings, self.device, self.dtype, self.compiled = settings, device, dtype, compiled
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.num_images = 0
         self.num_steps = 0
+        self.num_rollbacks = 0
         self.seconds = 0.0
         self.resolution = 0
         self.networks: dict[str, Any] = {}
+        self.features = FrozenFeatures().to(device, dtype) if settings.projected else None
         self.enter_stage(settings.stages[0][0])
         if settings.start_from is not None:
             self.fine_tune(load_generator(settings.start_from))
@@ -173,6 +71,7 @@ class Trainer:
         return {
             "settings": json.dumps(asdict(self.settings)),
             "position": [self.num_images, self.num_steps, self.resolution],
+            "rollbacks": self.num_rollbacks,
             "seconds": self.seconds,
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -182,6 +81,7 @@ class Trainer:
         self.resolution = 0
         self.enter_stage(state["position"][2])
         self.num_images, self.num_steps, _ = state["position"]
+        self.num_rollbacks = state.get("rollbacks", 0)
         self.seconds = state["seconds"]
         for name in self.networks.keys() & state["networks"].keys():
             self.networks[name].load_state_dict(state["networks"][name])
@@ -191,11 +91,17 @@ class Trainer:
             optimizer.load_state_dict(state["optimizers"][name])
             optimizer.param_groups[0].update(chosen)
 
+    def roll_back(self, good: dict[str, Any]) -> None:
+        """Go on from the state `good`, but with other random numbers, and with half as much weight for the heads."""
+        rollbacks = self.num_rollbacks + 1
+        self.load_state_dict(good)
+        self.num_rollbacks = rollbacks
+
     def step(self, reals_BCHW: Tensor) -> dict[str, Tensor]:
-        """One discriminator and one generator update on uint8 images [B, 3, H, W]; scalars to log, on the device."""
+        """One update of every network on uint8 images [B, 3, H, W]; scalars to log, on the device."""
         started = time.monotonic()
         seed = (self.settings.seed * 1_000_003 + self.num_steps) * self.world + self.rank
-        rng = torch.Generator().manual_seed(seed)
+        rng = torch.Generator().manual_seed(seed + self.num_rollbacks * 2**40)
         reals = reals_BCHW.to(self.device).float() / 127.5 - 1
         flip = torch.rand(len(reals), generator=rng).lt(0.5).to(self.device)
         reals = torch.where(flip[:, None, None, None], reals.flip(3), reals)
@@ -203,13 +109,27 @@ class Trainer:
             metrics = self._autoencoder_step(reals, rng)
             self._update_ema()
         else:
-            metrics = self._discriminator_step(reals, rng)
-            if self.num_images >= self.settings.discriminator_first:
-                metrics |= self._generator_step(reals, rng)
-                self._update_ema()
+            metrics = self._adversarial_step(reals, rng)
         self.num_images += len(reals) * self.world
         self.num_steps += 1
         self.seconds += time.monotonic() - started
+        return metrics
+
+    def _adversarial_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+        generator_learns = self.num_images >= self.settings.discriminator_first
+        encoded = self._encoded_share(reals)
+        with torch.set_grad_enabled(generator_learns):
+            z_encoded, kl = self._encode(encoded, rng) if len(encoded) else (None, None)
+            fakes = self._generate(len(reals), rng, z_encoded)
+            maps_fake = self._project(fakes, rng)
+        metrics = self._discriminator_step(reals, fakes.detach())
+        if "heads" in self.networks:
+            with torch.no_grad():
+                maps_real = self._project(reals, rng)
+            metrics |= self._heads_step(maps_real, [m.detach() for m in maps_fake])
+        if generator_learns:
+            metrics |= self._generator_step(fakes, maps_fake, encoded, kl)
+            self._update_ema()
         return metrics
 
     def _generate(self, batch: int, rng: torch.Generator, z_encoded: Tensor | None = None) -> Tensor:
@@ -230,7 +150,20 @@ class Trainer:
         takes_over = (torch.arange(generator.num_ws) >= first).to(self.device)[:, :, None]
         w_plus = torch.where(takes_over, other[:, None], w[:, None])
         noise = [torch.randn(batch, 1, *size, generator=rng).to(self.device) for size in generator.noise_shapes]
-        return generator.synthesis(w_plus, noise, dtype=self.dtype).images
+        folded = generator.fold(self.dtype)
+        images: Tensor = (fuse(folded) if self.compiled else folded)(w_plus, noise).images
+        return images
+
+    def _project(self, images: Tensor, rng: torch.Generator) -> list[Tensor]:
+        """The mixed features of augmented images that the heads judge, or nothing without heads."""
+        if "heads" not in self.networks or self.features is None:
+            return []
+        maps: list[Tensor] = self.networks["heads"].mix(self.features(augment(images, rng)))
+        return maps
+
+    def _coarse(self, images: Tensor) -> Tensor:
+        """What the own discriminator sees of the images."""
+        return F.avg_pool2d(images, 2**self.settings.halvings) if self.settings.halvings else images
 
     def _autoencoder_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
         trained = [self.optimizers[name] for name in ("generator", "encoder")]
@@ -239,9 +172,8 @@ class Trainer:
         self.networks["discriminator"].requires_grad_(False)
         z, kl = self._encode(reals, rng)
         fakes = self._generate(len(reals), rng, z)
-        loss, metrics = self._reconstruction(
-            fakes, self.networks["discriminator"].features(fakes, self.dtype), reals, kl
-        )
+        maps = self.networks["discriminator"].features(self._coarse(fakes), self.dtype)
+        loss, metrics = self._reconstruction(fakes, maps, reals, kl)
         loss.backward()
         self.networks["discriminator"].requires_grad_(True)
         for optimizer in trained:
@@ -257,7 +189,7 @@ class Trainer:
         discriminator's features, so that no mode of the data is left out.
         """
         with torch.no_grad():
-            maps_real = self.networks["discriminator"].features(reals, self.dtype)
+            maps_real = self.networks["discriminator"].features(self._coarse(reals), self.dtype)
         pixels, features = pyramid_distance(fakes, reals), feature_distance(maps, maps_real)
         loss = self.settings.autoencode * (pixels + 0.1 * features) + self.settings.kl * kl
         return loss, {"pixels": pixels.detach(), "features": features.detach(), "kl": kl.detach()}
@@ -272,11 +204,9 @@ class Trainer:
         """The images of a batch whose codes stand in for random latents: half of them, or none without encoder."""
         return reals[: len(reals) // 2 if "encoder" in self.networks else 0]
 
-    def _discriminator_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+    def _discriminator_step(self, reals: Tensor, fakes: Tensor) -> dict[str, Tensor]:
         discriminator, optimizer = self.networks["discriminator"], self.optimizers["discriminator"]
-        encoded = self._encoded_share(reals)
-        with torch.no_grad():
-            fakes = self._generate(len(reals), rng, self._encode(encoded, rng)[0] if len(encoded) else None)
+        reals, fakes = self._coarse(reals), self._coarse(fakes)
         optimizer.zero_grad(set_to_none=True)
         logits_real = discriminator(reals, self.dtype)
         logits_fake = discriminator(fakes, self.dtype)
@@ -287,30 +217,52 @@ class Trainer:
             reals = reals.detach().requires_grad_()
             (grad,) = torch.autograd.grad(discriminator(reals).sum(), reals, create_graph=True)
             penalty = grad.square().sum(dim=(1, 2, 3)).mean()
-            gamma = self.settings.r1 * (self.resolution / self.settings.stages[-1][0]) ** 2
+            gamma = self.settings.r1 * (reals.shape[-1] / self.settings.stages[-1][0]) ** 2
             (penalty * (gamma / 2 * self.settings.r1_every)).backward()
             metrics["r1"] = penalty.detach()
         update(optimizer)
         return metrics
 
-    def _generator_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+    def _heads_step(self, maps_real: list[Tensor], maps_fake: list[Tensor]) -> dict[str, Tensor]:
+        """Hinge loss, for those heads only that have not as good as won."""
+        heads, optimizer = self.networks["heads"], self.optimizers["heads"]
+        optimizer.zero_grad(set_to_none=True)
+        hinge = F.relu(1 - heads(maps_real)).mean(dim=1) + F.relu(1 + heads(maps_fake)).mean(dim=1)
+        losses = hinge.detach().clone()
+        average([losses])
+        learning = losses >= self.settings.hinge_bound
+        (hinge * learning).sum().backward()
+        for head, learns in zip(heads.heads, learning.tolist(), strict=True):
+            if not learns:  # Adam would go on by what it remembers
+                for parameter in head.parameters():
+                    parameter.grad = None
+        update(optimizer)
+        return {f"hinge_{stride}": loss for stride, loss in zip((4, 8, 16, 32), losses, strict=True)}
+
+    def _generator_step(
+        self, fakes: Tensor, maps_fake: list[Tensor], encoded: Tensor, kl: Tensor | None
+    ) -> dict[str, Tensor]:
         discriminator = self.networks["discriminator"]
         trained = [self.optimizers[name] for name in ("generator", "encoder") if name in self.optimizers]
         for optimizer in trained:
             optimizer.zero_grad(set_to_none=True)
-        discriminator.requires_grad_(False)
-        encoded = self._encoded_share(reals)
-        z_encoded, kl = self._encode(encoded, rng) if len(encoded) else (None, None)
-        fakes = self._generate(len(reals), rng, z_encoded)
-        maps = discriminator.features(fakes, self.dtype)
+        judges = [self.networks[name] for name in ("discriminator", "heads") if name in self.networks]
+        for judge in judges:
+            judge.requires_grad_(False)
+        maps = discriminator.features(self._coarse(fakes), self.dtype)
         loss = F.softplus(-discriminator.judge(maps[-1])).mean()
         metrics = {"loss_g": loss.detach()}
+        if maps_fake:
+            verdict = -self.networks["heads"](maps_fake).mean()
+            loss = loss + self.settings.projected * 0.5**self.num_rollbacks * verdict
+            metrics["loss_heads"] = verdict.detach()
         if kl is not None:
             shared = [m[: len(encoded)] for m in maps]
             reconstruction, more = self._reconstruction(fakes[: len(encoded)], shared, encoded, kl)
             loss, metrics = loss + reconstruction, metrics | more
         loss.backward()
-        discriminator.requires_grad_(True)
+        for judge in judges:
+            judge.requires_grad_(True)
         for optimizer in trained:
             update(optimizer)
         return metrics

@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
+from handsoff_stream.datasets.rendered_faces import RenderedFaces
+from handsoff_stream.generators import load_generator
+from handsoff_stream.generators.layers import filter_fir, fir_kernel
+from handsoff_stream.generators.stylegan2 import StyleGAN2
+from recipes.faces.discriminator import Discriminator, Encoder, grow, minibatch_standard_deviation
+from recipes.faces.gan_losses import average, feature_distance, pyramid_distance
+from recipes.faces.gan_networks import Settings
+from recipes.faces.gan_trainer import Trainer
+from recipes.faces.generator_images import ImageArray, ImageFolder, RandomOrder, open_data
 
-from discriminator import Discriminator, Encoder, grow, minibatch_standard_deviation  # noqa: E402
-from gan_trainer import Settings, Trainer, average, feature_distance, pyramid_distance  # noqa: E402
-from generator_images import ImageArray, ImageFolder, RandomOrder, open_data  # noqa: E402
-
-from handsoff_stream.datasets.rendered_faces import RenderedFaces  # noqa: E402
-from handsoff_stream.generators import load_generator  # noqa: E402
-from handsoff_stream.generators.layers import filter_fir, fir_kernel  # noqa: E402
-from handsoff_stream.generators.stylegan2 import StyleGAN2  # noqa: E402
+ROOT = Path(__file__).parents[2]
+MODULE = "recipes.faces.train_generator"
 
 
 def settings(**changes) -> Settings:
@@ -275,9 +276,11 @@ def test_two_processes_on_different_images_hold_the_same_weights(tmp_path):
 def test_torchrun_trains_what_one_process_resumes_and_sigterm_stops_after_a_step(tmp_path):
     options = ["--resolution", "16", "--batch", "4", "--channels", "8", "7", "6", "--z-dim", "8", "--workers", "0"]
     options += ["--mapping-layers", "2", "--sheet-every", "8", "--device", "cpu"]
-    script = [str(EXAMPLES / "train_generator.py"), str(tmp_path / "run"), *options]
+    script = ["-m", MODULE, str(tmp_path / "run"), *options]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
-    running = subprocess.Popen([*launcher, "--images", "1000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running = subprocess.Popen(
+        [*launcher, "--images", "1000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
     log = tmp_path / "run" / "metrics.jsonl"
     while not (log.exists() and log.read_text().count("\n") >= 2):
         assert running.poll() is None, running.communicate()
@@ -287,15 +290,18 @@ def test_torchrun_trains_what_one_process_resumes_and_sigterm_stops_after_a_step
     (images, steps, _) = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["position"]
     assert images == 4 * steps > 64
     command = [sys.executable, *script, "--images", str(images + 4)]
-    assert f"resuming at {images} images" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert (
+        f"resuming at {images} images"
+        in subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    )
 
 
 def test_the_script_trains_resumes_and_writes_a_generator_that_loads(tmp_path):
     def run(images):
-        command = [sys.executable, str(EXAMPLES / "train_generator.py"), str(tmp_path / "run"), "--resolution", "16"]
+        command = [sys.executable, "-m", MODULE, str(tmp_path / "run"), "--resolution", "16"]
         command += ["--images", str(images), "--batch", "4", "--channels", "8", "7", "6", "--z-dim", "8"]
         command += ["--mapping-layers", "2", "--workers", "0", "--sheet-every", "8", "--device", "cpu"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
     run(16)
     assert "resuming at 16 images" in run(24)
@@ -306,9 +312,10 @@ def test_the_script_trains_resumes_and_writes_a_generator_that_loads(tmp_path):
     assert rows and {"images", "loss_d", "loss_g"} <= rows[0].keys()
 
 
+@pytest.mark.parametrize("varied", [False, True])
 @pytest.mark.parametrize("rare", [0.0, 1.0])
-def test_rendered_faces_wear_glasses_and_hats_as_often_as_asked(rare):
-    images = open_data(None, 16, rare=rare)
-    wanted = RenderedFaces("generator", num_images=5, size=16, glasses=rare, hat=rare)
+def test_rendered_faces_wear_glasses_and_hats_as_often_as_asked(rare, varied):
+    images = open_data(None, 16, rare=rare, varied=varied)
+    wanted = RenderedFaces("generator", num_images=5, size=16, glasses=rare, hat=rare, varied=varied)
     for i in range(5):
         assert torch.equal(images[i], wanted[i][0].mul(255).round().to(torch.uint8))

@@ -58,8 +58,10 @@ class ImageFolder(Dataset[Tensor]):
 class Renders(Dataset[Tensor]):
     """The generator-training split of the embedded domain; `rare`: probability of glasses, and of a hat."""
 
-    def __init__(self, resolution: int, rare: float):
-        self.faces = RenderedFaces("generator", num_images=RENDERED_IMAGES, size=resolution, glasses=rare, hat=rare)
+    def __init__(self, resolution: int, rare: float, varied: bool):
+        self.faces = RenderedFaces(
+            "generator", num_images=RENDERED_IMAGES, size=resolution, glasses=rare, hat=rare, varied=varied
+        )
 
     def __len__(self) -> int:
         return len(self.faces)
@@ -88,9 +90,9 @@ class RandomOrder(Sampler[int]):
                 yield int(index)
 
 
-def open_data(data: str | None, resolution: int, *, rare: float) -> Dataset[Tensor]:
+def open_data(data: str | None, resolution: int, *, rare: float, varied: bool) -> Dataset[Tensor]:
     """Rendered faces (see `Renders`) if `data` is None, else a `.npy` array (of any resolution) or a folder."""
     if data is None:
-        return Renders(resolution, rare)
+        return Renders(resolution, rare, varied)
     path = Path(data)
     return ImageArray(path) if path.suffix == ".npy" else ImageFolder(path, resolution)

@@ -1,7 +1,7 @@
 """Make the checkpoint named `faces`: a trained generator => 16 labelled renders inverted, fitted, calibrated.
 
-    python examples/train_generator.py runs/faces --autoencode 30
-    python examples/fit_faces.py runs/faces handsoff_stream/assets/faces.safetensors
+    python -m recipes.faces.train_generator runs/faces --autoencode 30
+    python -m recipes.faces.fit_faces runs/faces handsoff_stream/assets/faces.safetensors
 
 A script like this one is what you would write for labelled images that are not files; for folders there is
 `handsoff-stream fit`. Where that has LPIPS and a ReStyle encoder, here are the networks that were trained together with
@@ -14,8 +14,6 @@ import json
 from pathlib import Path
 
 import torch
-from discriminator import Discriminator
-from gan_trainer import Settings, build
 from torch import Tensor
 
 from handsoff_stream import load_checkpoint
@@ -34,6 +32,8 @@ from handsoff_stream.fitting.from_files import save_calibrated
 from handsoff_stream.generators import Generator
 from handsoff_stream.provenance import sha256
 from handsoff_stream.tasks import Segmentation
+from recipes.faces.discriminator import Discriminator
+from recipes.faces.gan_networks import Settings, build
 
 
 class TrainedDistance(Perceptual):

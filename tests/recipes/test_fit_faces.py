@@ -7,26 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
+from handsoff_stream import HandsOffStream, load_checkpoint
+from recipes.faces.discriminator import Discriminator
+from recipes.faces.fit_faces import TrainedDistance, open_run
+from recipes.faces.gan_losses import feature_distance, pyramid_distance
 
-from discriminator import Discriminator  # noqa: E402
-from fit_faces import TrainedDistance, open_run  # noqa: E402
-from gan_trainer import feature_distance, pyramid_distance  # noqa: E402
-
-from handsoff_stream import HandsOffStream, load_checkpoint  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 def script(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments), "--device", "cpu"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", f"recipes.faces.{name}", *map(str, arguments), "--device", "cpu"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "faces"
     size = ("--resolution", 16, "--channels", 8, 7, 6, "--z-dim", 8, "--mapping-layers", 2)
-    script("train_generator.py", folder, *size, "--images", 8, "--batch", 4, "--autoencode", 10, "--workers", 0)
+    script("train_generator", folder, *size, "--images", 8, "--batch", 4, "--autoencode", 10, "--workers", 0)
     return folder
 
 
@@ -49,7 +47,7 @@ def test_another_discriminator_is_another_distance():
 def test_a_run_becomes_a_checkpoint_that_streams_and_tells_its_history(run, tmp_path):
     out = tmp_path / "faces.safetensors"
     text = script(
-        "fit_faces.py",
+        "fit_faces",
         run,
         out,
         "--num-labelled",
