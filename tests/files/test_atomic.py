@@ -1,8 +1,12 @@
 """A file is whole or not there; what stood before stays until the new one is whole, whatever fails."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -86,13 +90,31 @@ def test_names_that_are_too_long_are_refused_before_the_work(tmp_path):
     write_file(tmp_path / ("x" * MAX_FILE_NAME), b"new")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_found_before_the_work(tmp_path):
-    tmp_path.chmod(0o500)
-    for check in (lambda: check_file(tmp_path / "a" / "b"), lambda: check_folder(tmp_path / "a")):
-        with pytest.raises(OutputError, match="permission denied"):
-            check()
-    tmp_path.chmod(0o700)
+def refused_to_nobody(check: str, folder: str) -> str:
+    """What a check says to a user without privileges; root may write everywhere."""
+    code = f"""
+import os
+from handsoff_stream.files.atomic import check_file, check_folder, write_file
+if os.geteuid() == 0:
+    os.setuid(65534)
+try:
+    {check}
+except OSError as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    return done.stdout + done.stderr
+
+
+def test_a_folder_without_permission_is_found_before_the_work():
+    folder = tempfile.mkdtemp()  # tmp_path lies in a folder that only its owner enters
+    try:
+        Path(folder).chmod(0o555)
+        for check in ("check_file('a/b')", "check_folder('a')", "write_file('a', b'new')"):
+            said = refused_to_nobody(check, folder)
+            assert said.startswith("OutputError") and "permission denied" in said
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_a_file_in_the_place_of_a_folder_is_found_before_the_work(path):
@@ -190,20 +212,22 @@ with {block} as place:
 """
 
 
-def holding(block: str) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", HOLD.format(block=block)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "there\n"
-    return process
+@contextmanager
+def holding(block: str) -> Iterator[None]:
+    """Another process inside the block; it is killed there."""
+    command = [sys.executable, "-c", HOLD.format(block=block)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "there\n"
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(path):
-    process = holding(f"whole_file({str(path)!r})")
-    try:
+    with holding(f"whole_file({str(path)!r})"):
         write_file(path, b"mine")
         assert len(list(path.parent.iterdir())) == 2  # the other's hidden file is in use
-    finally:
-        process.kill()
-        process.wait()
     assert len(list(path.parent.iterdir())) == 2
     write_file(path, b"again")
     assert list(path.parent.iterdir()) == [path] and path.read_bytes() == b"again"
@@ -217,13 +241,9 @@ def test_a_file_of_a_similar_name_is_no_leftover(tmp_path):
 
 def test_the_second_writer_of_a_folder_is_told_and_a_killed_one_holds_nothing(tmp_path):
     folder = tmp_path / "new" / "folder"
-    process = holding(f"locked_folder({str(folder)!r})")
-    try:
+    with holding(f"locked_folder({str(folder)!r})"):
         with pytest.raises(OutputError, match="another process is writing to it"), locked_folder(folder):
             raise AssertionError("the block must not begin")
-    finally:
-        process.kill()
-        process.wait()
     with locked_folder(folder) as mine:
         assert mine == folder and not list(folder.iterdir())
     with pytest.raises(KeyError), locked_folder(folder):
