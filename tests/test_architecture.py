@@ -21,7 +21,7 @@ LAYERS = [
     {"checkpoint", "state"},
     {"dealing", "labeller", "source"},
     {"passing", "synthesizer"},
-    {"resuming"},
+    {"graphs", "resuming"},
     {"stream"},
     {"config", "downstream", "inspect", "outlets", "preview"},
     {"fitting"},
@@ -162,10 +162,10 @@ def test_optional_packages_are_imported_in_their_own_rooms_only():
             assert room(path) in allowed.get(name, set()), f"{path} imports {name}"
 
 
-def test_only_prefetch_and_batch_name_cuda_streams():
+def test_only_prefetch_batch_and_graphs_name_cuda_streams():
     for path in FILES:
         if "torch.cuda.Stream" in path.read_text() or "torch.cuda.current_stream" in path.read_text():
-            assert path.name in {"prefetch.py", "batch.py"}, path
+            assert path.name in {"batch.py", "graphs.py", "prefetch.py"}, path
 
 
 def test_importing_the_package_loads_no_optional_package():

@@ -2,7 +2,8 @@
 
 import sys
 
-from benchmarks.gpu.command import main
-
 if __name__ == "__main__":
+    # Not above: fresh processes import this file again, and need nothing of it.
+    from benchmarks.gpu.command import main
+
     sys.exit(main())

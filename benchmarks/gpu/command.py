@@ -9,16 +9,14 @@ what was found. `python -m benchmarks.gpu.collect DIR/part<N>.json` copies the r
 """
 
 import argparse
-import signal
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.gpu.parts import PARTS, steps_of
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.steps import Cut, Outcome, run_step
+from benchmarks.gpu.steps import Stop, run_step
 
 RESERVE_S = 10.0
 """For ending the last step and writing the files."""
@@ -26,33 +24,21 @@ LEAST_S = 5.0
 """A step with less time than this is not begun."""
 
 
-def run_part(part: int, args: argparse.Namespace) -> bool:
+def run_part(part: int, args: argparse.Namespace, stop: Stop) -> bool:
     """Run one part and print its summary; whether every step is done or cannot run here."""
     deadline = time.monotonic() + 60 * args.minutes - RESERVE_S
     steps = steps_of(part, minutes=args.minutes, out=args.out, dry_run=args.dry_run)
     record = Record(part, steps, args.device, args.out)
     record.write()
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            for step in steps:
-                left = deadline - time.monotonic()
-                if record.is_done(step) or left < LEAST_S:
-                    continue
-                print(f"--- {step.name}, at most {min(left, step.limit_s):.0f} s", flush=True)
-                began = time.monotonic()
-                try:
-                    record.add(step, run_step(step, device=args.device, seconds=left, folder=Path(folder)))
-                except (Cut, KeyboardInterrupt):
-                    taken = round(time.monotonic() - began, 1)
-                    record.add(step, Outcome("cut", taken, None, "the part was asked to stop"))
-                    raise
-        finally:
-            print(record.summary(), flush=True)
+        for step in steps:
+            left = deadline - time.monotonic()
+            if stop.asked or record.is_done(step) or left < LEAST_S:
+                continue
+            print(f"--- {step.name}, at most {min(left, step.limit_s):.0f} s", flush=True)
+            record.add(step, run_step(step, device=args.device, seconds=left, folder=Path(folder), stop=stop))
+    print(record.summary(), flush=True)
     return record.finished()
-
-
-def _stop(number: int, frame: Any) -> None:
-    raise Cut
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,9 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = options.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     args.out = args.out.resolve()
-    signal.signal(signal.SIGTERM, _stop)
-    try:
-        finished = [run_part(part, args) for part in (PARTS if args.part == "all" else [int(args.part)])]
-    except (Cut, KeyboardInterrupt):
-        return 1
+    with Stop().listening() as stop:
+        finished = [run_part(part, args, stop) for part in (PARTS if args.part == "all" else [int(args.part)])]
     return 0 if all(finished) else 1

@@ -19,6 +19,8 @@ WIDTHS = ((256, 32), (512, 256), (2048, 64))
 BATCHES = {128: 400, 256: 200, 512: 60, 1024: 40}
 """Of 8 pairs that the stream delivers; the export writes as many."""
 LOOP_CANDIDATES = {128: 40, 256: 24, 512: 12, 1024: 8}
+BLOCK = ("--option", "filter=block")
+"""Of a checkpoint with random weights, which has no scores that the rolling filter could start from."""
 TRAINER_RESERVE_S = 60.0
 """Between the end of training and the limit of its step, for loading and saving."""
 
@@ -60,7 +62,7 @@ def _correct() -> list[Step]:
 def _pairs() -> list[Step]:
     steps = []
     for size in SIZES:
-        checkpoint = ("--checkpoint", f"config-f-{size}")
+        checkpoint = ("--checkpoint", f"config-f-{size}", *BLOCK)
         amount = ("--batches", BATCHES[size], "--loop-candidates", LOOP_CANDIDATES[size])
         steps += [
             _step(f"throughput-{size}", "throughput", 150, *checkpoint, *amount),
@@ -71,7 +73,7 @@ def _pairs() -> list[Step]:
 
 def _beside_training() -> list[Step]:
     def overlap(size: int) -> Step:
-        options = ("--steps", 30, "--backbone", "resnet101", "--checkpoint", f"config-f-{size}")
+        options = ("--steps", 30, "--backbone", "resnet101", "--checkpoint", f"config-f-{size}", *BLOCK)
         return _step(f"overlap-{size}", "overlap", 130, *options)
 
     return [
@@ -109,7 +111,7 @@ def _dry(part: int, out: Path) -> list[Step]:
     trainer = "--resolution 16 --channels 8 8 8 --z-dim 8 --mapping-layers 2 --batch 4 --images 8 --workers 0"
     small: dict[int, dict[str, tuple[str, str]]] = {
         1: {
-            "gpu_tests": ("gpu.gpu_tests", f"--marker=not(gpu) --files {ROOT / 'tests' / 'test_shard.py'}"),
+            "gpu_tests": ("gpu.gpu_tests", f"--marker=not(gpu) --files {ROOT / 'tests' / 'test_uncertainty.py'}"),
             "label_head": ("label_head", f"--case {checkpoint} --repeats 1"),
         },
         2: {

@@ -4,16 +4,16 @@ Each result names the machine that it was measured on. This process does not ask
 any more. Knows results and how their kinds are shown. Does not know how they are measured.
 """
 
+import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, command
+from benchmarks.common import command
 from benchmarks.gpu.steps import Outcome, Step
 from benchmarks.report.bar_chart import Chart, svg
-from benchmarks.report.kinds import KINDS
 from benchmarks.report.rows import Presentation, Row
 from handsoff_stream.files.atomic import whole_file
 
@@ -33,6 +33,8 @@ class Record:
     def __init__(self, part: int, steps: Sequence[Step], device: str, folder: Path):
         self.path = folder / f"part{part}.json"
         self._head = {"part": part, "device": device}
+        # Imported before the first step is: each is a fork of this process, and need not import them again.
+        self._shown_as = {step.name: _presentation(step) for step in steps}
         before = json.loads(self.path.read_text())["steps"] if self.path.exists() else {}
         self._steps: dict[str, dict[str, Any]] = {
             step.name: before.get(step.name, {"state": NOT_RUN, "seconds": 0.0, "result": None, "note": ""})
@@ -52,7 +54,7 @@ class Record:
         """Write the JSON file, and the plot if there is something to draw; each is whole or not there."""
         whole = {**self._head, "command": command(), "summary": self.summary(), "steps": self._steps}
         _write_whole(self.path, json.dumps(whole, indent=1) + "\n")
-        charts = [chart for name, result in self._results() for chart in _charts(_shown_as(name), result)]
+        charts = [chart for name, result in self._results() for chart in _charts(self._shown_as[name], result)]
         if charts:
             _write_whole(self.path.with_suffix(".svg"), svg(charts))
 
@@ -64,7 +66,7 @@ class Record:
         """One line: how many steps are done, the first row of each result, and why the others are not."""
         states = [step["state"] for step in self._steps.values()]
         seconds = sum(step["seconds"] for step in self._steps.values())
-        found = [_line(_shown_as(name).rows(result)[0]) for name, result in self._results()]
+        found = [_line(self._shown_as[name].rows(result)[0]) for name, result in self._results()]
         missing = [f"{name} {step['state']}" for name, step in self._steps.items() if step["state"] != "done"]
         counted = f"part {self._head['part']}: {states.count('done')} of {len(states)} steps done in {seconds:.0f} s"
         return "; ".join([counted, *found, *missing])
@@ -73,7 +75,7 @@ class Record:
         return [(name, step["result"]) for name, step in self._steps.items() if step["result"] is not None]
 
 
-def copy_results(part: Path, folder: Path = RESULTS) -> list[Path]:
+def copy_results(part: Path, folder: Path) -> list[Path]:
     """Write each result of a part's file to a file of its own, as if its benchmark had been run alone; the paths."""
     steps = json.loads(part.read_text())["steps"]
     written = []
@@ -85,8 +87,9 @@ def copy_results(part: Path, folder: Path = RESULTS) -> list[Path]:
     return written
 
 
-def _shown_as(name: str) -> Presentation:
-    return KINDS[name.partition("-")[0]]
+def _presentation(step: Step) -> Presentation:
+    shown: Presentation = importlib.import_module(step.module).PRESENTATION
+    return shown
 
 
 def _charts(presentation: Presentation, result: dict[str, Any]) -> Sequence[Chart]:

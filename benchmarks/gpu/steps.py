@@ -13,7 +13,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -53,11 +54,28 @@ class Outcome:
     """Why it is not done, in one line."""
 
 
-class Cut(Exception):
-    """This process was asked to stop."""
+class Stop:
+    """Whether this process was asked to stop. Raising from a signal's handler would not do: within a fork it is lost."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator["Stop"]:
+        """Inside, SIGTERM and SIGINT (Ctrl-C) ask to stop, and do nothing else."""
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = [signal.signal(number, self._ask) for number in numbers]
+        try:
+            yield self
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
 
 
-def run_step(step: Step, *, device: str, seconds: float, folder: Path) -> Outcome:
+def run_step(step: Step, *, device: str, seconds: float, folder: Path, stop: Stop) -> Outcome:
     """Run a step, print what it prints, and wait for it.
 
     Args:
@@ -65,9 +83,7 @@ def run_step(step: Step, *, device: str, seconds: float, folder: Path) -> Outcom
         device: where it computes.
         seconds: that are left; the step ends after these or after its own limit.
         folder: an existing folder for what it writes.
-
-    Raises:
-        Cut: this process was asked to stop; the step is ended first.
+        stop: ends the step when it is asked to.
     """
     result = folder / f"{step.name}.json"
     arguments = (*step.arguments, "--device", device, "--name", str(folder / step.name))
@@ -77,15 +93,16 @@ def run_step(step: Step, *, device: str, seconds: float, folder: Path) -> Outcom
     limit = min(seconds, step.limit_s)
     process.start()
     try:
-        while process.is_alive() and time.monotonic() - started < limit:
+        while process.is_alive() and time.monotonic() - started < limit and not stop.asked:
             process.join(POLL_SECONDS)
-    finally:
         in_time = not process.is_alive()
+    finally:
         _end(process)
     taken = round(time.monotonic() - started, 1)
     found = json.loads(result.read_text()) if result.exists() else None
     if not in_time:
-        return Outcome("cut", taken, found, f"ended after its limit of {limit:.0f} s")
+        why = "asked to stop" if stop.asked else f"ended after its limit of {limit:.0f} s"
+        return Outcome("cut", taken, found, why)
     if process.exitcode == SKIPPED:
         return Outcome("skipped", taken, None, "it cannot run here; the output says why")
     if process.exitcode != 0 or found is None:
@@ -96,6 +113,7 @@ def run_step(step: Step, *, device: str, seconds: float, folder: Path) -> Outcom
 def _child(module: str, arguments: Sequence[str]) -> None:
     os.setsid()  # a group of its own, so that all it starts can be ended with it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     benchmark: Any = importlib.import_module(module)
     sys.argv = [str(benchmark.__file__), *arguments]
     try:

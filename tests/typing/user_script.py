@@ -34,7 +34,7 @@ def train_on_samples(model: nn.Module, device: torch.device) -> float:
         score="sum",
         precision="exact",
         kernel="torch",
-        num_samples=1000,
+        epoch_size=1000,
         shard=Shard(0, 2),
     )
     total = 0.0
