@@ -83,6 +83,7 @@ def run(write: Callable[[Path], None], folder: Path, seconds: float | None = Non
 def kill_often(name: str, folder: Path, kills: int, seed: int) -> int:
     """Kill runs at random moments until so many were killed; returns how many folders came to their end meanwhile."""
     write, rng = WRITERS[name], random.Random(seed)
+    write(folder / "first")  # here, so that the children find everything imported
     started = time.monotonic()
     assert run(write, folder / "whole") == 0
     longest = time.monotonic() - started
