@@ -55,7 +55,7 @@ class Outcome:
 
 
 class Stop:
-    """Whether this process was asked to stop. Raising from a signal's handler would not do: within a fork it is lost."""
+    """Whether this process was asked to stop. Raising from a signal handler would not do: within a fork it is lost."""
 
     def __init__(self) -> None:
         self.asked = False
