@@ -99,7 +99,7 @@ def run_demo(
         transforms=ordinary_augmentation(),
     )
     test = RenderedFaces("test", num_images=test_images, size=size)
-    console.print(f"\n[bold]1.[/bold] {budget.steps} steps on pairs synthesised and labelled while the network trains")
+    console.print(f"\n[bold]1.[/bold] {budget.steps} steps on pairs synthesized and labelled while the network trains")
     on_stream, stream_report = _train_and_score(budget, stream, test, seed, chosen, console)
     rejected = stream.rejected / (stream.accepted + stream.rejected)
     console.print(

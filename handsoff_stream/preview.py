@@ -96,7 +96,7 @@ def preview_sheet(
         truncation: psi; None means the checkpoint's own.
         score: "top10_mean" or "sum".
         percentile: in (0, 100].
-        device: where to synthesise; None means CUDA if there is one.
+        device: where to synthesize; None means CUDA if there is one.
 
     Returns:
         What was drawn, in order.
@@ -177,11 +177,11 @@ def _pixels(image_3HW: Tensor) -> Pixels:
     return image_3HW.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
-# Colours ---------------------------------------------------------------------------------------------------------
+# Colors ---------------------------------------------------------------------------------------------------------
 
 
 def heat_table() -> Pixels:
-    """256 colours for 0 to 1, uint8 [256, 3], piecewise linear between the anchors."""
+    """256 colors for 0 to 1, uint8 [256, 3], piecewise linear between the anchors."""
     anchors = np.array(HEAT_ANCHORS, dtype=np.float64)
     position = np.linspace(0, len(anchors) - 1, 256)
     channels = [np.interp(position, np.arange(len(anchors)), anchors[:, c]) for c in range(3)]
@@ -189,13 +189,13 @@ def heat_table() -> Pixels:
 
 
 def heat_map(values_HW: NDArray[np.float32], top: float) -> Pixels:
-    """Colours of values in [0, top], uint8 [H, W, 3]; larger values get the last colour."""
+    """Colors of values in [0, top], uint8 [H, W, 3]; larger values get the last color."""
     scaled = np.clip(values_HW / max(top, 1e-12), 0, 1) * 255
     return heat_table()[scaled.round().astype(np.int64)]
 
 
 def overlay(image_HW3: Pixels, label_HW: NDArray[Any], palette: Sequence[tuple[int, ...]]) -> Pixels:
-    """The label's colours over the image, uint8 [H, W, 3]."""
+    """The label's colors over the image, uint8 [H, W, 3]."""
     colors = np.array(palette, dtype=np.float64)[label_HW]
     return ((1 - OPACITY) * image_HW3 + OPACITY * colors).round().astype(np.uint8)
 
@@ -251,7 +251,7 @@ def _draw_sample(
 
 
 def _legend(task: Segmentation, width: int, top: float) -> Image.Image:
-    """Class colours with their names, wrapped to `width`, and the colour scale of the uncertainty."""
+    """Class colors with their names, wrapped to `width`, and the color scale of the uncertainty."""
     font, swatch = _font(), TEXT
     places: list[tuple[int, int]] = []
     x = y = 0

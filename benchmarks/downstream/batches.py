@@ -47,7 +47,7 @@ class Experiment:
     size: int
     """Pixels a side."""
     varied: bool
-    """Of the varied faces, which the checkpoint's generator must have learnt."""
+    """Of the varied faces, which the checkpoint's generator must have learned."""
     backbone: str
     pretrained: bool
     steps: int

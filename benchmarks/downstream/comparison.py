@@ -4,12 +4,12 @@
     python -m benchmarks.downstream --steps 1000 --seeds 0 1 2 --from-scratch --name downstream-scratch
     python -m benchmarks.downstream --arms labelled unlimited --classes fine --varied --name downstream-gap
 
-Each arm gets the same network, steps, batch size, optimiser, rate and augmentation; all are scored once, at the end, on
+Each arm gets the same network, steps, batch size, optimizer, rate and augmentation; all are scored once, at the end, on
 the same rendered test faces, which no training saw. Whatever is chosen is chosen on validation faces (`--curve`).
 
     transfer              the labelled images; the ImageNet backbone is frozen, the head is trained
     labelled              the labelled images; everything is fine-tuned: the strong baseline
-    stream                an endless stream of synthesised pairs
+    stream                an endless stream of synthesized pairs
     mixed                 half of each batch from `stream`, half from `labelled`
     stream-then-labelled  `stream`, and for the last fifth `labelled` at a tenth of the rate
     datasetgan            as `stream`, from a label generator fitted on as many samples of the same generator, which

@@ -1,6 +1,6 @@
 """DeepLabV3 as the network that is trained on the stream: torchvision's, or `efficientnet`'s small one.
 
-Takes images in [0, 1] and normalises them itself, so that a stream, a folder and a camera feed it alike. Knows the
+Takes images in [0, 1] and normalizes them itself, so that a stream, a folder and a camera feed it alike. Knows the
 networks by name and where their ImageNet weights lie; never starts a download. Does not know losses, data or labels.
 
 HandsOff (section 4.1) names a "ResNet151" backbone, which does not exist; its published code uses ResNet-101.
@@ -86,7 +86,7 @@ BACKBONES: dict[str, Backbone] = {
 
 
 class DeepLab(nn.Module):
-    """A segmentation network with its normalisation in front and its logits taken out of the dict."""
+    """A segmentation network with its normalization in front and its logits taken out of the dict."""
 
     def __init__(self, network: nn.Module, num_classes: int):
         super().__init__()
@@ -98,8 +98,8 @@ class DeepLab(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Images float32 [B, 3, H, W] in [0, 1] => logits [B, K, H, W]. Training needs B >= 2 (BatchNorm)."""
-        normalised = (images_BCHW - self.get_buffer("mean")) / self.get_buffer("std")
-        logits: Tensor = self.network(normalised)["out"]
+        normalized = (images_BCHW - self.get_buffer("mean")) / self.get_buffer("std")
+        logits: Tensor = self.network(normalized)["out"]
         return logits
 
     def freeze_backbone(self) -> None:
@@ -185,7 +185,7 @@ def _load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], path: Path)
 
 def _use_short_memory(network: nn.Module) -> None:
     # MobileNetV3's BatchNorm momentum of 0.01 is made for ImageNet schedules: after 100 steps from random weights its
-    # statistics are still mostly those of initialisation, and the network, in evaluation, predicts background alone.
+    # statistics are still mostly those of initialization, and the network, in evaluation, predicts background alone.
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = SCRATCH_BATCH_NORM_MOMENTUM

@@ -61,7 +61,7 @@ class EfficientNetDeepLab(nn.Module):
         self.classifier: nn.Module = SegmentationHead(DECODER_CHANNELS, num_classes, kernel_size=1, upsampling=4)
 
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """Normalised images float32 [B, 3, H, W], H and W multiples of 16 => {"out": logits [B, K, H, W]}.
+        """Normalized images float32 [B, 3, H, W], H and W multiples of 16 => {"out": logits [B, K, H, W]}.
 
         Raises:
             ValueError: images of another size.

@@ -17,7 +17,7 @@ from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.class_ids import IGNORE_INDEX
 from handsoff_stream.transforms import JointTransform
 
-GREY = 0.5
+GRAY = 0.5
 OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
@@ -59,9 +59,9 @@ def mirrored_ids(class_names: Sequence[str]) -> Tensor:
 
 
 def ordinary_augmentation(class_names: Sequence[str] = ()) -> Callable[..., Any]:
-    """Flip, rotation up to 10 degrees, translation up to 10 %, scale 0.8 to 1.25, and colour jitter.
+    """Flip, rotation up to 10 degrees, translation up to 10 %, scale 0.8 to 1.25, and color jitter.
 
-    Joint on image and label; what lies outside the image becomes grey in the image and unlabelled in the label.
+    Joint on image and label; what lies outside the image becomes gray in the image and unlabelled in the label.
 
     Args:
         class_names: name of each class, for those of the left and the right side: see `RandomMirror`.
@@ -74,7 +74,7 @@ def ordinary_augmentation(class_names: Sequence[str] = ()) -> Callable[..., Any]
                 translate=(0.1, 0.1),
                 scale=(0.8, 1.25),
                 interpolation=InterpolationMode.BILINEAR,
-                fill={tv_tensors.Image: GREY, tv_tensors.Mask: IGNORE_INDEX},
+                fill={tv_tensors.Image: GRAY, tv_tensors.Mask: IGNORE_INDEX},
             ),
             v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05),
         ]

@@ -1,6 +1,6 @@
 """Train a segmentation network on anything that yields (images, labels), and score it on a set it has not seen.
 
-Knows modules, batches and optimisers. Does not know where batches come from: a `DataLoader` over a `HandsOffStream`,
+Knows modules, batches and optimizers. Does not know where batches come from: a `DataLoader` over a `HandsOffStream`,
 the stream itself with `batch_size=n`, or a loader over a handful of labelled images. The budget is a number of steps,
 so that an endless stream and sixteen images can be given the same.
 """
@@ -62,7 +62,7 @@ def train_segmentation(
         model: images [B, 3, H, W] => logits [B, K, H, W].
         batches: (images, labels) pairs; run through again when they end before `steps`. A batch smaller than the
             first is dropped, as the last one of an epoch is: BatchNorm suffers from it and fails on one image.
-        steps: optimiser steps.
+        steps: optimizer steps.
         lr: learning rate, at its highest.
         schedule: "constant", or "cosine" down to zero at the end.
         warmup: steps over which the learning rate first rises linearly.

@@ -129,27 +129,27 @@ def grow(old: Trunk, new: Trunk) -> None:
     """Make `new`, of twice the resolution, compute what `old` computes on the image blurred and halved.
 
     All of `old` is kept but its first layer, which moves into the new block's down-sampling convolution. What stands
-    before it passes the colours on as pairs (c, -c), since lrelu(c) - lrelu(-c) = 1.2 c is linear; everything else in
+    before it passes the colors on as pairs (c, -c), since lrelu(c) - lrelu(-c) = 1.2 c is linear; everything else in
     the new block begins at zero where it would disturb. Without this the old blocks would see noise, and a generator
     that has learned its trade would meet a judge that has forgotten his.
     """
     if len(new.from_rgb.weight) < 6:
         raise ValueError(
-            f"{len(new.from_rgb.weight)} channels at the finest resolution cannot pass on 3 colours as pairs"
+            f"{len(new.from_rgb.weight)} channels at the finest resolution cannot pass on 3 colors as pairs"
         )
     state = old.state_dict()
     new.load_state_dict({k: v for k, v in state.items() if not k.startswith("from_rgb")}, strict=False)
     first, finest, block = cast(Any, old.from_rgb), cast(Any, new.from_rgb), cast(Any, new.blocks[len(old.blocks)])
     eye = torch.eye(3)
-    pairs = torch.cat([eye, -eye])  # [6, 3]: colours => their pairs
-    undo = pairs.T / ((1 + LEAKY_SLOPE) * math.sqrt(2.0))  # [3, 6]: activated pairs => colours
+    pairs = torch.cat([eye, -eye])  # [6, 3]: colors => their pairs
+    undo = pairs.T / ((1 + LEAKY_SLOPE) * math.sqrt(2.0))  # [3, 6]: activated pairs => colors
     for layer in (finest, block.conv, block.down):
         layer.bias.zero_()
     finest.weight[:6, :, 0, 0] = pairs / finest.gain
     block.conv.weight[:6] = 0
     block.conv.weight[:6, :6, 1, 1] = pairs @ undo / block.conv.gain
     block.down.weight.zero_()
-    colours = first.weight[:, :, 0, 0] * first.gain
-    block.down.weight[:, :6, 1, 1] = math.sqrt(2.0) * colours @ undo / block.down.gain
+    colors = first.weight[:, :, 0, 0] * first.gain
+    block.down.weight[:, :6, 1, 1] = math.sqrt(2.0) * colors @ undo / block.down.gain
     block.down.bias.copy_(math.sqrt(2.0) * first.bias)
     block.skip.weight.zero_()

@@ -37,9 +37,9 @@ from recipes.faces.gan_networks import Settings, build
 
 
 class TrainedDistance(Perceptual):
-    """The distance that the trainer's encoder learnt by: pixels at four scales, and the discriminator's features.
+    """The distance that the trainer's encoder learned by: pixels at four scales, and the discriminator's features.
 
-    VAE/GAN (Larsen et al., ICML 2016), section 2.3. LPIPS without trained weights sees outlines and colours; a
+    VAE/GAN (Larsen et al., ICML 2016), section 2.3. LPIPS without trained weights sees outlines and colors; a
     discriminator of the domain has had to learn eyes and noses.
 
     Args:

@@ -75,7 +75,7 @@ def build(settings: Settings, resolution: int) -> dict[str, Any]:
 
 
 def optimizers(networks: dict[str, Any], settings: Settings) -> dict[str, torch.optim.Adam]:
-    """Adam for each; the discriminator's is rescaled for lazy regularisation (SG2, appendix B).
+    """Adam for each; the discriminator's is rescaled for lazy regularization (SG2, appendix B).
 
     Momentum is bad for opponents, and needed to learn codes: without it the reconstruction hardly improved.
     """

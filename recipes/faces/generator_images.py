@@ -35,7 +35,7 @@ class ImageArray(Dataset[Tensor]):
 
 
 class ImageFolder(Dataset[Tensor]):
-    """Every image below a folder, centre-cropped to a square and resized."""
+    """Every image below a folder, center-cropped to a square and resized."""
 
     def __init__(self, folder: Path, resolution: int):
         self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)

@@ -93,7 +93,7 @@ class RandomProjection(nn.Module):
 
 
 def head(width: int, size: int) -> nn.Sequential:
-    """Map [B, width, size, size] => logits [B, 1, 1, 1]: spectrally normalised, halved until 4 x 4 are left."""
+    """Map [B, width, size, size] => logits [B, 1, 1, 1]: spectrally normalized, halved until 4 x 4 are left."""
     layers: list[nn.Module] = []
     while size > 4:
         layers += [spectral_norm(nn.Conv2d(width, width, 4, 2, 1)), nn.GroupNorm(4, width), nn.LeakyReLU(0.2)]

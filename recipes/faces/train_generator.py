@@ -10,7 +10,7 @@ OUT/state.pt. OUT also gets metrics.jsonl, a sample sheet per `--sheet-every` im
 handsoff_stream reads. Under torchrun the processes share each batch: on GPUs, or on a CPU's cores (OMP_NUM_THREADS=1).
 `--stages 32:60000 64:200000 128:400000` trains at low resolutions first; growing changes neither image nor verdict.
 `--autoencode 30` adds an encoder and asks that real images come out of their own codes (VAE/GAN, Larsen et al., ICML
-2016): where compute is short, samples vary more. Left out: path length regularisation and adaptive
+2016): where compute is short, samples vary more. Left out: path length regularization and adaptive
 augmentation (a folder of fewer than some 10,000 images will overfit).
 """
 

@@ -1,9 +1,9 @@
-"""What the camera sees: a depth buffer of samples with labels and colours, and the light that shades them.
+"""What the camera sees: a depth buffer of samples with labels and colors, and the light that shades them.
 
 Knows: depth testing, one directional light, supersampling, how samples become pixels. It does not know shapes
 (`raycast`), nor what a label means.
 
-Arrays are float32, colours linear. Letters: P hit samples, S all samples of the frame (row-major), 3 the axes
+Arrays are float32, colors linear. Letters: P hit samples, S all samples of the frame (row-major), 3 the axes
 x, y, z or the channels R, G, B.
 """
 
@@ -23,11 +23,11 @@ class Light:
     """A directional light, unit `direction` pointing to it, over a sky-and-ground ambient."""
 
     direction: Array
-    colour: Array
+    color: Array
     ambient: Array
 
     def shade(self, normals_3P: Array, albedo_3P: Array, gloss_P: float | Array, exposure_P: float | Array) -> Array:
-        """Linear colour [3, P]; `exposure` in [0, 1] dims the key light fully and the ambient by half."""
+        """Linear color [3, P]; `exposure` in [0, 1] dims the key light fully and the ambient by half."""
         half = self.direction + np.array([0, 0, 1], np.float32)
         half /= np.linalg.norm(half)
         facing = self.direction @ normals_3P
@@ -39,19 +39,19 @@ class Light:
         for _ in range(4):
             shine *= shine
         shine *= gloss_P * exposure_P
-        lit = self.colour[:, None] * diffuse + self.ambient[:, None] * sky
-        return np.asarray(albedo_3P * lit + self.colour[:, None] * shine, np.float32)
+        lit = self.color[:, None] * diffuse + self.ambient[:, None] * sky
+        return np.asarray(albedo_3P * lit + self.color[:, None] * shine, np.float32)
 
 
 class Canvas:
-    """What the camera sees, sample by sample: depth, label and linear colour."""
+    """What the camera sees, sample by sample: depth, label and linear color."""
 
     def __init__(self, camera: Camera, light: Light) -> None:
         samples = camera.side**2
         self.camera, self.light = camera, light
         self.z = np.full(samples, MISS, np.float32)
         self.label = np.zeros(samples, np.uint8)
-        self.colour = np.zeros((3, samples), np.float32)
+        self.color = np.zeros((3, samples), np.float32)
 
     def draw(
         self,
@@ -67,22 +67,22 @@ class Canvas:
         index = hits.index[nearer]
         self.z[index] = hits.points[2].take(nearer)
         self.label[index] = label[nearer] if isinstance(label, np.ndarray) else label
-        colour = self.light.shade(
+        color = self.light.shade(
             hits.normals.take(nearer, 1),
             albedo[:, None] if albedo.ndim == 1 else albedo.take(nearer, 1),
             gloss[nearer] if isinstance(gloss, np.ndarray) else gloss,
             exposure[nearer] if isinstance(exposure, np.ndarray) else exposure,
         )
-        colour *= 1.3 / (1 + 0.45 * colour)  # highlights roll off instead of clipping
-        for channel, values in zip(self.colour, colour, strict=True):
+        color *= 1.3 / (1 + 0.45 * color)  # highlights roll off instead of clipping
+        for channel, values in zip(self.color, color, strict=True):
             channel[index] = values
 
     def image(self, background: Array) -> NDArray[np.uint8]:
         """uint8 [H, W, 3], gamma 2; `background` is linear [H, W, 3] and shows where rays hit nothing."""
         size = self.camera.size
         cover = pool((self.z > MISS / 2).astype(np.float32), size).mean(0)
-        colour = np.stack([pool(np.minimum(channel, 1), size).mean(0) for channel in self.colour], -1)
-        linear = np.clip(colour + background * (1 - cover)[..., None], 0, 1)
+        color = np.stack([pool(np.minimum(channel, 1), size).mean(0) for channel in self.color], -1)
+        linear = np.clip(color + background * (1 - cover)[..., None], 0, 1)
         return np.asarray(np.sqrt(linear) * 255 + 0.5).astype(np.uint8)
 
     def mask(self, class_of_label: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -36,7 +36,7 @@ LANDMARK_NAMES: tuple[str, ...] = (
 SPLIT_SIZE = 2**32
 SPLITS: dict[str, int] = {name: i * SPLIT_SIZE for i, name in enumerate(("train", "validation", "test", "generator"))}
 NATURAL_RATE, VARIED_RATE = 0.05, 0.10  # of faces that wear glasses, and of those that wear a hat
-CAMERA_DISTANCE = 4.0  # from the camera's plane to the centre of the head, in head radii
+CAMERA_DISTANCE = 4.0  # from the camera's plane to the center of the head, in head radii
 
 Transforms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -62,11 +62,11 @@ class RenderedFace:
 
     image: uint8 [H, W, 3]. mask: uint8 [H, W], ids into `CLASS_NAMES`. parts: uint8 [H, W], ids into
     `FINE_CLASS_NAMES`; `CLASS_OF_PART[parts]` is the mask.
-    landmarks: float32 [5, 2], pixel (x, y), pixel centres at integers; left and right are those of the
+    landmarks: float32 [5, 2], pixel (x, y), pixel centers at integers; left and right are those of the
     image, in a frontal view.
     visible: bool [5], false where a landmark is outside the picture or turned away behind the head itself;
     hair, hats and glasses do not hide it.
-    depth: float32 [H, W], distance from the camera's plane in head radii (the head's centre is at
+    depth: float32 [H, W], distance from the camera's plane in head radii (the head's center is at
     `CAMERA_DISTANCE`), the nearest of a pixel's samples, +inf where all miss: `np.isfinite(depth)` is the
     validity mask. Neck and clothing have depth though their class is background.
     """
@@ -168,7 +168,7 @@ def render_face(
 
     `index` runs over all splits, `SPLITS` gives where each begins. `size` scales the picture and changes
     nothing else. `glasses` and `hat` are the probabilities of being worn and change nothing else; None means
-    `NATURAL_RATE`, of varied faces `VARIED_RATE`. `varied` draws pose, light, colours and shape from wider
+    `NATURAL_RATE`, of varied faces `VARIED_RATE`. `varied` draws pose, light, colors and shape from wider
     distributions, and beards and patterns beside them (`variety`).
 
     Raises ValueError for a size below 1, a probability outside [0, 1] or a negative seed, IndexError for an

@@ -31,5 +31,5 @@ def hairness(hair: Hair, x: Array, y: Array, z: Array) -> Array:
 
 
 def _bottom(hair: Hair) -> float:
-    """How far below the head's centre bobbed hair is cut."""
+    """How far below the head's center bobbed hair is cut."""
     return 0.75 + 0.25 * hair.length

@@ -1,6 +1,6 @@
 """What is labelled on a rendered face: the finest parts the renderer tells apart, and the ten classes they make up.
 
-Knows names, ids, colours, and which part belongs to which class. Does not know shapes or how parts are drawn.
+Knows names, ids, colors, and which part belongs to which class. Does not know shapes or how parts are drawn.
 
 The parts follow the granularity of the 34 face classes of DatasetGAN (Zhang et al., CVPR 2021, appendix): parts of the
 eye, the nose, the mouth and the ear, regions of the skin, and what CelebAMask-HQ's classes leave to the background.
@@ -108,7 +108,7 @@ FINE_CLASS_NAMES: tuple[str, ...] = tuple(part.name.lower() for part in Part)
 
 
 def _shades() -> tuple[tuple[int, int, int], ...]:
-    """A colour for each part: hues far apart, at two saturations and three brightnesses."""
+    """A color for each part: hues far apart, at two saturations and three brightnesses."""
     colors = [
         colorsys.hsv_to_rgb(0.618034 * part % 1, 0.55 + 0.4 * (part % 2), 0.95 - 0.15 * (part % 3))
         for part in range(len(Part) - 1)

@@ -49,7 +49,7 @@ class Stage:
 
 def make_stage(scene: FaceScene, size: int) -> Stage:
     camera = Camera(size, scene.scale * size, scene.x0 * size, scene.y0 * size)
-    light = Light(scene.light_direction, scene.light_colour, scene.ambient)
+    light = Light(scene.light_direction, scene.light_color, scene.ambient)
     origin = np.zeros(3, np.float32)
     head = Frame(rotation(scene.yaw, -scene.pitch, scene.roll), origin)
     body = Frame(rotation(0.35 * scene.yaw, 0, 0.25 * scene.roll), origin)
@@ -69,7 +69,7 @@ def _face(scene: FaceScene, frame: Frame) -> Blob:
 
 
 def nose_tip(scene: FaceScene) -> tuple[float, float, float]:
-    """Centre of the tip's ball."""
+    """Center of the tip's ball."""
     return (0, -0.36 - scene.nose_length, 0.97)
 
 
@@ -193,7 +193,7 @@ class _Paint:
         thickness = scene.brow_thickness * np.clip(1.05 - 0.40 * np.clip(u, 0, 1) ** 2, 0, 1)
         v = (self.y - middle) / thickness
         where = (u * u * u * u + v * v < 1) & self.front
-        self._set(where, Part.of_side("BROW", side), scene.brow_colour, 0.03)
+        self._set(where, Part.of_side("BROW", side), scene.brow_color, 0.03)
 
     def eye(self, side: int) -> None:
         """Sclera, iris, pupil, catchlight and upper lid line, the lashes: all of class eyes."""
@@ -220,7 +220,7 @@ class _Paint:
         albedo = np.where(distance < 0.52 * radius, np.float32(0.006), albedo)
         glint = np.hypot(x[inside] - gx - 0.045 * np.sign(scene.light_direction[0]), y[inside] - gy - 0.05)
         albedo = np.where(glint < 0.036, np.float32(1.0), albedo)
-        albedo = np.where(depth < 0, scene.brow_colour[:, None] * 0.35, albedo)
+        albedo = np.where(depth < 0, scene.brow_color[:, None] * 0.35, albedo)
         part = np.where(distance < radius, Part.of_side("IRIS", side), Part.of_side("SCLERA", side))
         part = np.where(distance < 0.52 * radius, Part.of_side("PUPIL", side), part)
         part = np.where(depth < 0, Part.of_side("LASHES", side), part)
@@ -241,12 +241,12 @@ class _Paint:
         cheeks = y < -0.42 - 0.30 * np.clip(1 - (x / 0.55) ** 2, 0, 1) + 0.1 * (size - 1)
         where = {"moustache": moustache, "goatee": moustache | chin}.get(beard.style, moustache | chin | cheeks)
         where = where & (self.z > 0.0) & (self.hits.share < 0.5)
-        colour = beard.colour[:, None]
+        color = beard.color[:, None]
         if beard.style == "stubble":
-            colour = 0.55 * self.albedo[:, where] + 0.45 * colour
+            color = 0.55 * self.albedo[:, where] + 0.45 * color
         else:
-            colour = colour * (1 + 0.18 * np.sin(38 * self.x[where] + 9 * y[where]))
-        self._set(where, Part.BEARD, colour.astype(np.float32) * np.ones(int(where.sum()), np.float32), 0.03)
+            color = color * (1 + 0.18 * np.sin(38 * self.x[where] + 9 * y[where]))
+        self._set(where, Part.BEARD, color.astype(np.float32) * np.ones(int(where.sum()), np.float32), 0.03)
 
     def mouth(self) -> None:
         """Two lips along a smile; when open, the dark inside with teeth and tongue: all of class mouth."""
@@ -263,7 +263,7 @@ class _Paint:
         y, half, upper, lower = y[where], half[where], upper[where], lower[where]
         above = y > 0
         profile = np.where(above, (y - half) / (upper + 1e-4), (-half - y) / (lower + 1e-4))
-        albedo = scene.lip_colour[:, None] * np.where(above, 0.80, 1.0)
+        albedo = scene.lip_color[:, None] * np.where(above, 0.80, 1.0)
         inner = profile < 0
         teeth = inner & (y > half - 0.065) & (half > 0.03)
         tongue = inner & (y < -0.3 * half) & (np.abs(u[where]) < 0.6)
@@ -271,7 +271,7 @@ class _Paint:
         albedo = np.where(tongue, linear("b4524f")[:, None], albedo)
         albedo = np.where(teeth, _WHITE[:, None], albedo)
         seam = (scene.mouth_open == 0) & (np.abs(y) < 0.022)
-        albedo = np.where(seam, scene.lip_colour[:, None] * 0.25, albedo)
+        albedo = np.where(seam, scene.lip_color[:, None] * 0.25, albedo)
         part = np.where(inner, Part.MOUTH_INSIDE, np.where(above, Part.UPPER_LIP, Part.LOWER_LIP))
         part = np.where(teeth, Part.TEETH, part)
         self._set(where, part.astype(np.uint8), albedo, 0.0)
@@ -322,7 +322,7 @@ def draw_body(stage: Stage) -> None:
 
 
 def _cloth(stage: Stage, hits: Hits) -> Array:
-    """Colour of the clothing, with its pattern: linear [3, P] or [3, 1]."""
+    """Color of the clothing, with its pattern: linear [3, P] or [3, 1]."""
     scene, pattern = stage.scene, stage.scene.pattern
     if pattern is None:
         return scene.cloth[:, None]
@@ -331,4 +331,4 @@ def _cloth(stage: Stage, hits: Hits) -> Array:
     first, second = np.sin(along * u + across * v), np.sin(along * v - across * u)
     field = {"stripes": first, "checks": first * second, "dots": first + second - 0.9}[pattern.style]
     share = smoothstep(-0.15, 0.15, field.astype(np.float32))
-    return np.asarray(scene.cloth[:, None] * (1 - share) + pattern.colour[:, None] * share, np.float32)
+    return np.asarray(scene.cloth[:, None] * (1 - share) + pattern.color[:, None] * share, np.float32)

@@ -1,6 +1,6 @@
 """Ray casting of ellipsoids and planes under an orthographic camera.
 
-Knows: projection, intersection, smooth union, soft shadows. It does not know colours, class ids (`canvas`),
+Knows: projection, intersection, smooth union, soft shadows. It does not know colors, class ids (`canvas`),
 what a face is, or where randomness comes from.
 
 World coordinates are right-handed: x right, y up, z towards the camera; rays run along -z. Arrays are
@@ -52,7 +52,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Ellipsoid:
-    """Centre [3], radii along the local axes [3] and the axes [3, 3] (columns), in world coordinates."""
+    """Center [3], radii along the local axes [3] and the axes [3, 3] (columns), in world coordinates."""
 
     center: Array
     radii: Array
@@ -100,7 +100,7 @@ class Camera:
         return self.size * SUPERSAMPLES
 
     def project(self, point: Array) -> tuple[float, float]:
-        """World point [3] => pixel coordinates (x, y); pixel centres lie at integers."""
+        """World point [3] => pixel coordinates (x, y); pixel centers lie at integers."""
         return (
             float(self.x0 + self.scale * point[0] - 0.5),
             float(self.y0 - self.scale * point[1] - 0.5),

@@ -116,10 +116,10 @@ def _grown(stage: Stage, hits: Hits) -> tuple[Hits, Array]:
 
 
 def _draw_strands(stage: Stage, hits: Hits) -> None:
-    """Hair colour with broad, soft locks that run down from the crown."""
+    """Hair color with broad, soft locks that run down from the crown."""
     scene, hair = stage.scene, stage.scene.hair
     x, y, z = stage.head.to_local(hits.points)
-    albedo = np.repeat(hair.colour[:, None], len(hits.index), 1)
+    albedo = np.repeat(hair.color[:, None], len(hits.index), 1)
     if hair.style != "curly":
         around = np.arctan2(x - 0.15 * hair.part, z + 0.25)
         wave = np.sin(13 * around + 2 * hair.part + 1.2 * np.sin(2 * y))
@@ -156,7 +156,7 @@ def draw_glasses(stage: Stage) -> None:
     bridge = (np.abs(u) < spacing - radius + 0.01) & (np.abs(v - 0.06 - 0.05 * np.cos(12 * u)) < thick)
     normals = hits.normals + stage.head.axes[:, 1:2] * ((length - radius) / thick * np.sign(v) * 0.5)
     hits = replace(hits, normals=normals / np.linalg.norm(normals, axis=0))
-    stage.canvas.draw(hits.where(rim | bridge), Part.GLASSES, glasses.colour, gloss=0.2)
+    stage.canvas.draw(hits.where(rim | bridge), Part.GLASSES, glasses.color, gloss=0.2)
     for side in (-1, 1):
         # The far temple would show through its own lens.
         if side * stage.head.axes[2, 0] > -0.15:
@@ -170,7 +170,7 @@ def _draw_temple(stage: Stage, glasses: Glasses, side: int, hinge: float) -> Non
     turn = rotation(float(np.arctan2(along[0], along[2])), 0, 0)
     radii = (0.045, 0.05, float(np.linalg.norm(along)) / 2)
     bar = Ellipsoid.at(stage.head, (float(middle[0]), float(middle[1]), float(middle[2])), radii, turn)
-    stage.canvas.draw(cast_ellipsoids(stage.camera, [bar]), Part.GLASSES, glasses.colour, gloss=0.2)
+    stage.canvas.draw(cast_ellipsoids(stage.camera, [bar]), Part.GLASSES, glasses.color, gloss=0.2)
 
 
 def draw_hat(stage: Stage) -> None:
@@ -184,28 +184,28 @@ def draw_hat(stage: Stage) -> None:
     hits = cast_ellipsoids(stage.camera, [dome])
     y = frame.to_local(hits.points)[1]
     band = smoothstep(0.0, 0.02, HAT_LINE + 0.22 - y) * (hat.style == "brimmed")
-    albedo = hat.colour[:, None] * (1 - band) + hat.band[:, None] * band
+    albedo = hat.color[:, None] * (1 - band) + hat.band[:, None] * band
     keep = y > HAT_LINE - 0.02
     stage.canvas.draw(hits.where(keep), Part.HAT, albedo[:, keep], gloss=0.04)
     if hat.style == "beanie":
         _draw_cuff(stage, hat, frame, dome)
     else:
         brim = _visor(scene, frame) if hat.style == "cap" else _brim(frame)
-        colour = hat.band if hat.style == "cap" else hat.colour
-        stage.canvas.draw(cast_ellipsoids(stage.camera, [brim]), Part.HAT, colour, gloss=0.04)
+        color = hat.band if hat.style == "cap" else hat.color
+        stage.canvas.draw(cast_ellipsoids(stage.camera, [brim]), Part.HAT, color, gloss=0.04)
 
 
 def _draw_cuff(stage: Stage, hat: Hat, frame: Frame, dome: Ellipsoid) -> None:
     """The rolled edge of a beanie, and its bobble."""
-    colour, middle, half = hat.band, HAT_LINE + 0.12, 0.17
+    color, middle, half = hat.band, HAT_LINE + 0.12, 0.17
     hits = cast_ellipsoids(stage.camera, [replace(dome, radii=dome.radii + np.float32(0.06))])
     v = (frame.to_local(hits.points)[1] - middle) / half
     hits, v = hits.where(np.abs(v) < 1), v[np.abs(v) < 1]
     normals = hits.normals + frame.axes[:, 1:2] * (v * np.abs(v))
     hits = replace(hits, normals=normals / np.linalg.norm(normals, axis=0))
-    stage.canvas.draw(hits, Part.HAT, colour, gloss=0.02)
+    stage.canvas.draw(hits, Part.HAT, color, gloss=0.02)
     bobble = Ellipsoid.at(frame, (0, 1.42, -0.15), (0.24, 0.24, 0.24))
-    stage.canvas.draw(cast_ellipsoids(stage.camera, [bobble]), Part.HAT, colour, gloss=0.02)
+    stage.canvas.draw(cast_ellipsoids(stage.camera, [bobble]), Part.HAT, color, gloss=0.02)
 
 
 def _visor(scene: FaceScene, frame: Frame) -> Ellipsoid:
