@@ -142,7 +142,7 @@ class Quality:
 
 @torch.inference_mode()
 def look_at(batches: Iterable[Tensor], teacher: Teacher) -> tuple[Tensor, dict[str, float]]:
-    """(features float32 [N, D] of all images; attribute of LONG_TAIL => share of images with it, as the teacher sees)."""
+    """(features float32 [N, D] of all images; attribute of LONG_TAIL => share of images where the teacher sees it)."""
     features, seen = [], []
     for images in batches:
         maps, classes = teacher.look(images)
