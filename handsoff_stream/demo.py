@@ -10,7 +10,7 @@ Knows which functions of the other modules to call, and in which order. Does not
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -264,12 +264,7 @@ def train_on_stream(
     names = next((h.task.class_names for h in loaded.heads.values() if hasattr(h.task, "class_names")), None)
     if names is None:
         raise CheckpointError(f"{checkpoint}: no segmentation head, so there are no masks to train DeepLabV3 on")
-    test: Any = None
-    if test_folders is not None:
-        folder = LabelledImages(list_labelled(*test_folders), ClassMap.of_ids(names))
-        test = DataLoader([(image, mask) for _, image, mask in folder], batch_size=1)  # type: ignore[arg-type]
-    elif checkpoint == "faces":
-        test = RenderedFaces("test", num_images=200, size=loaded.size[0])
+    test = _test_images(test_folders, names, loaded.size[0] if checkpoint == "faces" else None)
     stream = HandsOffStream(loaded, seed=seed, device=chosen, precision=precision)
     model = build_deeplab(len(names), backbone=backbone, seed=seed)
     budget = Budget(steps, backbone, batch_size, lr, warmup=min(100, steps // 10))
@@ -281,3 +276,11 @@ def train_on_stream(
     )
     if test is not None:
         console.print(evaluate(model, test, names, device=chosen).table("IoU on test images"))
+
+
+def _test_images(folders: tuple[Path, Path] | None, class_names: Sequence[str], faces_size: int | None) -> Any:
+    """Batches from the folders of images and masks, else held-out renders of `faces_size` pixels, else None."""
+    if folders is not None:
+        samples = LabelledImages(list_labelled(*folders), ClassMap.of_ids(class_names))
+        return DataLoader([(image, mask) for _, image, mask in samples], batch_size=1)  # type: ignore[arg-type]
+    return None if faces_size is None else RenderedFaces("test", num_images=200, size=faces_size)

@@ -264,8 +264,8 @@ def stage(text: str) -> tuple[int, int]:
     return resolution, until
 
 
-def main() -> None:
-    """Train, or resume, the run that the command line describes."""
+def command_line() -> argparse.ArgumentParser:
+    """The options of the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the run; an existing run is resumed")
     parser.add_argument("--data", help="image folder, or uint8 [N,3,H,W] .npy; default: rendered faces")
@@ -317,6 +317,12 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="stop after this time; run again to continue"
     )
+    return parser
+
+
+def main() -> None:
+    """Train, or resume, the run that the command line describes."""
+    parser = command_line()
     args = parser.parse_args()
     stages = tuple(args.stages or [(args.resolution, args.images)])
     if len(args.channels) < stages[-1][0].bit_length() - 2:
