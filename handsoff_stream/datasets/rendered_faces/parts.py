@@ -1,11 +1,11 @@
-"""Head, ears and body, each drawn onto a canvas.
+"""Head, ears and body, drawn onto a canvas.
 
-Knows: the anatomy in the head's local frame and which class each part carries. It does not know what is worn
-on the head (`wear`), how a scene is drawn at random, nor files, datasets or torch.
+Knows the anatomy in the head's local frame, and the label of each part. Does not know hair and accessories (`wear`),
+how a scene is drawn at random, nor files, datasets or torch.
 
-Head frame: origin between the ears, x to the image's right in a frontal view, y up, z out of the face; one
-unit is a head radius. Flat features (eyes, brows, mouth) are painted onto the head: they are curves in the
-frame's x-y plane, so they follow the surface wherever it turns.
+Head frame: origin between the ears, x to the image's right in a frontal pose, y up, z out of the face; the unit is the
+head radius. Flat features (eyes, brows, mouth) are painted onto the head: they are curves in the frame's x-y plane, so
+they move with the surface.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from handsoff_stream.datasets.rendered_faces.canvas import Canvas, Light
+from handsoff_stream.datasets.rendered_faces.canvas import Canvas, Light, soft_shadow
 from handsoff_stream.datasets.rendered_faces.hairline import hairness, tucked
 from handsoff_stream.datasets.rendered_faces.labels import Part
 from handsoff_stream.datasets.rendered_faces.raycast import (
@@ -28,7 +28,6 @@ from handsoff_stream.datasets.rendered_faces.raycast import (
     cast_ellipsoids,
     rotation,
     smoothstep,
-    soft_shadow,
 )
 from handsoff_stream.datasets.rendered_faces.scene import FaceScene, linear
 
@@ -38,7 +37,7 @@ _WHITE = np.array([0.86, 0.86, 0.88], np.float32)
 
 @dataclass(frozen=True)
 class Stage:
-    """A scene set up for one camera: the frames that its parts hang on."""
+    """A scene, its camera and canvas, and the local frames of head and body."""
 
     scene: FaceScene
     camera: Camera
@@ -48,6 +47,7 @@ class Stage:
 
 
 def make_stage(scene: FaceScene, size: int) -> Stage:
+    """A stage with an empty canvas of size x size pixels."""
     camera = Camera(size, scene.scale * size, scene.x0 * size, scene.y0 * size)
     light = Light(scene.light_direction, scene.light_color, scene.ambient)
     origin = np.zeros(3, np.float32)
@@ -57,6 +57,7 @@ def make_stage(scene: FaceScene, size: int) -> Stage:
 
 
 def skull(scene: FaceScene, frame: Frame) -> Ellipsoid:
+    """The ellipsoid of the skull, without face and jaw; `frame`: of the head."""
     return Ellipsoid.at(frame, (0, 0.18, -0.10), (0.85 * scene.width, 0.92, 0.93))
 
 
@@ -69,7 +70,7 @@ def _face(scene: FaceScene, frame: Frame) -> Blob:
 
 
 def nose_tip(scene: FaceScene) -> tuple[float, float, float]:
-    """Center of the tip's ball."""
+    """Center of the ellipsoid of the nose's tip, in the head frame."""
     return (0, -0.36 - scene.nose_length, 0.97)
 
 
@@ -85,13 +86,13 @@ def _nose_bodies(scene: FaceScene, frame: Frame) -> list[tuple[Ellipsoid, float]
 
 
 def face_z(scene: FaceScene, x: Array, y: Array) -> Array:
-    """Local z of the face (nose and ears left out) above points of the head frame's x-y plane, [P] each."""
+    """Local z of the face, without nose and ears, at points of the head frame's x-y plane, [P] each."""
     straight = Frame(np.eye(3, dtype=np.float32), np.zeros(3, np.float32))
     return _face(scene, straight).solve(x, y)[0]
 
 
 def draw_head(stage: Stage) -> None:
-    """Skin, nose, and what is painted on them."""
+    """Draw the skin, the nose, and the features painted on them."""
     scene = stage.scene
     face, nose = _face(scene, stage.head), _nose_bodies(scene, stage.head)
     surface = Surface(stage.camera, face.bodies + [body for body, _ in nose])
@@ -117,7 +118,7 @@ def draw_head(stage: Stage) -> None:
 
 
 class _Paint:
-    """The head's visible samples and their material, repainted feature by feature."""
+    """The head's visible samples and their material, which each method changes for one feature."""
 
     def __init__(self, hits: Hits, local_3P: Array, scene: FaceScene, head: Frame) -> None:
         self.hits, self.scene, self.head = hits, scene, head
@@ -135,7 +136,7 @@ class _Paint:
         self.gloss[where] = gloss
 
     def skin(self) -> None:
-        """Blush, and the soft dark of eye sockets, of the fold under the lip and of the hairline."""
+        """Blush, and soft shadows in the eye sockets, under the lip and at the hairline."""
         scene = self.scene
         across = np.abs(self.x)
         warm = np.exp(-(((across - 0.46) / 0.20) ** 2) - ((self.y + 0.40) / 0.17) ** 2) * self.front
@@ -151,7 +152,7 @@ class _Paint:
             self.exposure *= 1 - 0.5 * smoothstep(HAT_LINE - 0.30, HAT_LINE, self.y + 0.15 * self.z)
 
     def regions(self) -> None:
-        """Labels of the skin's regions, which nothing but their place on the face tells apart."""
+        """Labels of the skin's regions, which differ only in their position on the face."""
         scene, x, y = self.scene, self.x, self.y
         across = np.abs(x)
         tip = nose_tip(scene)[1]
@@ -170,7 +171,7 @@ class _Paint:
         mark((x / 0.30) ** 2 + ((y + 1.0 - scene.chin) / 0.18) ** 2 < 1, "CHIN")
 
     def nose(self) -> None:
-        """The class nose, a little rosier than the skin; nostrils."""
+        """Labels of the nose, which is slightly redder than the skin, and its nostrils."""
         _, tip, _ = nose_tip(self.scene)
         rosy = np.array([1.03, 0.86, 0.84], np.float32)
         share = self.hits.share
@@ -187,6 +188,7 @@ class _Paint:
         self.exposure *= 1 - 0.6 * smoothstep(1.6, 0.4, under) * self.front
 
     def brow(self, side: int) -> None:
+        """One brow; `side`: -1 left, 1 right."""
         scene = self.scene
         u = (side * self.x - scene.eye_spacing - 0.01) / scene.brow_width
         middle = scene.brow_height + scene.brow_arch * (1 - (u - 0.15) ** 2) + scene.brow_tilt * u
@@ -196,7 +198,7 @@ class _Paint:
         self._set(where, Part.of_side("BROW", side), scene.brow_color, 0.03)
 
     def eye(self, side: int) -> None:
-        """Sclera, iris, pupil, catchlight and upper lid line, the lashes: all of class eyes."""
+        """Sclera, iris, pupil, highlight and lashes of one eye; `side`: -1 left, 1 right."""
         scene = self.scene
         x, y = self.x - side * scene.eye_spacing, self.y - EYE_Y
         u = side * x / scene.eye_width
@@ -230,7 +232,7 @@ class _Paint:
         self.hits.normals[:, inside] = self.head.axes @ (ball / np.linalg.norm(ball, axis=0))
 
     def beard(self) -> None:
-        """Hair around the mouth and on the jaw, painted onto the skin."""
+        """The beard, painted onto the skin around the mouth and on the jaw."""
         beard = self.scene.beard
         if beard is None:
             return
@@ -249,7 +251,7 @@ class _Paint:
         self._set(where, Part.BEARD, color.astype(np.float32) * np.ones(int(where.sum()), np.float32), 0.03)
 
     def mouth(self) -> None:
-        """Two lips along a smile; when open, the dark inside with teeth and tongue: all of class mouth."""
+        """Lips along the curve of the smile; for an open mouth also its dark inside with teeth and tongue."""
         scene = self.scene
         u = self.x / scene.mouth_width
         bow = np.clip(1 - u * u, 0, None)
@@ -283,7 +285,7 @@ class _Paint:
 
 
 def draw_ears(stage: Stage) -> None:
-    """Both ears, unless long hair hangs over them."""
+    """Draw both ears, unless long hair covers them."""
     scene = stage.scene
     if scene.hair.style in ("bob", "long") and not tucked(scene.hair):
         return
@@ -301,7 +303,7 @@ def draw_ears(stage: Stage) -> None:
 
 
 def draw_body(stage: Stage) -> None:
-    """Neck and clothing: they hide what is behind them and are of class background."""
+    """Draw neck and clothing, which belong to the class background but hide what is behind them."""
     scene, light = stage.scene, stage.scene.light_direction
     head = Ellipsoid.at(stage.head, (0, -0.25, 0.05), (0.80, 0.95, 0.85))
     neck = cast_ellipsoids(stage.camera, [Ellipsoid.at(stage.body, (0, -1.35, -0.20), (0.40, 1.10, 0.40))])

@@ -1,9 +1,10 @@
-"""Drawing the parameters of one face at random: pose, shape, colors, hair, light, the two rare accessories.
+"""The random parameters of one face: pose, shape, colors, hair, light, and the two rare accessories.
 
-Knows: distributions and the counter-based generator behind them. It does not know how anything is rendered,
-nor which dataset split an index belongs to.
+Knows distributions and the counter-based generator behind them. Does not know how anything is rendered, nor which split
+an index belongs to.
 
-Lengths are in head radii (about half the height of a skull), angles in radians, colors linear RGB in [0, 1].
+Lengths are in head radii (about half the height of a skull), angles in radians, colors linear RGB in [0, 1]. Color
+arrays are float32 [3].
 """
 
 from dataclasses import dataclass
@@ -37,13 +38,17 @@ def linear(code: str) -> Array:
 
 @dataclass(frozen=True)
 class Glasses:
-    round: float  # 0 rounded square ... 1 circle
+    """Shape and color of glasses."""
+
+    round: float  # from 0, a rounded square, to 1, a circle
     radius: float
     color: Array
 
 
 @dataclass(frozen=True)
 class Hat:
+    """Style, one of `HAT_STYLES`, position and colors of a hat."""
+
     style: str
     tilt: float
     color: Array
@@ -52,6 +57,8 @@ class Hat:
 
 @dataclass(frozen=True)
 class Beard:
+    """Style, one of `variety.BEARD_STYLES`, relative size and color of a beard."""
+
     style: str
     size: float
     color: Array
@@ -59,7 +66,7 @@ class Beard:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Of clothing."""
+    """Pattern of the clothing; style is one of `variety.PATTERN_STYLES`."""
 
     style: str
     frequency: float  # periods in 2 pi head radii
@@ -69,25 +76,27 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Hair:
+    """Style, one of `HAIR_STYLES`, and shape of the hair."""
+
     style: str
     color: Array
     volume: float  # thickness of the hair over the skull
     line: float  # height of the hairline over the forehead
-    part: float  # the hairline's lean, signed
-    opening: float  # how far the side curtains of long styles leave the face free; larger is narrower
+    part: float  # slope of the hairline, in [-1, 1]
+    opening: float  # in [0, 1]; with long hair, larger values cover more of the sides of the face
     length: float
     curl: Array  # [24, 3] jitter of curls and locks in [-1, 1]
 
 
 @dataclass(frozen=True)
 class FaceScene:
-    """Everything `render` needs, apart from the picture's size."""
+    """Everything that `render_scene` needs, apart from the image's size."""
 
     yaw: float
     pitch: float
     roll: float
-    scale: float  # pixels a head radius, for a picture of one pixel
-    x0: float  # where the head's center projects, in widths and heights of the picture
+    scale: float  # head radius, as a share of the image's size
+    x0: float  # position of the head's center, as a share of the image's width; y0: of its height
     y0: float
     skin: Array
     blush: float
@@ -120,7 +129,7 @@ class FaceScene:
     collar: Array
     collar_width: float
     background: Array  # [2, 3] upper and lower color
-    blobs: Array  # [3, 7]: x, y, radius in picture widths, strength, color
+    blobs: Array  # [3, 7]: x, y, radius as shares of the image's size, strength, color
     light_direction: Array  # unit, towards the light
     light_color: Array
     ambient: Array
@@ -131,13 +140,13 @@ class FaceScene:
 
 
 def random_stream(seed: int, index: int, stream: int) -> np.random.Generator:
-    """A random stream of (seed, index): index and stream are the counter's upper words, so none overlap."""
+    """Random numbers of (seed, index); index and stream are the counter's upper words, so sequences do not overlap."""
     counter = np.array([0, 0, stream, index], np.uint64)
     return np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64), counter=counter))
 
 
 def _mix(rng: np.random.Generator, codes: tuple[str, ...], spread: float = 0.0) -> Array:
-    """A color between two neighbors of a list, its intensity varied by `spread`."""
+    """A random color between two neighbors in a list, with an intensity varied by `spread`."""
     at = rng.uniform(0, len(codes) - 1)
     low = min(int(at), len(codes) - 2)
     color = linear(codes[low]) * (1 - (at - low)) + linear(codes[low + 1]) * (at - low)
@@ -145,7 +154,7 @@ def _mix(rng: np.random.Generator, codes: tuple[str, ...], spread: float = 0.0) 
 
 
 def _pick(rng: np.random.Generator, codes: tuple[str, ...], spread: float = 0.15) -> Array:
-    """One color of a list, its brightness varied by `spread`."""
+    """A random color of a list, with a brightness varied by `spread`."""
     return (linear(codes[rng.integers(len(codes))]) * rng.uniform(1 - spread, 1 + spread)).astype(np.float32)
 
 
@@ -244,8 +253,8 @@ def _hat(rng: np.random.Generator, probability: float) -> Hat | None:
 def sample_scene(seed: int, index: int, *, glasses: float, hat: float) -> FaceScene:
     """The scene of (seed, index).
 
-    Glasses and hat have random streams of their own: their probabilities decide whether they are worn, and
-    nothing else.
+    Glasses and hat use random numbers of their own, so their probabilities `glasses` and `hat`, in [0, 1], only decide
+    whether they are worn.
     """
     rng = random_stream(seed, index, _STREAM_FACE)
     pose: dict[str, Any] = {

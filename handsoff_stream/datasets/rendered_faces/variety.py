@@ -1,7 +1,7 @@
-"""What photographs have and plain rendered faces lack: wide poses, hard and colored light, unusual colors, beards.
+"""Varied scenes, closer to photographs: wide poses, hard and colored light, unusual colors, beards, patterns.
 
-Knows distributions: a plain scene goes in, a varied one comes out. It does not know how anything is rendered. Framing
-and the smooth backgrounds stay as they are, so that a small generator can still learn the images.
+Knows distributions, and turns a plain scene into a varied one. Does not know how anything is rendered. Framing and the
+smooth backgrounds do not change, so that a small generator can still learn the images.
 
 Lengths are in head radii, angles in radians, colors linear RGB in [0, 1].
 """
@@ -28,13 +28,13 @@ PATTERN_STYLES = ("stripes", "checks", "dots")
 
 
 def sample_varied_scene(seed: int, index: int, *, glasses: float, hat: float) -> FaceScene:
-    """The scene of (seed, index) as `sample_scene` draws it, varied by a random stream of its own."""
+    """The scene that `sample_scene` draws for (seed, index), varied with additional random numbers."""
     scene = sample_scene(seed, index, glasses=glasses, hat=hat)
     return _vary(scene, random_stream(seed, index, STREAM_VARIETY))
 
 
 def _vary(scene: FaceScene, rng: np.random.Generator) -> FaceScene:
-    """The scene with pose, light, colors and shape drawn anew from wider distributions; wear stays."""
+    """The scene with new pose, light, colors and shape from wider distributions; accessories do not change."""
     hair_color = _any_color(rng, 0.15, 1.0, 0.05, 0.9) if rng.random() < 0.35 else scene.hair.color
     scene = replace(scene, hair=replace(scene.hair, color=hair_color), **_pose(rng), **_shape(rng))
     scene = replace(scene, **_light(rng), **_surroundings(rng), beard=_beard(rng, scene))
@@ -44,7 +44,7 @@ def _vary(scene: FaceScene, rng: np.random.Generator) -> FaceScene:
 
 
 def _any_color(rng: np.random.Generator, saturation: float, most: float, value: float, brightest: float) -> Array:
-    """Linear RGB of any hue, within limits of saturation and of display brightness."""
+    """Linear RGB of any hue, with a saturation in [saturation, most] and a display brightness in [value, brightest]."""
     color = colorsys.hsv_to_rgb(rng.random(), rng.uniform(saturation, most), rng.uniform(value, brightest))
     return np.square(np.array(color, np.float32))
 
