@@ -123,7 +123,7 @@ def test_a_damaged_shard_is_found_and_made_again(make, tmp_path, damage, number,
     if not finished:
         _forget_last_shard(tmp_path, make(), paths)
     DAMAGE[damage](paths[number])
-    with pytest.warns(UserWarning, match=f"shard-00000{number}.tar is missing or not as it was written"):
+    with pytest.warns(UserWarning, match=f"shard-00000{number}.tar is missing or was changed"):
         write_shards(make(), tmp_path, num_samples=8, shard_size=3)
     assert [path.read_bytes() for path in paths] == whole
 
@@ -141,7 +141,7 @@ def test_a_shard_that_comes_out_differently_is_refused(make, tmp_path):
     record = json.loads((tmp_path / "export.json").read_text())
     record["shards"][0]["sha256"] = "0" * 64
     (tmp_path / "export.json").write_text(json.dumps(record))
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="made again, but not with the bytes"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="written again, but with other bytes"):
         write_shards(make(), tmp_path, num_samples=4, shard_size=2)
     assert paths[1].exists()
 
@@ -156,10 +156,10 @@ def test_a_damaged_record_is_named(make, tmp_path, content):
 
 def test_shards_of_another_origin_are_left_alone(make, tmp_path):
     (tmp_path / "shard-000000.tar").write_bytes(b"somebody's")
-    with pytest.raises(ValueError, match="shard-000000.tar is not of this export"):
+    with pytest.raises(ValueError, match="shard-000000.tar does not belong to this export"):
         write_shards(make(), tmp_path, num_samples=2, shard_size=2)
     (tmp_path / "shard-000000.tar").rename(tmp_path / "shard-000007.tar")
-    with pytest.raises(ValueError, match="shard-000007.tar is not of this export"):
+    with pytest.raises(ValueError, match="shard-000007.tar does not belong to this export"):
         write_shards(make(), tmp_path, num_samples=2, shard_size=2)
     assert [p.read_bytes() for p in tmp_path.glob("*.tar")] == [b"somebody's"]
 
