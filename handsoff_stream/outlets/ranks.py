@@ -27,7 +27,7 @@ class AllRanks:
     def __init__(self, loader: HandsOffLoader[Any]) -> None:
         self.loader = loader
 
-    def state_dict(self, *, after: LabelledBatch | None = None) -> dict[str, list[State]]:
+    def state_dict(self, *, after: LabelledBatch | None = None) -> dict[str, Any]:
         """The state of each rank, in their order; JSON-able. A collective operation: call it on every rank.
 
         Args:
@@ -40,14 +40,14 @@ class AllRanks:
             torch.distributed.all_gather_object(states, states[rank])
         return {"ranks": states}
 
-    def load_state_dict(self, state: dict[str, list[State]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass of this rank continue where `state_dict` was taken.
 
         Raises:
             ValueError: the states are of a stream with other options, or no states of all ranks of a run.
         """
         rank, count = _rank_and_count()
-        states = state["ranks"]
+        states: list[State] = state["ranks"]
         self.loader.load_state_dict(states[rank] if len(states) == count else merge_states(states))
 
 
