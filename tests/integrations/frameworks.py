@@ -1,6 +1,7 @@
 """The scripts of examples/integrations, run on samples of a fake synthesizer, on ranks like those of a launcher."""
 
 import importlib
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -30,9 +31,10 @@ def make_stream(checkpoint: Any, **options: Any) -> HandsOffStream[Any]:
 
 
 def uninterrupted(checkpoint: Any, count: int, **options: Any) -> list[int]:
-    """The first `count` indices of a stream without ranks or workers."""
+    """The first `count` indices of a stream without ranks or workers, pass after pass."""
     stream = make_stream(checkpoint, **{**options, "batch_size": 1})
-    return [int(batch.indices) for batch, _ in zip(stream, range(count), strict=False)]
+    passes = itertools.chain.from_iterable(stream for _ in itertools.count())
+    return [int(batch.indices) for batch in itertools.islice(passes, count)]
 
 
 def run_script(name: str, runs: list[dict[str, Any]], checkpoint: str, options: dict[str, Any]) -> list[list[int]]:
