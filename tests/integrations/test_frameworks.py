@@ -13,7 +13,8 @@ SIZED = {"batch_size": 4, "epoch_size": 24}
 def test_an_interrupted_run_trains_on_what_an_uninterrupted_one_does(name, options, ranks, checkpoint_path, tmp_path):
     pytest.importorskip(name.partition("_")[0])
     steps = [2, 3] if name == "accelerate_loop" else [2, 5]  # for 2, until 5
-    runs = [{"folder": tmp_path, "steps": n} for n in steps]
+    ddp = {"strategy": "ddp", "devices": ranks} if ranks > 1 and name == "lightning_resume" else {}
+    runs = [{"folder": tmp_path, "steps": n, **ddp} for n in steps]
     by_rank = run_on_ranks(name, ranks, runs=runs, checkpoint=str(checkpoint_path), options=options)
     for runs_of_rank in by_rank:
         assert [len(run) for run in runs_of_rank] == [8, 12]
