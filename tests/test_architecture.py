@@ -13,7 +13,7 @@ ROOT = Path(handsoff_stream.__file__).parent
 # Each module may import any layer above its own, and of its own layer what WITHIN_LAYER lists.
 LAYERS = [
     {"errors"},
-    {"batch", "device", "features", "files", "isolation", "precision", "progress", "seeding", "shard", "uncertainty"},
+    {"batch", "device", "features", "files", "isolation", "precision", "progress", "seeding", "shard", "uncertainty", "wrapping"},
     {"epochs", "filters", "generators", "label_generator", "noise", "prefetch", "tasks", "transforms"},
     {"assembly", "options", "walk"},
     {"checkpoint", "state"},
@@ -28,7 +28,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 WITHIN_LAYER: set[tuple[str, str]] = set()
-OPTIONAL = {"lpips", "ray", "torchmetrics", "torchvision", "triton", "webdataset", "yaml"}
+OPTIONAL = {"lightning", "lpips", "ray", "torchmetrics", "torchvision", "transformers", "triton", "webdataset", "yaml"}
 
 
 def room(path: Path) -> str:
@@ -137,9 +137,11 @@ def test_what_must_not_know_does_not_know():
 
 def test_optional_packages_are_imported_in_their_own_rooms_only():
     allowed = {
+        "lightning": {"outlets"},
         "lpips": {"fitting"},
         "torchmetrics": {"downstream"},
         "torchvision": {"downstream", "fitting", "transforms"},
+        "transformers": {"outlets"},
         "triton": {"label_generator"},
         "webdataset": {"outlets"},
         "yaml": {"config"},

@@ -30,8 +30,10 @@ def prepared(checkpoint: str, dispatch: bool, shard: Shard | None, workers: int,
     return [int(index) for batch in batches for index in batch["index"]]
 
 
-@pytest.mark.parametrize("dispatch", [True, False])
-@pytest.mark.parametrize(("workers", "context"), [(0, None), (1, "fork"), (1, "spawn")])
+@pytest.mark.parametrize(
+    ("dispatch", "workers", "context"),
+    [(True, 0, None), (False, 0, None), (True, 1, "fork"), (False, 1, "fork"), (True, 1, "spawn")],
+)
 def test_a_loader_that_is_divided_twice_is_refused(checkpoint_path, dispatch, workers, context):
     arguments = {"dispatch": dispatch, "shard": None, "workers": workers, "context": context}
     one, other = run_ranks(prepared, 2, checkpoint=str(checkpoint_path), **arguments)
