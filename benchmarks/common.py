@@ -1,8 +1,8 @@
-"""What every benchmark here shares: options, a clock, a description of the machine, a result file, the last JSON line.
+"""What every benchmark shares: arguments, a clock, a description of the machine, and the result file.
 
 A benchmark prints tables for people and, as its last line, one JSON object for programs; the same object is written to
-`benchmarks/results/<name>.json`. The name's part before the first "-" is the kind of result, which `report.py` reads:
-`throughput.json` and `throughput-cuda.json` are of one kind. Knows nothing of what is measured.
+`benchmarks/results/<name>.json`. The part of the name before the first "-" is the kind of result, which
+`benchmarks.report` reads: `throughput.json` and `throughput-cuda.json` are of one kind. Does not know what is measured.
 """
 
 import argparse
@@ -20,20 +20,28 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
+RESULTS = PACKAGE / "results"
 PACKAGES = ("torch", "torchvision", "torchmetrics", "numpy", "handsoff_stream")
 
 
 def parser(doc: str | None, *, name: str) -> argparse.ArgumentParser:
-    """Options that every measurement of a stream has: `--device`, `--option`, `--name`; add your own.
+    """A parser with `--device` and `--name`, for `result_name` and `settings`; add your own arguments.
 
     Args:
-        doc: the script's docstring, shown by `--help`.
-        name: result file without suffix on a CPU; on CUDA "-cuda" is appended.
+        doc: the module's docstring, which `--help` shows.
+        name: of the result file, without suffix, on a CPU; on CUDA "-cuda" is appended.
     """
     options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--name", help=f"of the result file (default: {name}, on CUDA {name}-cuda)")
+    options.set_defaults(default_name=name)
+    return options
+
+
+def add_stream_options(options: argparse.ArgumentParser) -> None:
+    """Add `--option KEY=VALUE`, which `stream_options` reads."""
     options.add_argument(
         "--option",
         action="append",
@@ -41,13 +49,10 @@ def parser(doc: str | None, *, name: str) -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="keyword argument of HandsOffStream, such as chunk_size=8; may be repeated",
     )
-    options.add_argument("--name", help=f"of the result file (default: {name}, on CUDA {name}-cuda)")
-    options.set_defaults(default_name=name)
-    return options
 
 
 def stream_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The `--option KEY=VALUE` pairs; values are JSON where they parse as such, else strings.
+    """The pairs of `--option KEY=VALUE`; a value that is valid JSON is read as such, any other is a string.
 
     Raises:
         ValueError: a pair without "=".
@@ -56,7 +61,7 @@ def stream_options(args: argparse.Namespace) -> dict[str, Any]:
     for pair in args.option:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"--option {pair!r} has no value; write it as KEY=VALUE, such as chunk_size=8")
+            raise ValueError(f"--option {pair!r} sets nothing without a value; write KEY=VALUE, such as chunk_size=8")
         try:
             options[key] = json.loads(value)
         except json.JSONDecodeError:
@@ -65,13 +70,13 @@ def stream_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def result_name(args: argparse.Namespace) -> str:
-    """Where the result of a `parser` run goes: `--name`, or the default of its kind of device."""
+    """Name of the result file of a `parser` run, without suffix: `--name`, or the default for the kind of device."""
     on_gpu = torch.device(args.device).type == "cuda"
     return args.name or args.default_name + ("-cuda" if on_gpu else "")
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a `parser` run, JSON-able, paths cut down as in `command`."""
+    """The arguments of a `parser` run, JSON-able, with paths shortened as in `command`."""
     hidden = ("default_name", "name")
     return {key: _shorten(value) for key, value in vars(args).items() if key not in hidden}
 
@@ -79,17 +84,17 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def _shorten(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_shorten(item) for item in value]
-    return _short(str(value)) if isinstance(value, (str, Path)) else value
+    return short_path(str(value)) if isinstance(value, (str, Path)) else value
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given; a CPU always has."""
+    """Wait until the device has finished its work; on a CPU, return at once."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def best_seconds(function: Callable[[], object], *, device: torch.device, repeats: int) -> float:
-    """Shortest of `repeats` runs after one that is not counted: what the machine can do when nobody disturbs it."""
+    """Seconds of the fastest of `repeats` calls, which other processes disturbed least; a first call warms up."""
     function()
     seconds = []
     for _ in range(repeats):
@@ -119,11 +124,24 @@ def machine() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command that was given, paths cut down to the repository or to the file's name."""
-    return " ".join(["python", *(_short(argument) for argument in sys.argv)])
+    """The command line of this process; paths are relative to the repository, or file names if they lie outside."""
+    program, *arguments = sys.argv
+    return " ".join(["python", *_program(Path(program)), *(short_path(argument) for argument in arguments)])
 
 
-def _short(argument: str) -> str:
+def _program(file: Path) -> list[str]:
+    """How to run a file: as a module if it belongs to this package, else by its path."""
+    if not file.resolve().is_relative_to(PACKAGE):
+        return [short_path(str(file))]
+    parts = file.resolve().relative_to(ROOT).with_suffix("").parts
+    return ["-m", ".".join(part for part in parts if part != "__main__")]
+
+
+def short_path(argument: str) -> str:
+    """An argument whose path, if it is one, is relative to the repository, or a file name if it lies outside.
+
+    `KEY=PATH` is treated alike.
+    """
     key, equals, value = argument.rpartition("=")
     path = Path(value)
     if value and path.exists() and path.resolve().is_relative_to(ROOT):
@@ -134,7 +152,7 @@ def _short(argument: str) -> str:
 
 
 def _commit() -> str | None:
-    """Short hash of the checked-out commit, "+" appended if files differ from it; None outside a checkout."""
+    """Short hash of the checked-out commit, with "+" appended if tracked files differ; None outside a checkout."""
     git = ("git", "-C", str(ROOT))
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
@@ -162,11 +180,14 @@ def _cpu_model() -> str:
 
 
 def write_result(name: str, record: dict[str, Any]) -> Path:
-    """Add the machine to `record`, write it to `benchmarks/results/<name>.json`, print it as one line.
+    """Add the machine to `record`, write it to `benchmarks/results/<name>.json`, and print it as one line.
 
     Args:
         name: file name without suffix; an older result of that name is replaced.
-        record: JSON-able, finite numbers only.
+        record: JSON-able, with finite numbers only.
+
+    Returns:
+        The path of the result file.
 
     Raises:
         ValueError: a number is NaN or infinite.

@@ -1,142 +1,141 @@
-"""How far generated faces are from rendered ones, and how often they wear glasses or a hat.
+"""How good the images of generators of faces are: distance to renders, precision and recall, glasses and hats.
 
-    python benchmarks/generator.py --images 2000
+    python -m benchmarks.generator --checkpoints faces other.safetensors --images 1000 --judge judge.safetensors
 
-Distance: the kernel distance of torchmetrics (Binkowski et al., "Demystifying MMD GANs", ICLR 2018), which unlike the
-Frechet distance is unbiased for a few hundred images, between features of real and of generated images. The usual
-Inception weights cannot be had offline and know nothing of rendered faces, so the features are those of a judge trained
-here and now: a small DeepLabV3 learns to segment fresh renders, and its backbone's deepest maps, averaged over a 4 x 4
-grid, are the features. Distances compare generators of this domain with each other, not with published numbers; the
-distance between two disjoint sets of renders is given as the floor.
+The measures, and the judge whose features they are taken in, are those of `recipes/faces/quality.py`: kernel distance
+(Binkowski et al., ICLR 2018), improved precision and recall (Kynkäänniemi et al., NeurIPS 2019), and the share of
+images on which the judge sees glasses, and a hat. Each is taken on other renders too: the distance there is the floor,
+and the shares say how far the judge is off, for their true shares are known. Judge and reference come from the
+validation split, the other renders from the test split; generators are trained on neither. Without `--varied` and
+`--rare`, renders are the plain ones at their natural rate. `--sheet` also draws 8 x 8 samples of every generator from
+the same latents.
 
-Attributes: the share of images in which the judge sees at least `MIN_PIXELS` pixels of a class, on generated and on
-real images, next to the true share of the real ones. Last line of stdout: the result as JSON.
+Files may be checkpoints with heads or generators alone, of rendered faces. Last line of stdout: the result as JSON.
 """
 
 import argparse
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from common import write_result
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics.image.kid import KernelInceptionDistance
 
-from handsoff_stream import load_checkpoint
+from benchmarks.common import write_result
+from benchmarks.report.bar_chart import Chart
+from benchmarks.report.rows import Presentation, Result, Row
+from handsoff_stream.checkpoint import load_checkpoint
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
-from handsoff_stream.downstream import build_deeplab, evaluate, train_segmentation
-from handsoff_stream.options import SynthesisOptions
-from handsoff_stream.progress import progress_bar
-from handsoff_stream.synthesizer import Synthesizer
+from handsoff_stream.downstream import evaluate
+from recipes.faces.gate import samples
+from recipes.faces.quality import JUDGE_SIZE, LONG_TAIL, Judge, Quality, look_at, measure, open_judge
+from recipes.faces.train_generator import save_sheet
 
-MIN_PIXELS = 20
-LONG_TAIL = ("glasses", "hat")
-BATCH = 16
+TRUNCATIONS = (1.0, 0.7)
 
 
-class BackboneFeatures(nn.Module):
-    """Images [B, 3, H, W] in [0, 1] => [B, 256 * 16]: the judge's deepest maps, averaged over a 4 x 4 grid."""
-
-    def __init__(self, judge: Any):
-        super().__init__()
-        self.judge = judge
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        normalised = (images_BCHW - self.judge.mean) / self.judge.std
-        maps: Tensor = self.judge.network.backbone(normalised)["out"]
-        return F.adaptive_avg_pool2d(maps, 4).flatten(1)
+def rendered(split: str, size: int, args: argparse.Namespace) -> DataLoader[Any]:
+    faces = RenderedFaces(
+        split, num_images=args.images, size=size, glasses=args.rare, hat=args.rare, varied=args.varied
+    )
+    return DataLoader(faces, batch_size=16, collate_fn=lambda pairs: torch.stack([image for image, _ in pairs]))
 
 
-def train_judge(size: int, steps: int, device: torch.device) -> nn.Module:
-    """A DeepLabV3 that has seen `8 * steps` fresh renders of the validation split, glasses and hats at one third."""
-    torch.manual_seed(0)  # dropout of the judge's head
-    faces = RenderedFaces("validation", num_images=8 * steps, size=size, glasses=1 / 3, hat=1 / 3)
-    judge = build_deeplab(len(CLASS_NAMES), backbone="resnet18")
-    with progress_bar("training the judge", steps) as update:
-        train_segmentation(
-            judge,
-            DataLoader(faces, batch_size=8),
-            steps=steps,
-            lr=3e-3,
-            schedule="cosine",
-            warmup=20,
-            device=device,
-            dtype=torch.bfloat16,
-            progress=lambda step, loss: update(step, f"loss {loss:.3f}"),
+def judge_miou(judge: Judge, args: argparse.Namespace) -> float:
+    """How well the judge segments test renders of its own size."""
+    faces = RenderedFaces("test", num_images=100, size=JUDGE_SIZE, varied=args.varied)
+    return evaluate(judge, faces, CLASS_NAMES, device=args.device).miou
+
+
+def true_shares(split: str, args: argparse.Namespace) -> dict[str, float]:
+    """On which share of the renders each attribute is worn."""
+    faces = RenderedFaces(split, num_images=args.images, size=1, glasses=args.rare, hat=args.rare, varied=args.varied)
+    worn = [faces.scene(i).attributes for i in range(args.images)]
+    return {name: sum(getattr(attributes, name) for attributes in worn) / len(worn) for name in LONG_TAIL}
+
+
+def table(sets: dict[str, Quality], truth: dict[str, float]) -> Table:
+    shown = Table("images", "kernel distance", "precision", "recall", *(f"{name} seen" for name in LONG_TAIL))
+    for name, quality in sets.items():
+        shares = [f"{quality.shares[attribute]:.1%}" for attribute in LONG_TAIL]
+        shown.add_row(name, f"{quality.distance:.4f}", f"{quality.precision:.1%}", f"{quality.recall:.1%}", *shares)
+    shown.caption = "worn on renders: " + ", ".join(f"{name} {share:.1%}" for name, share in truth.items())
+    return shown
+
+
+def rows(result: Result) -> list[Row]:
+    """Distance, precision and recall of every set of images, beside those of other renders."""
+    sets, floor = result["sets"], "other renders"
+    return [
+        Row(
+            f"{name}: kernel distance to renders, precision, recall; {result['arguments']['images']} images",
+            _in_words(found),
+            f"{floor}: {_in_words(sets[floor])}",
+            None,
         )
-    return judge.eval()
+        for name, found in sets.items()
+        if name != floor
+    ]
 
 
-def generated(synthesizer: Synthesizer, count: int) -> Iterator[Tensor]:
-    for start in range(0, count, BATCH):
-        yield synthesizer.generate(range(start, min(start + BATCH, count)))[0]
+def _in_words(found: dict[str, Any]) -> str:
+    shown = f"{found['distance']:.3g}"
+    if "precision" not in found:  # a result from before 2026-11-25
+        return shown
+    return f"{shown}, {found['precision']:.1%}, {found['recall']:.1%}"
 
 
-def rendered(split: str, size: int, count: int, device: torch.device) -> Iterator[Tensor]:
-    for images, _ in DataLoader(RenderedFaces(split, num_images=count, size=size), batch_size=BATCH):
-        yield images.to(device)
+def charts(result: Result) -> list[Chart]:
+    """The distance of every set of images."""
+    return [Chart("kernel distance to renders", [(name, found["distance"]) for name, found in result["sets"].items()])]
 
 
-@torch.inference_mode()
-def measure(batches: Iterator[Tensor], judge: Any, distance: KernelInceptionDistance) -> dict[str, float]:
-    """Distance to the real images that `distance` holds, and attribute shares, of one set of images."""
-    distance.reset()  # forgets the generated images only, see reset_real_features
-    found = dict.fromkeys(LONG_TAIL, 0)
-    count = 0
-    for images in batches:
-        distance.update(images, real=False)
-        predicted = judge(images).argmax(dim=1)
-        for name in LONG_TAIL:
-            pixels = (predicted == CLASS_NAMES.index(name)).sum(dim=(1, 2))
-            found[name] += int((pixels >= MIN_PIXELS).sum())
-        count += len(images)
-    shares = {name: number / count for name, number in found.items()}
-    mean, deviation = distance.compute()
-    return {"distance": float(mean), "distance_std": float(deviation), **shares}
+PRESENTATION = Presentation(rows, charts)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoints", nargs="+", default=["faces"], help="generators or checkpoints of one size")
+    parser.add_argument("--images", type=int, default=1000, help="generated, and as many renders")
+    parser.add_argument("--varied", action="store_true", help="renders: the varied ones")
+    parser.add_argument("--rare", type=float, help="renders: share with glasses, and with hats; default: natural")
+    parser.add_argument("--judge", type=Path, help="file of the judge, made if absent; default: none is kept")
+    parser.add_argument("--judge-steps", type=int, default=300)
+    parser.add_argument("--sheet", type=Path, metavar="FOLDER", help="where to draw samples of every generator")
+    parser.add_argument("--name", default="generator", help="of the result file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="faces")
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--judge-steps", type=int, default=300)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-
+    args = arguments()
     device = torch.device(args.device)
-    checkpoint = load_checkpoint(args.checkpoint)
-    size = checkpoint.size[0]
-    judge = train_judge(size, args.judge_steps, device)
-    scores = evaluate(judge, RenderedFaces("test", num_images=100, size=size), CLASS_NAMES, device=device)
-
-    subset = args.images // 2
-    reference = KernelInceptionDistance(
-        feature=BackboneFeatures(judge), subset_size=subset, normalize=True, reset_real_features=False
-    ).to(device)
-    for images in rendered("generator", size, args.images, device):
-        reference.update(images, real=True)
-
-    sets = {"other renders": rendered("test", size, args.images, device)}
-    for psi in (1.0, checkpoint.truncation):
-        synthesizer = Synthesizer(checkpoint, SynthesisOptions(truncation=psi), device)
-        sets[f"generated, psi {psi}"] = generated(synthesizer, args.images)
-    results = {name: measure(batches, judge, reference) for name, batches in sets.items()}
-
-    table = Table("images", "kernel distance", *(f"{name} seen" for name in LONG_TAIL))
-    for name, row in results.items():
-        table.add_row(
-            name,
-            f"{row['distance']:.4f} ± {row['distance_std']:.4f}",
-            *(f"{row[attribute]:.1%}" for attribute in LONG_TAIL),
-        )
-    Console().print(table)
-    training = checkpoint.provenance.get("generator_training", checkpoint.provenance)
-    record = {"arguments": vars(args), "judge_miou": scores.miou, "sets": results, "training": training}
-    write_result("generator", record)
+    checkpoints = {Path(name).stem: load_checkpoint(name) for name in args.checkpoints}
+    size = next(iter(checkpoints.values())).generator.resolution[0]
+    judge = open_judge(args.judge, args.judge_steps, device, varied=args.varied)
+    reference, _ = look_at((images.to(device) for images in rendered("validation", size, args)), judge)
+    sets = {"other renders": measure((images.to(device) for images in rendered("test", size, args)), judge, reference)}
+    for name, checkpoint in checkpoints.items():
+        generator = checkpoint.generator.to(device)
+        for psi in TRUNCATIONS:
+            sets[f"{name}, psi {psi}"] = measure(samples(generator, args.images, psi=psi), judge, reference)
+        if args.sheet is not None:
+            save_sheet(generator, args.sheet / f"{name}.png")
+    truth = true_shares("test", args)
+    Console().print(table(sets, truth))
+    record = {
+        "arguments": {key: value for key, value in vars(args).items() if key not in ("judge", "sheet", "name")}
+        | {"checkpoints": list(checkpoints)},
+        "judge_miou": judge_miou(judge, args),
+        "true_shares": truth,
+        "sets": {name: vars(quality) for name, quality in sets.items()},
+        "training": {
+            name: checkpoint.provenance.get("generator_training", checkpoint.provenance)
+            for name, checkpoint in checkpoints.items()
+        },
+    }
+    write_result(args.name, record)
 
 
 if __name__ == "__main__":

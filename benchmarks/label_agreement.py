@@ -1,11 +1,12 @@
-"""How right a checkpoint's labels are on what it generates, where nobody has labelled it.
+"""How well a checkpoint's labels fit its generated images, measured by a segmentation network (the teacher).
 
-    python benchmarks/label_agreement.py --checkpoint faces other.safetensors
+    python -m benchmarks.label_agreement --checkpoint faces other.safetensors
 
-A judge, the DeepLabV3 of `generator.py`, trained on many rendered and labelled faces, labels the samples of each
-checkpoint too; the IoU of the two is what this prints. The judge errs, more on samples than on renders: read
-differences between checkpoints, not the numbers. Its own score on test renders stands beside them. Only for checkpoints
-of rendered faces, all of one size.
+The teacher, a small DeepLabV3, is trained on many labelled renders and then labels the samples of
+each checkpoint; printed is the IoU of its labels with those of the checkpoint. The teacher makes errors too, more on
+samples than on renders, so differences between checkpoints mean more than the numbers; its own IoU on test renders is
+printed beside them. All checkpoints must be of rendered faces and of one size. The last line of the output is the
+result as JSON.
 """
 
 import argparse
@@ -13,64 +14,97 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_result
-from generator import train_judge
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.utils.data import DataLoader
 
+from benchmarks.common import parser, result_name, settings, write_result
+from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.checkpoint import load_checkpoint, read_manifest
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
-from handsoff_stream.downstream import SegmentationScores, evaluate
+from handsoff_stream.downstream import SegmentationScores, build_deeplab, evaluate, train_segmentation
+from handsoff_stream.progress import progress_bar
 from handsoff_stream.stream import HandsOffStream
 
 
-def agreement(judge: nn.Module, checkpoint: str, psi: float, args: argparse.Namespace) -> SegmentationScores:
-    """IoU of the judge's labels with those of the samples that a stream would deliver."""
+def train_judge(size: int, steps: int, device: torch.device) -> nn.Module:
+    """A DeepLabV3 that has seen `8 * steps` fresh renders of the validation split, glasses and hats at one third."""
+    torch.manual_seed(0)  # dropout of the judge's head
+    faces = RenderedFaces("validation", num_images=8 * steps, size=size, glasses=1 / 3, hat=1 / 3)
+    judge = build_deeplab(len(CLASS_NAMES), backbone="resnet18")
+    with progress_bar("training the judge", steps) as update:
+        train_segmentation(
+            judge,
+            DataLoader(faces, batch_size=8),
+            steps=steps,
+            lr=3e-3,
+            schedule="cosine",
+            warmup=20,
+            device=device,
+            dtype=torch.bfloat16,
+            progress=lambda step, loss: update(step, f"loss {loss:.3f}"),
+        )
+    return judge.eval()
+
+
+def agreement(teacher: nn.Module, checkpoint: str, psi: float, args: argparse.Namespace) -> SegmentationScores:
+    """IoU of the teacher's labels with those of the samples that a stream delivers at truncation `psi`."""
     stream = HandsOffStream(checkpoint, seed=args.seed, epoch_size=args.samples, truncation=psi, device=args.device)
-    return evaluate(judge, stream, CLASS_NAMES, device=args.device)
+    return evaluate(teacher, stream, CLASS_NAMES, device=args.device)
 
 
-def table(judge: SegmentationScores, rows: list[tuple[str, float, SegmentationScores]]) -> Table:
-    """One column a checkpoint and psi, in percent."""
-    names = ["renders", *(f"{name}, psi {psi}" for name, psi, _ in rows)]
-    columns = [judge, *(scores for _, _, scores in rows)]
-    shown = Table("", *names, title="IoU with a judge trained on labelled renders, %")
+def table(on_renders: SegmentationScores, found: list[tuple[str, float, SegmentationScores]]) -> Table:
+    """IoU in percent, one column for renders and one per checkpoint and psi."""
+    names = ["renders", *(f"{name}, psi {psi}" for name, psi, _ in found)]
+    columns = [on_renders, *(scores for _, _, scores in found)]
+    shown = Table("", *names, title="IoU with a teacher trained on labelled renders, %")
     shown.add_row("mIoU", *(f"{100 * scores.miou:.1f}" for scores in columns), end_section=True)
     for k, name in enumerate(CLASS_NAMES):
         shown.add_row(name, *(f"{100 * scores.iou_per_class[k]:.0f}" for scores in columns))
     return shown
 
 
+def rows(result: Result) -> list[Row]:
+    """The agreement of each checkpoint at each psi, beside the teacher's own score."""
+    teacher = f"the teacher's own on renders: {result['judge_on_renders']['miou']:.1%}"
+    return [
+        Row(f"labels of {r['checkpoint']} at psi {r['psi']}, mIoU with a teacher's", f"{r['miou']:.1%}", teacher, None)
+        for r in result["agreement"]
+    ]
+
+
+PRESENTATION = Presentation(rows)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", nargs="+", default=["faces"], help="names or paths")
-    parser.add_argument("--psi", type=float, nargs="+", default=[0.7, 1.0])
-    parser.add_argument("--samples", type=int, default=200)
-    parser.add_argument("--judge-steps", type=int, default=1000)
-    parser.add_argument("--test-images", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--name", default="label_agreement", help="of the result file")
-    args = parser.parse_args()
+    """Measure, print a table, and write the result."""
+    options = parser(__doc__, name="label_agreement")
+    options.add_argument("--checkpoint", nargs="+", default=["faces"], help="names or paths")
+    options.add_argument("--psi", type=float, nargs="+", default=[0.7, 1.0])
+    options.add_argument("--samples", type=int, default=200)
+    options.add_argument("--judge-steps", type=int, default=1000, help="steps that the teacher is trained")
+    options.add_argument("--test-images", type=int, default=200)
+    options.add_argument("--seed", type=int, default=0)
+    args = options.parse_args()
     console = Console(stderr=True)
     size = load_checkpoint(args.checkpoint[0]).size[0]
-    judge = train_judge(size, args.judge_steps, torch.device(args.device))
+    teacher = train_judge(size, args.judge_steps, torch.device(args.device))
     test = RenderedFaces("test", num_images=args.test_images, size=size)
-    on_truth = evaluate(judge, test, CLASS_NAMES, device=args.device)
-    rows = []
+    on_renders = evaluate(teacher, test, CLASS_NAMES, device=args.device)
+    found = []
     for checkpoint in args.checkpoint:
         for psi in args.psi:
             with console.status(f"{checkpoint}, psi {psi}"):
-                rows.append((Path(checkpoint).stem, psi, agreement(judge, checkpoint, psi, args)))
-    Console().print(table(on_truth, rows))
+                found.append((Path(checkpoint).stem, psi, agreement(teacher, checkpoint, psi, args)))
+    Console().print(table(on_renders, found))
     fingerprints = {Path(c).stem: read_manifest(c)["fingerprint"] for c in args.checkpoint}
     result: dict[str, Any] = {
-        "settings": {**vars(args), "checkpoint": list(fingerprints), "fingerprints": fingerprints},
-        "judge_on_renders": on_truth.record(),
-        "agreement": [{"checkpoint": name, "psi": psi, **scores.record()} for name, psi, scores in rows],
+        "settings": {**settings(args), "checkpoint": list(fingerprints), "fingerprints": fingerprints},
+        "judge_on_renders": on_renders.record(),
+        "agreement": [{"checkpoint": name, "psi": psi, **scores.record()} for name, psi, scores in found],
     }
-    write_result(args.name, result)
+    write_result(result_name(args), result)
 
 
 if __name__ == "__main__":

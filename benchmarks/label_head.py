@@ -1,39 +1,42 @@
 """Labels of one image from its feature maps: the published way against the exact, the fast and the fused path.
 
-    python benchmarks/label_head.py
-    python benchmarks/label_head.py --case faces --case config-f-1024 --hidden 512 256
+    python -m benchmarks.label_head
+    python -m benchmarks.label_head --case faces --case config-f-1024 --hidden 512 256
 
-Each path runs in a fresh process of its own, on the same features: peak memory is the highest resident memory of its
-first run above what was resident before it (on CUDA the allocator's), time the shortest of the runs after it. Errors
-are against the published path: share of labels that differ, and the largest difference of the divergence; of the
-members' outputs on pixels drawn at random, the largest difference, in units of their standard deviation. An ensemble
-with random weights is a near tie everywhere, so its share of changed labels says little: "faces" is a trained one.
-`cpu_ratio` compares processor time, which other processes on the machine disturb less; it means something with
-OMP_NUM_THREADS=1. Linux only: memory is read from /proc. Last line of stdout: the result as JSON.
+Each path runs in a fresh process, on the same features. Peak memory is the highest resident memory of its first run
+above what was resident before (on CUDA, the allocator's memory); time is the shortest of the later runs.
+
+Errors are differences from the published path: the share of changed labels, and the largest difference of the
+divergence. The error of the outputs is the largest difference, on random pixels, from the float32 members on those
+pixels' hypercolumns, in standard deviations of the outputs. In an ensemble with random weights almost every vote is
+close to a tie, so its share of changed labels says little; "faces" is trained.
+
+`cpu_ratio` compares processor time, which other processes on the machine disturb less; it is meaningful with
+OMP_NUM_THREADS=1. Linux only. The last line of the output is the result as JSON.
 """
 
 import argparse
 import ctypes
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import parser, result_name, settings, synchronize, write_result
-from geometries import HEAD, PREFIX, checkpoint_path, describe
-from memory import device_peak_mb, forget_peak, peak_mb
 from numpy.typing import NDArray
-from published_generation import PublishedGeneration
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.common import parser, result_name, settings, synchronize, write_result
+from benchmarks.geometries import HEAD, PREFIX, checkpoint_path, describe
+from benchmarks.processes import device_peak_mb, in_fresh_process, peak_mb, reset_peak
+from benchmarks.reference.published_generation import PublishedGeneration
+from benchmarks.report.bar_chart import Chart
+from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.checkpoint import Checkpoint, load_checkpoint
 from handsoff_stream.features import FeaturePyramid
 from handsoff_stream.options import SynthesisOptions
@@ -47,8 +50,10 @@ PATHS = {
 }
 CASES = ("faces", "config-f-256")
 PROBED_PIXELS = 4096
+HEADLINE = ("config-f-1024", "exact")
+"""README.md shows the path without rounding, at the largest size."""
 Pair = tuple[NDArray[Any], NDArray[np.float32]]
-"""(label, divergence), [H, W] each."""
+"""Label, class ids [H, W], and Jensen-Shannon divergence, float32 [H, W] in nats."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +62,26 @@ class Run:
 
     seconds: float
     cpu_seconds: float
+    """Processor time of all threads."""
     peak_mb: float
+    """Above what was resident before the run."""
     label_HW: NDArray[Any]
     divergence_HW: NDArray[np.float32]
     output_error: float | None
-    """Largest difference of an output from the reference, in standard deviations; None if outputs are not seen."""
+    """Largest difference of an output from the reference, in standard deviations; None if the path hides outputs."""
 
 
 def run(path: str, checkpoint_file: str, device_name: str, repeats: int) -> Run:
-    """Measure one path; meant for a process that has done nothing else."""
+    """Measure one path; meant for a fresh process."""
     device, checkpoint = torch.device(device_name), load_checkpoint(checkpoint_file)
     maker = Synthesizer(checkpoint, SynthesisOptions(truncation=checkpoint.truncation), device)
     _, features = maker.generate([0])
     del maker
-    label = labeller(path, checkpoint, device, features)
+    label = label_function(path, checkpoint, device, features)
     synchronize(device)
     device_peak_mb(device)
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not serve what comes
-    forget_peak()
+    ctypes.CDLL(None).malloc_trim(0)  # give freed memory back, so that the run's allocations show
+    reset_peak()
     before = peak_mb()
     label_HW, divergence_HW = label()
     peak = device_peak_mb(device) if device.type == "cuda" else peak_mb() - before
@@ -85,8 +92,10 @@ def run(path: str, checkpoint_file: str, device_name: str, repeats: int) -> Run:
     return Run(seconds, cpu_seconds, peak, label_HW, divergence_HW, error)
 
 
-def labeller(path: str, checkpoint: Checkpoint, device: torch.device, features: FeaturePyramid) -> Callable[[], Pair]:
-    """What makes (label, divergence) on the host from one image's features."""
+def label_function(
+    path: str, checkpoint: Checkpoint, device: torch.device, features: FeaturePyramid
+) -> Callable[[], Pair]:
+    """A function that labels one image from its features, by one path, and returns the result on the host."""
     if path == PUBLISHED:
         published = PublishedGeneration(checkpoint, device=device)
         return lambda: published.label(features)[:2]
@@ -100,7 +109,7 @@ def labeller(path: str, checkpoint: Checkpoint, device: torch.device, features: 
 
 
 def clocked(label: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """(wall time, processor time of all threads) in seconds."""
+    """Wall time, and processor time of all threads, in seconds."""
     synchronize(device)
     start = time.perf_counter(), time.process_time()
     label()
@@ -110,7 +119,10 @@ def clocked(label: Callable[[], object], device: torch.device) -> tuple[float, f
 
 @torch.no_grad()
 def output_error(synthesizer: Synthesizer, checkpoint: Checkpoint, features: FeaturePyramid) -> float:
-    """Of outputs on some pixels, against hypercolumns of those pixels through the float32 members."""
+    """Largest error of the outputs on `PROBED_PIXELS` random pixels, in standard deviations of the outputs.
+
+    The reference is the float32 members on the hypercolumns of those pixels.
+    """
     height, width = checkpoint.size
     name = next(iter(checkpoint.heads))
     generator = torch.Generator().manual_seed(0)
@@ -126,28 +138,24 @@ def output_error(synthesizer: Synthesizer, checkpoint: Checkpoint, features: Fea
     return float(difference.abs().max() / expected_MPK.std())
 
 
-def in_fresh_process(*arguments: Any) -> Run:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(run, *arguments).result()
-
-
 def measure_case(case: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All paths of one checkpoint, JSON-able."""
+    """All paths on one checkpoint, JSON-able."""
     given = {key: getattr(args, key) if case.startswith(PREFIX) else None for key in HEAD}
     file = checkpoint_path(argparse.Namespace(checkpoint=case, **given), folder)
     paths = [PUBLISHED, *PATHS] if args.device.startswith("cuda") else [PUBLISHED, "exact", "fast"]
     runs = {}
     for path in paths:
         repeats = args.published_repeats if path == PUBLISHED else args.repeats
-        runs[path] = in_fresh_process(path, file, args.device, repeats)
+        runs[path] = in_fresh_process(run, path, file, args.device, repeats)
     return {
         "case": case,
         **describe(load_checkpoint(file)),
-        "paths": {path: compare(it, runs[PUBLISHED]) for path, it in runs.items()},
+        "paths": {path: compare(measured, runs[PUBLISHED]) for path, measured in runs.items()},
     }
 
 
 def compare(mine: Run, published: Run) -> dict[str, Any]:
+    """The numbers of one run, and its ratios to and differences from the published path, JSON-able."""
     numbers = {key: value for key, value in asdict(mine).items() if not isinstance(value, np.ndarray)}
     return {
         **numbers,
@@ -160,28 +168,67 @@ def compare(mine: Run, published: Run) -> dict[str, Any]:
 
 
 def show(record: dict[str, Any]) -> None:
+    """Print the table of one case."""
     (head,) = record["heads"].values()
     title = f"{record['case']}: {head['members']} members of {head['hidden']}, labels {record['label']}"
     columns = ("s", "CPU s", "faster", "by CPU", "peak MB", "less", "changed", "divergence", "output")
     table = Table("", *columns, title=title)
-    for path, it in record["paths"].items():
-        error = it["output_error"]
+    for path, measured in record["paths"].items():
+        error = measured["output_error"]
         table.add_row(
             path,
-            f"{it['seconds']:.3f}",
-            f"{it['cpu_seconds']:.3f}",
-            f"{it['ratio']:.1f}",
-            f"{it['cpu_ratio']:.1f}",
-            f"{it['peak_mb']:.0f}",
-            f"{it['memory_ratio']:.1f}",
-            f"{it['labels_changed']:.2e}",
-            f"{it['divergence_error']:.1e}",
+            f"{measured['seconds']:.3f}",
+            f"{measured['cpu_seconds']:.3f}",
+            f"{measured['ratio']:.1f}",
+            f"{measured['cpu_ratio']:.1f}",
+            f"{measured['peak_mb']:.0f}",
+            f"{measured['memory_ratio']:.1f}",
+            f"{measured['labels_changed']:.2e}",
+            f"{measured['divergence_error']:.1e}",
             "" if error is None else f"{error:.1e}",
         )
     Console(width=110).print(table)
 
 
+def rows(result: Result) -> list[Row]:
+    """Every path of every case against the published one."""
+    return [row for case in result["cases"] for row in _rows_of_case(case)]
+
+
+def _rows_of_case(case: Result) -> list[Row]:
+    (head,), (height, width), paths = case["heads"].values(), case["label"], case["paths"]
+    what = f"{case['case']}, {height} x {width}, {head['members']} members of {tuple(head['hidden'])}: label head"
+    theirs = paths[PUBLISHED]
+    other = f"published label path: {theirs['seconds']:.3g} s, {theirs['peak_mb']:,.0f} MB"
+    return [
+        Row(
+            f"{what}, {name}",
+            f"{ours['seconds']:.3g} s, {ours['peak_mb']:,.0f} MB, {ours['labels_changed']:.2%} of labels changed",
+            other,
+            ours["ratio"],
+            (case["case"], name) == HEADLINE,
+        )
+        for name, ours in paths.items()
+        if name != PUBLISHED
+    ]
+
+
+def charts(result: Result) -> list[Chart]:
+    """Seconds per image of each path, one chart per case."""
+    return [
+        Chart(
+            f"{case['case']}: seconds to label one image",
+            [(name, path["seconds"]) for name, path in case["paths"].items()],
+        )
+        for case in result["cases"]
+    ]
+
+
+PRESENTATION = Presentation(rows, charts)
+
+
 def main() -> None:
+    """Measure, print a table, and write the result."""
     options = parser(__doc__, name="label_head")
     options.add_argument("--case", action="append", help=f'checkpoint, path, or "config-f-R"; default: {CASES}')
     options.add_argument("--hidden", type=int, nargs=2, help="widths of heads with random weights (default: 256 32)")
@@ -195,7 +242,7 @@ def main() -> None:
         for case in args.case or CASES:
             records.append(measure_case(case, args, Path(folder)))
             show(records[-1])
-    write_result(result_name(args), {"arguments": settings(args), "cases": records})
+    write_result(result_name(args), {"settings": settings(args), "cases": records})
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""What the stream costs a training step: DeepLabV3 on data already there, on the stream, and the stream alone.
+"""What the stream costs a training step: training on a fixed batch, the stream alone, and training on the stream.
 
-    python benchmarks/overlap.py --steps 10                                # CPU, ResNet-18
-    python benchmarks/overlap.py --steps 100 --backbone resnet101          # on a GPU
+    python -m benchmarks.overlap --steps 10                                # CPU, ResNet-18
+    python -m benchmarks.overlap --steps 100 --backbone resnet101          # on a GPU
 
-In one run, in turns, `--rounds` times, the median of each:
+The three parts take turns, `--rounds` times, and the median of each counts:
 
-- training: steps on one batch that lies in device memory;
-- generation: the stream's batches, as fast as they come, for a consumer that does nothing;
-- both: steps on the stream's batches, on the same device.
+- training: steps of DeepLabV3 on one batch in device memory;
+- generation: batches of the stream, for a consumer that does nothing;
+- both: steps on the batches of the stream, on the same device.
 
-`bubbles = both - generation - training`: what the two cost together beyond what each costs alone. On one device they
-share its arithmetic, so zero is what is to be had by doing one after the other without a gap; less means that one fills
-the gaps of the other. On a CPU the stream works in turn with the training, so bubbles should be noise, and say how
-large it is. Generation and both walk the same indices from the same start. Last line of stdout: the result as JSON.
+`bubbles = both - generation - training` is what the two cost together beyond what each costs alone. They share the
+arithmetic of one device: bubbles of zero mean that one runs after the other without a gap, and less than zero means
+that one fills gaps of the other. On a CPU the stream and the training alternate, so the bubbles are noise and show how
+large it is. `generation` and `both` use the same indices. The last line of the output is the result as JSON.
 """
 
 import argparse
@@ -24,12 +24,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import geometries
 import torch
-from common import parser, result_name, settings, stream_options, synchronize, write_result
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import geometries
+from benchmarks.common import (
+    add_stream_options,
+    parser,
+    result_name,
+    settings,
+    stream_options,
+    synchronize,
+    write_result,
+)
+from benchmarks.report.bar_chart import Chart
+from benchmarks.report.rows import Presentation, Result, Row, setting
 from handsoff_stream import HandsOffStream
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.checkpoint import load_checkpoint
@@ -38,7 +48,7 @@ from handsoff_stream.downstream.deeplab import BACKBONES
 
 
 def warm_stream(path: str, args: argparse.Namespace) -> Iterator[LabelledBatch]:
-    """The batches after the first of a new stream: loading and first calls are behind it."""
+    """The batches of a new stream after its first, which includes loading and the slower first calls."""
     stream = HandsOffStream(path, batch_size=args.batch_size, device=args.device, **stream_options(args))
     batches: Iterator[Any] = iter(stream)
     next(batches)
@@ -46,7 +56,7 @@ def warm_stream(path: str, args: argparse.Namespace) -> Iterator[LabelledBatch]:
 
 
 def generate(path: str, args: argparse.Namespace) -> float:
-    """Seconds a step of taking batches and doing nothing with them."""
+    """Seconds per step of taking batches and doing nothing with them."""
     batches, device = warm_stream(path, args), torch.device(args.device)
     synchronize(device)
     start = time.perf_counter()
@@ -57,13 +67,13 @@ def generate(path: str, args: argparse.Namespace) -> float:
 
 
 def train(model: Any, batches: Any, args: argparse.Namespace) -> float:
-    """Seconds a step."""
+    """Seconds per training step."""
     synchronize(torch.device(args.device))
     return train_segmentation(model, batches, steps=args.steps, device=args.device).seconds / args.steps
 
 
 def measure(path: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds a step of each part, one number a round."""
+    """Seconds per step of each part, one number per round."""
     head = next(iter(load_checkpoint(path).heads.values()))
     model = build_deeplab(head.task.num_outputs, backbone=args.backbone)
     batch = next(warm_stream(path, args))
@@ -81,7 +91,7 @@ def measure(path: str, args: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def bubbles(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Median milliseconds a step of each part, bubbles, and their share of a step; spread over the rounds."""
+    """Median milliseconds per step of each part; bubbles, their share of a step and their spread over the rounds."""
     median = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
     rounds = zip(*seconds.values(), strict=True)
     gaps = [1e3 * (both - generation - training) for training, generation, both in rounds]
@@ -95,8 +105,32 @@ def bubbles(seconds: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
+def rows(result: Result) -> list[Row]:
+    """The bubbles beside what training and generation take alone."""
+    share, spread = result["bubbles_share"], result["bubbles_spread_ms"] / result["both_ms"]
+    return [
+        Row(
+            f"{setting(result)}: bubbles beside DeepLabV3-{result['settings']['backbone']}",
+            f"{share:+.1%} of a step of {result['both_ms']:.3g} ms (rounds within {spread:.1%})",
+            f"training {result['training_ms']:.3g} ms + generation {result['generation_ms']:.3g} ms, each alone",
+            None,
+        )
+    ]
+
+
+def charts(result: Result) -> list[Chart]:
+    """Milliseconds per step of each part."""
+    names = {"training_ms": "training alone", "generation_ms": "generation alone", "both_ms": "both"}
+    return [Chart(f"{setting(result)}: milliseconds per step", [(label, result[key]) for key, label in names.items()])]
+
+
+PRESENTATION = Presentation(rows, charts)
+
+
 def arguments() -> argparse.Namespace:
+    """The command line."""
     options = parser(__doc__, name="overlap")
+    add_stream_options(options)
     geometries.add_arguments(options)
     options.add_argument("--backbone", choices=BACKBONES, help="default: resnet18, on CUDA resnet101")
     options.add_argument("--batch-size", type=int, default=8)
@@ -108,6 +142,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure, print a table, and write the result."""
     args = arguments()
     with tempfile.TemporaryDirectory() as folder:
         path = geometries.checkpoint_path(args, Path(folder))

@@ -1,6 +1,6 @@
 """How the choice of a rolling filter with lanes compares with that of one window over everything.
 
-    python benchmarks/rolling_lanes.py --samples 3000
+    python -m benchmarks.rolling_lanes --samples 3000
 
 The scores of the stream's first samples are computed once. Then filters with several numbers of lanes judge them, as a
 stream would: chunk k belongs to lane k % lanes, every window starts from the calibration scores. Compared are the share
@@ -13,12 +13,13 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from common import parser, result_name, settings, stream_options, write_result
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.common import add_stream_options, parser, result_name, settings, stream_options, write_result
+from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.filters import LANES_WITH_HISTORY, RollingPercentile
 from handsoff_stream.stream import HandsOffStream
 
@@ -72,8 +73,30 @@ def show(title: str, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def rows(result: Result) -> list[Row]:
+    """The share that each number of lanes keeps, beside that of one window, and how often both decide alike."""
+    found = []
+    for run in ("samples", "long_run"):
+        one = next(row for row in result[run] if row["lanes"] == 1)
+        found += [
+            Row(
+                f"rolling filter with {row['lanes']} lanes, {run.replace('_', ' ')}: share kept",
+                f"{row['kept']:.2%}, {row['equal_to_one_window']:.2%} of the decisions as with one window",
+                f"one window: {one['kept']:.2%}",
+                None,
+            )
+            for row in result[run]
+            if row["lanes"] != 1
+        ]
+    return found
+
+
+PRESENTATION = Presentation(rows)
+
+
 def main() -> None:
     options = parser(__doc__, name="rolling_lanes")
+    add_stream_options(options)
     options.add_argument("--checkpoint", default="faces", help="name or path")
     options.add_argument("--samples", type=int, default=3000)
     options.add_argument("--long-run", type=int, default=200_000, help="scores drawn from those of the samples")

@@ -1,18 +1,23 @@
-"""Where the time of a pair goes: each stage's milliseconds, bytes and FLOPs, next to what the machine could do.
+"""Where the time of a pair goes: milliseconds, bytes and FLOPs of each stage, beside the roofline of the machine.
 
-    python benchmarks/stages.py
-    python benchmarks/stages.py --checkpoint config-f-256
+    python -m benchmarks.stages
+    python -m benchmarks.stages --checkpoint config-f-256
 
-Stages, each on a whole chunk and given per pair: mapping (indices => w+), synthesis (w+ => image on 8-bit levels and
-feature maps), label head (feature maps => label and uncertainty map), filter (image score, its way to the host, the
-decision), hand-over (what the stream does with a finished chunk: selecting, rebatching). Beside them the published
-label path on one image.
+Every stage runs on a whole chunk, and its numbers are per pair (an image with its label):
 
-FLOPs are those of matrix products and convolutions, two a multiplication; bytes are what every operator reads and
-writes, views left out, although caches serve some of it. Both are counted on a CPU on the default (exact) path, so a
-fused kernel is set against the work it replaces. The roofline is measured in the same run: one square matrix product
-and one large copy; `bound_ms` is the larger of FLOPs / rate and bytes / bandwidth. Calls are operator calls on a CPU,
-and kernel launches as torch.profiler sees them on CUDA. Last line of stdout: the result as JSON.
+- mapping: indices => w+;
+- synthesis: w+ => image on 8-bit levels, and feature maps;
+- label head: feature maps => label and uncertainty map;
+- filter: uncertainty map => image score, its copy to the host, and the decision;
+- hand-over: a finished chunk => batches of the stream (selection and batching);
+- published label path: feature maps => label and uncertainty, for comparison, on one image.
+
+FLOPs are those of matrix products and convolutions, two per multiplication. Bytes are those that every operator reads
+and writes, views left out; in practice caches serve some of them. Both are counted on a CPU on the default (exact)
+path, so the time of a fused kernel is compared with the work that it replaces. The roofline is measured in the same run
+by one square matrix product and one large copy; `bound_ms` is the larger of FLOPs / rate and bytes / bandwidth. Calls
+are operator calls on a CPU, and kernel launches as torch.profiler counts them on CUDA. The last line of the output is
+the result as JSON.
 """
 
 import argparse
@@ -23,16 +28,27 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import geometries
 import torch
-from common import best_seconds, parser, result_name, settings, stream_options, synchronize, write_result
-from published_generation import PublishedGeneration
 from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import geometries
+from benchmarks.common import (
+    add_stream_options,
+    best_seconds,
+    parser,
+    result_name,
+    settings,
+    stream_options,
+    synchronize,
+    write_result,
+)
+from benchmarks.reference.published_generation import PublishedGeneration
+from benchmarks.report.bar_chart import Chart
+from benchmarks.report.rows import Presentation, Result, Row, setting
 from handsoff_stream import HandsOffStream
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.checkpoint import load_checkpoint
@@ -43,25 +59,27 @@ from handsoff_stream.uncertainty import image_score
 
 PUBLISHED = "published label path"
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
-MAX_COUNTED = 4  # samples of the counting pass on the CPU
+MAX_COUNTED = 4
+"""Most samples of the pass on the CPU that counts work."""
 
 Stages = dict[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage does to one pair."""
+    """The work of a stage per pair."""
 
     flops: float
     bytes: float
     operators: float
 
     def minus(self, part: "Work") -> "Work":
+        """The work without that of a part."""
         return Work(self.flops - part.flops, self.bytes - part.bytes, self.operators - part.operators)
 
 
 class OperatorCounter(TorchDispatchMode):
-    """Counts operators that are not views, and the bytes of their tensors, read and written."""
+    """Counts operators that are not views, and the bytes that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +119,7 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
 
 
 def launches(function: Callable[[], object], pairs: int, device: torch.device) -> float:
-    """Kernel launches and graph replays of one call, per pair; on a CPU there are none."""
+    """Kernel launches and graph replays of one call, per pair; 0 on a CPU."""
     on_gpu = [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, *on_gpu]) as profile:
         function()
@@ -110,12 +128,12 @@ def launches(function: Callable[[], object], pairs: int, device: torch.device) -
 
 
 def count_launches(events: Iterable[Any]) -> int:
-    """Of profiler averages, how many calls gave the device something to run."""
+    """How many calls among a profiler's averages started work on the device."""
     return sum(event.count for event in events if event.key in LAUNCHES)
 
 
 def stages(synthesizer: Synthesizer, indices: Sequence[int]) -> Stages:
-    """Every stage as a function of nothing; "generation" holds "mapping" and what follows it."""
+    """Each stage as a function without arguments; "generation" is mapping and synthesis together."""
     _, features = synthesizer.generate(indices)
     batch = synthesizer(indices)
     name = next(iter(synthesizer.labeller.tasks))
@@ -141,7 +159,7 @@ def stages(synthesizer: Synthesizer, indices: Sequence[int]) -> Stages:
 
 
 class ReadyChunk:
-    """A synthesizer whose chunk is finished: what remains is the stream's own work."""
+    """A `synthesize` function that returns a finished chunk, so that only the work of the stream itself remains."""
 
     def __init__(self, batch: LabelledBatch):
         self.batch = batch
@@ -151,7 +169,7 @@ class ReadyChunk:
 
 
 def hand_over(path: str, batch: LabelledBatch, *, batch_size: int, device: str) -> Callable[[], object]:
-    """One batch through a stream that has nothing to synthesise and drops nothing."""
+    """A function that takes one batch from a stream that neither synthesizes nor rejects anything."""
     chunk = len(batch)
     stream = HandsOffStream(
         path, batch_size=batch_size, filter=None, device=device, chunk_size=chunk, synthesize=ReadyChunk(batch)
@@ -161,7 +179,15 @@ def hand_over(path: str, batch: LabelledBatch, *, batch_size: int, device: str) 
 
 
 def roofline(device: torch.device, *, matrix: int, copy_mb: int, dtype: torch.dtype, repeats: int) -> dict[str, float]:
-    """FLOP/s of one square matrix product and bytes/s, read and written, of one large copy."""
+    """FLOP/s of one square matrix product, and bytes/s, read and written, of one large copy.
+
+    Args:
+        device: where to compute.
+        matrix: side of the product.
+        copy_mb: size of the copy's source in MiB.
+        dtype: of the product.
+        repeats: timed calls of each.
+    """
     left, right = (torch.rand(matrix, matrix, device=device).to(dtype) for _ in range(2))
     source = torch.zeros(copy_mb << 18, device=device)
     target = torch.ones_like(source)
@@ -204,10 +230,10 @@ def time_all(path: str, args: argparse.Namespace) -> tuple[dict[str, float], dic
     return timed, calls, chunk
 
 
-def rows(
+def stage_records(
     timed: dict[str, float], work: dict[str, Work], calls: dict[str, float], roof: dict[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """One record a stage, in the order of the data flow; "synthesis" is generation without mapping."""
+    """One record per stage, in the order of the data flow; synthesis is generation without mapping."""
     timed = {**timed, "synthesis": timed["generation"] - timed["mapping"]}
     work = {**work, "synthesis": work["generation"].minus(work["mapping"])}
     if calls:
@@ -219,8 +245,35 @@ def rows(
     return table
 
 
+def rows(result: Result) -> list[Row]:
+    """The label head against the published label path."""
+    ours, theirs = result["stages"]["label head"], result["stages"][PUBLISHED]
+    return [
+        Row(
+            f"{setting(result)}: label head alone",
+            f"{ours['ms']:.3g} ms, {ours['flops'] / 1e9:.3g} GFLOP per pair",
+            f"{PUBLISHED}: {theirs['ms']:.3g} ms, {theirs['flops'] / 1e9:.3g} GFLOP",
+            theirs["ms"] / ours["ms"],
+        )
+    ]
+
+
+def charts(result: Result) -> list[Chart]:
+    """Milliseconds of each stage, measured and by the roofline."""
+    measured = result["stages"].items()
+    return [
+        Chart(f"{setting(result)}: milliseconds per pair", [(name, stage["ms"]) for name, stage in measured]),
+        Chart("lower bound by the roofline, ms per pair", [(name, stage["bound_ms"]) for name, stage in measured]),
+    ]
+
+
+PRESENTATION = Presentation(rows, charts)
+
+
 def arguments() -> argparse.Namespace:
+    """The command line."""
     options = parser(__doc__, name="stages")
+    add_stream_options(options)
     geometries.add_arguments(options)
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--matrix", type=int, help="side of the roofline's product (default: 2048, on CUDA 8192)")
@@ -232,6 +285,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure, print a table, and write the result."""
     args = arguments()
     device = torch.device(args.device)
     matrix = args.matrix or (8192 if device.type == "cuda" else 2048)
@@ -240,13 +294,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = geometries.checkpoint_path(args, Path(folder))
         timed, calls, chunk = time_all(path, args)
-        table = rows(timed, count_all(path, chunk), calls, roof)
+        table = stage_records(timed, count_all(path, chunk), calls, roof)
         geometry = geometries.describe(load_checkpoint(path))
     rates = f"{roof['flops_per_s'] / 1e9:,.0f} GFLOP/s {args.dtype}, {roof['bytes_per_s'] / 1e9:,.1f} GB/s"
     shown = Table("per pair", "ms", "bound, ms", "GFLOP", "MB", "calls", title=f"{args.checkpoint}, {device}; {rates}")
     for name, row in table.items():
-        made = row["operators"] if row["launches"] is None else row["launches"]
-        numbers = (row["ms"], row["bound_ms"], row["flops"] / 1e9, row["bytes"] / 1e6, made)
+        calls_made = row["operators"] if row["launches"] is None else row["launches"]
+        numbers = (row["ms"], row["bound_ms"], row["flops"] / 1e9, row["bytes"] / 1e6, calls_made)
         shown.add_row(name, *(f"{number:,.2f}" for number in numbers))
     shown.add_row("whole stream, filter=None", f"{timed['whole stream']:,.2f}")
     Console().print(shown)

@@ -1,20 +1,20 @@
-"""Pairs per second: the stream, the published generation loop, and our own export to shards that are read back.
+"""Pairs per second: the stream, the published generation loop, and an export to shards that are read back.
 
-    python benchmarks/throughput.py --batches 20 --workers 0 2
-    python benchmarks/throughput.py --checkpoint config-f-256 --batches 4 --batch-size 2 --loop-candidates 2
+    python -m benchmarks.throughput --batches 20 --workers 0 2
+    python -m benchmarks.throughput --checkpoint config-f-256 --batches 4 --batch-size 2 --loop-candidates 2
 
-All sides use the same weights, seed and rejected share in one run on one device, one after the other, and deliver
-batches of tensors to a loop that does nothing with them:
+A pair is an image with its label. All sides use the same weights, seed and rejected share; they run one after the
+other on one device and deliver batches of tensors to a loop that does nothing with them:
 
 - stream: `DataLoader(HandsOffStream(...), batch_size=None)`, once for each number of workers;
-- published: `published_generation.py`, then its files read back;
-- export: `outlets.webdataset.write_shards` of our own stream, then its shards read back.
+- published loop: `reference.published_generation`, then its files are read back;
+- export: `outlets.webdataset.write_shards` on the stream, then its shards are read back.
 
-Both offline sides make all candidates before the first batch. The published loop is slow, so it makes only
-`--loop-candidates` of them and its times for all batches are that measurement scaled up, if it is fewer than needed.
-Offline files can be read again in a second epoch, for nothing; the stream never repeats. Times on a shared machine
-mean little, their ratios more: `--rounds` takes the sides in turn several times and keeps each one's fastest.
-Last line of stdout: the result as JSON.
+Both offline sides make all candidates before they deliver the first batch. The published loop is slow: it makes at most
+`--loop-candidates`, and if more are needed, its times are scaled up. A second epoch could read the offline files again
+at no cost; the stream never repeats a pair. On a shared machine the ratios mean more than the times: with `--rounds`,
+the sides take turns several times and the fastest delivery of each counts. The last line of the output is the result
+as JSON.
 """
 
 import argparse
@@ -29,21 +29,34 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import geometries
 import numpy as np
 import torch
 import webdataset
-from common import parser, result_name, settings, stream_options, synchronize, write_result
 from PIL import Image
-from published_generation import REJECTED_SHARE, PublishedGeneration, WrittenPairs, write_pairs
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks import geometries
+from benchmarks.common import (
+    add_stream_options,
+    parser,
+    result_name,
+    settings,
+    stream_options,
+    synchronize,
+    write_result,
+)
+from benchmarks.reference.published_generation import REJECTED_SHARE, PublishedGeneration, WrittenPairs, write_pairs
+from benchmarks.report.bar_chart import Chart
+from benchmarks.report.rows import Presentation, Result, Row, setting
 from handsoff_stream import HandsOffStream
 from handsoff_stream.checkpoint import load_checkpoint
 from handsoff_stream.outlets.webdataset import write_shards
+
+HEADLINE_CHECKPOINTS = ("faces", "config-f-1024")
+"""README.md shows the throughput of the embedded generator and of the largest one."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +64,30 @@ class Delivery:
     """How one side delivered its batches."""
 
     first_batch_s: float
-    """From the start to the first batch in hand."""
+    """Seconds from the start until the first batch was on the device."""
     all_batches_s: float
+    """Seconds from the start until the last batch was on the device."""
     pairs: int
     bytes_on_disk: int
     measured_candidates: int | None = None
-    """Set if the times are scaled up from so many candidates."""
+    """The number of candidates that were made, if the times are scaled up from them; else None."""
 
     @property
     def pairs_per_s(self) -> float:
+        """Pairs per second."""
         return self.pairs / self.all_batches_s
 
     def record(self) -> dict[str, Any]:
+        """The delivery, JSON-able."""
         return {**asdict(self), "pairs_per_s": self.pairs_per_s}
 
 
 def consume(batches: Iterable[Any], count: int, device: torch.device) -> tuple[float, float]:
-    """Clock readings when the first and when the last of `count` batches was on the device."""
+    """Clock readings in seconds when the first and when the last of `count` batches was on the device.
+
+    Raises:
+        RuntimeError: fewer than `count` batches came.
+    """
     first = float("nan")
     delivered = 0
     for images, labels in islice(batches, count):
@@ -77,11 +97,12 @@ def consume(batches: Iterable[Any], count: int, device: torch.device) -> tuple[f
         if delivered == 1:
             first = time.perf_counter()
     if delivered < count:
-        raise RuntimeError(f"{delivered} of {count} batches came; the side that should deliver them stopped early")
+        raise RuntimeError(f"{delivered} of {count} batches came, so their time is unknown; ask this side for less")
     return first, time.perf_counter()
 
 
 def run_stream(path: str, args: argparse.Namespace, workers: int) -> Delivery:
+    """Batches of the stream of the checkpoint `path`, through a loader with `workers` worker processes."""
     device = torch.device(args.device)
     start = time.perf_counter()
     stream = HandsOffStream(path, batch_size=args.batch_size, device=device, **stream_options(args))
@@ -91,7 +112,7 @@ def run_stream(path: str, args: argparse.Namespace, workers: int) -> Delivery:
 
 
 def run_published(path: str, args: argparse.Namespace) -> Delivery:
-    """The loop makes at most `--loop-candidates`; what it would take for all of them is scaled up."""
+    """Batches of the published loop's files; the loop's time is scaled up if it makes fewer pairs than are needed."""
     device = torch.device(args.device)
     pairs = args.batches * args.batch_size
     needed = math.ceil(pairs / (1 - REJECTED_SHARE))
@@ -117,6 +138,7 @@ def run_published(path: str, args: argparse.Namespace) -> Delivery:
 
 
 def run_export(path: str, args: argparse.Namespace) -> Delivery:
+    """Batches of shards that the stream was exported to."""
     device = torch.device(args.device)
     pairs = args.batches * args.batch_size
     with tempfile.TemporaryDirectory() as name:
@@ -145,15 +167,16 @@ def _bytes(folder: Path) -> int:
 
 
 def compare(path: str, args: argparse.Namespace) -> dict[str, Delivery]:
-    """Every side in turn, `--rounds` times; the fastest delivery of each."""
+    """The fastest delivery of each side; the sides take turns, `--rounds` times."""
     sides: dict[str, Callable[[], Delivery]] = {
         f"stream, {workers} workers": functools.partial(run_stream, path, args, workers) for workers in args.workers
     }
     sides["published loop"] = functools.partial(run_published, path, args)
     sides["export, then read"] = functools.partial(run_export, path, args)
     device = torch.device(args.device)
-    consume(HandsOffStream(path, batch_size=1, device=device, **stream_options(args)), 1, device)  # not counted,
-    PublishedGeneration(load_checkpoint(path), device=device)(0)  # nor is this: first calls are slower
+    # First calls are slower: one of each side is not counted.
+    consume(HandsOffStream(path, batch_size=1, device=device, **stream_options(args)), 1, device)
+    PublishedGeneration(load_checkpoint(path), device=device)(0)
     best: dict[str, Delivery] = {}
     for _ in range(args.rounds):
         for name, run in sides.items():
@@ -164,7 +187,7 @@ def compare(path: str, args: argparse.Namespace) -> dict[str, Delivery]:
 
 
 def ratios(best: dict[str, Delivery]) -> dict[str, dict[str, float]]:
-    """Per stream: how many times faster than each offline side, to the first batch and over all."""
+    """How many times faster each stream is than each offline side, to the first batch and to the last."""
     streams = {name: delivery for name, delivery in best.items() if name.startswith("stream")}
     offline = {name: delivery for name, delivery in best.items() if name not in streams}
     return {
@@ -177,8 +200,52 @@ def ratios(best: dict[str, Delivery]) -> dict[str, dict[str, float]]:
     }
 
 
+def rows(result: Result) -> list[Row]:
+    """The streams against the published loop; the fastest stream against the export."""
+    sides, ratio, place = result["sides"], result["ratios"], setting(result)
+    streams = [name for name in sides if name.startswith("stream")]
+    loop, export = "published loop", "export, then read"
+    scaled = sides[loop]["measured_candidates"]
+    slow = f"{loop}: {_rate(sides[loop])}" + (f", from {scaled} pairs" if scaled is not None else "")
+    best = max(streams, key=lambda name: sides[name]["pairs_per_s"])
+    megabytes = sides[export]["bytes_on_disk"] / 1e6
+    rest = f"{export}: {sides[export]['first_batch_s']:.3g} s, {megabytes:.3g} MB on disk"
+    pair, first = ratio[f"{best} against {export}"], f"{sides[best]['first_batch_s']:.3g} s, nothing on disk"
+    checkpoint = result["settings"]["checkpoint"]
+    headline = checkpoint in HEADLINE_CHECKPOINTS
+    return [
+        *(
+            Row(
+                f"{place}: {name}",
+                _rate(sides[name]),
+                slow,
+                ratio[f"{name} against {loop}"]["all_batches"],
+                name == best and headline,
+            )
+            for name in streams
+        ),
+        Row(f"{place}: {best}", _rate(sides[best]), f"{export}: {_rate(sides[export])}", pair["all_batches"]),
+        Row(f"{place}: first batch after", first, rest, pair["first_batch"], checkpoint == "faces"),
+    ]
+
+
+def _rate(side: Result) -> str:
+    return f"{side['pairs_per_s']:.3g} pairs/s"
+
+
+def charts(result: Result) -> list[Chart]:
+    """Pairs per second of each side."""
+    bars = [(name, side["pairs_per_s"]) for name, side in result["sides"].items()]
+    return [Chart(f"{setting(result)}: pairs per second", bars)]
+
+
+PRESENTATION = Presentation(rows, charts)
+
+
 def arguments() -> argparse.Namespace:
+    """The command line."""
     options = parser(__doc__, name="throughput")
+    add_stream_options(options)
     geometries.add_arguments(options)
     options.add_argument("--batches", type=int, default=20)
     options.add_argument("--batch-size", type=int, default=8)
@@ -194,6 +261,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure, print a table, and write the result."""
     args = arguments()
     with tempfile.TemporaryDirectory() as folder:
         path = geometries.checkpoint_path(args, Path(folder))

@@ -1,4 +1,4 @@
-"""Endless labelled images from a StyleGAN2 and at most 50 labelled ones, synthesised while you train.
+"""Endless labelled images from a StyleGAN2 and at most 50 labelled ones, synthesized while you train.
 
     from torch.utils.data import DataLoader
     from handsoff_stream import HandsOffStream

@@ -8,7 +8,6 @@ import copy
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,15 @@ import torch
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
-from handsoff_stream.features import Window
+from handsoff_stream.files.schema import arguments_of, validated
 from handsoff_stream.files.tensors import is_safetensors, write_tensors
+from handsoff_stream.files.weights import build
 from handsoff_stream.generators import Generator
 from handsoff_stream.generators.published import native, read_generator
+from handsoff_stream.geometry import Rectangle
 from handsoff_stream.label_generator import LabelGenerator
-from handsoff_stream.tasks import Task, task_from_config
+from handsoff_stream.provenance import sha256, versions
+from handsoff_stream.tasks import TASKS, Task, task_from_config
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_TRUNCATION = 0.7  # what the published code applies, around the mean latent
@@ -58,13 +60,12 @@ class Checkpoint:
     calibration: Calibration | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where the parts come from: source files with sha256, command, versions."""
-    crop: Window | None = None
-    """The part of the generator's image that is streamed, (top, bottom, left, right) in its pixels; None means all of
-    it. StyleGAN2's cars fill rows 64 to 448 of 512, the rest is black bars."""
+    crop: Rectangle | None = None
+    """The part of the generator's image that is streamed, in its pixels; None means all of it.
+    StyleGAN2's cars fill rows 64 to 448 of 512, the rest is black bars."""
 
     def __post_init__(self) -> None:
         if self.crop is not None:
-            object.__setattr__(self, "crop", Window(*self.crop))
             self.crop.check(self.generator.resolution)
             self.crop.placement(self.size, self.generator.resolution)
 
@@ -73,19 +74,20 @@ class Checkpoint:
         """Height and width of the images and labels that a stream yields."""
         return self.output_size or (self.generator.resolution if self.crop is None else self.crop.size)
 
-    def cropped(self, part: Window) -> "Checkpoint":
+    def cropped(self, part: Rectangle) -> "Checkpoint":
         """A checkpoint that streams `part` of the generator's image, in its pixels, at the scale of this one.
 
-        Raises ValueError if this one is cropped already, or the part's edges cut output pixels.
+        Raises:
+            ValueError: this one is cropped already, or the edges of the part cut output pixels.
         """
         if self.crop is not None:
-            raise ValueError(f"this checkpoint streams {self.crop} of its images already; crop the original")
-        part, whole = Window(*part), self.generator.resolution
+            raise ValueError(f"this checkpoint streams {tuple(self.crop)} of its images already; crop the original")
+        whole = self.generator.resolution
         height, width = (side * out / full for side, out, full in zip(part.size, self.size, whole, strict=True))
         if not (height.is_integer() and width.is_integer()):
             raise ValueError(
-                f"{part} of {whole[0]} x {whole[1]} pixels would cut output pixels of {self.size[0]} x {self.size[1]}; "
-                "move its edges between them"
+                f"{tuple(part)} of {whole[0]} x {whole[1]} pixels would cut output pixels of {self.size[0]} x "
+                f"{self.size[1]}; move its edges between them"
             )
         return replace(self, crop=part, output_size=(int(height), int(width)), calibration=None)
 
@@ -170,7 +172,7 @@ def _rounded(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """Name of a checkpoint that ships, or path of a file => path of the file.
+    """Name of a checkpoint that ships, or path of a file of any kind => path of the file.
 
     Raises:
         CheckpointError: neither exists.
@@ -208,9 +210,10 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
     """
     path = resolve(name_or_path)
     manifest, tensors = native.read(path)
+    _check_names(path, manifest, tensors)
     generator = native.build_generator(path, manifest, tensors).eval().requires_grad_(False)
     try:
-        heads = {name: _load_head(name, entry, tensors) for name, entry in manifest["heads"].items()}
+        heads = {name: _load_head(name, entry, tensors, generator) for name, entry in manifest["heads"].items()}
         calibration = manifest["calibration"]
         return Checkpoint(
             generator,
@@ -219,17 +222,35 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
             truncation=float(manifest["truncation"]),
             calibration=None if calibration is None else Calibration(**calibration),
             provenance=manifest["provenance"],
-            crop=Window(**manifest["crop"]) if "crop" in manifest else None,
+            crop=Rectangle(**manifest["crop"]) if "crop" in manifest else None,
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: heads or manifest cannot be used ({error}); write the file again") from error
+
+
+def _check_names(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    prefixes = (native.PREFIX, *(f"heads.{name}." for name in manifest["heads"]))
+    stray = sorted(name for name in tensors if not name.startswith(prefixes))
+    if stray:
+        raise CheckpointError(f"{path}: {len(stray)} tensors belong to no part of it, such as {stray[0]!r}")
+
+
+def open_checkpoint(name_or_path: str | Path) -> Checkpoint:
+    """A checkpoint, or a published generator file as a checkpoint without heads.
+
+    Raises:
+        CheckpointError: no such file or name, or a file that is neither.
+    """
+    path = resolve(name_or_path)
+    return load_checkpoint(path) if is_safetensors(path) else import_generator(path)
 
 
 def import_generator(path: str | Path, *, average_latent: str | Path | None = None) -> Checkpoint:
     """Checkpoint without heads of a published generator file; its provenance names the file and its sha256.
 
     Args:
-        path, average_latent: see `generators.load_generator`.
+        path: see `generators.load_generator`.
+        average_latent: see `generators.load_generator`.
 
     Raises:
         CheckpointError: a file that cannot be read, or one that is a handsoff_stream checkpoint already.
@@ -240,17 +261,33 @@ def import_generator(path: str | Path, *, average_latent: str | Path | None = No
     read = read_generator(path, average_latent=average_latent)
     files = [path] if average_latent is None else [path, Path(average_latent)]
     provenance = {
-        "sources": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+        "sources": {file.name: sha256(file) for file in files},
         "source_format": read.source,
-        "versions": {"handsoff_stream": version("handsoff_stream"), "torch": torch.__version__},
+        "versions": versions(),
     }
     return Checkpoint(read.generator, provenance=provenance)
 
 
-def _load_head(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
-    task = task_from_config(entry["task"])
-    label_generator = LabelGenerator(**entry["label_generator"])
+def _load_head(name: str, entry: dict[str, Any], tensors: dict[str, Tensor], generator: Generator) -> Head:
+    task = _load_task(name, entry["task"])
+    arguments: dict[str, Any] = entry["label_generator"]
+    expected_channels = list(generator.feature_channels)
+    if (arguments["feature_channels"], arguments["num_outputs"]) != (expected_channels, task.num_outputs):
+        raise CheckpointError(
+            f"head {name!r} labels {arguments['num_outputs']} outputs from maps of {arguments['feature_channels']} "
+            f"channels; its task has {task.num_outputs}, the generator {expected_channels}"
+        )
     prefix = f"heads.{name}."
-    state = {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
-    label_generator.load_state_dict(state)
+    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    with torch.device("meta"):
+        expected = LabelGenerator(**arguments)
+    label_generator = build(lambda: LabelGenerator(**arguments), expected, state)
     return Head(task, label_generator.eval().requires_grad_(False))
+
+
+def _load_task(name: str, config: dict[str, Any]) -> Task:
+    kind = TASKS.get(config.get("name", ""))
+    if kind is not None:
+        fields = {key: value for key, value in config.items() if key != "name"}
+        validated(arguments_of(kind), fields, f"the task of head {name!r}")
+    return task_from_config(config)

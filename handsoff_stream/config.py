@@ -1,8 +1,8 @@
-"""YAML <-> frozen dataclasses, class maps first of all.
+"""YAML => frozen dataclasses, class maps first of all.
 
-A file may say what the dataclass has a field for, once, and of the field's type; everything else is an error that
-names file, line and key. Knows YAML and annotations. Does not know what the fields mean: the dataclasses check
-that. The only importer of yaml.
+A file may set each field of the dataclass once, to a value of its type; everything else is an error that names file,
+line and key. Knows YAML and annotations. Does not know what the fields mean, which the dataclasses check. The only
+importer of yaml.
 
 A class map, as a user writes it (`load_class_map`):
 
@@ -11,13 +11,13 @@ A class map, as a user writes it (`load_class_map`):
       1: {name: skin, from_ids: [1], color: [112, 130, 107]}
       2: {name: hair, from_ids: [2, 3], from_colors: [[190, 3, 144]]}
     ignore: {from_ids: [255]}                          # unlabelled; this is the default
-    others: background                                 # all other ids and colours: a class, or ignore; else an error
+    others: background                                 # all other ids and colors: a class, or ignore; else an error
 """
 
 import difflib
 import typing
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -25,6 +25,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 
 from handsoff_stream.datasets.labelled_images.class_maps import ClassMap, MappedClass, Sources
+from handsoff_stream.errors import printable
+from handsoff_stream.files.budget import MAX_NESTING, MAX_TEXT_BYTES
 
 CLASS_MAPS = Path(__file__).parent / "assets" / "class_maps"
 T = TypeVar("T")
@@ -48,7 +50,7 @@ def load_class_map(name_or_path: str | Path) -> ClassMap:
     """A class map that ships, by its name, or a user's YAML file.
 
     Raises:
-        ValueError: no such map; a file that is no class map; a gap in the class ids; whatever `ClassMap` finds.
+        ValueError: no such map; a file that is not a class map; a gap in the class ids; whatever `ClassMap` refuses.
     """
     shipped = CLASS_MAPS / f"{name_or_path}.yaml"
     path = shipped if str(name_or_path) in class_map_names() else Path(name_or_path)
@@ -59,11 +61,11 @@ def load_class_map(name_or_path: str | Path) -> ClassMap:
     content = load_config(path, _ClassMapFile)
     ids = sorted(content.classes)
     if ids != list(range(len(ids))):
-        raise ValueError(f"{path}: class ids {ids}; they count from 0 without a gap")
+        raise ValueError(printable(f"{path}: class ids {ids} do not count from 0 without a gap; number them so"))
     try:
         return ClassMap(tuple(content.classes[i] for i in ids), content.ignore, content.others)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(printable(f"{path}: {error}")) from None
 
 
 def load_config(path: str | Path, kind: type[T]) -> T:
@@ -73,22 +75,44 @@ def load_config(path: str | Path, kind: type[T]) -> T:
     with None.
 
     Raises:
-        ValueError: no YAML, or not what `kind` has fields for; where, what, and what to do.
+        ValueError: no YAML, or anything that `kind` has no field for; the message says where.
         OSError: a file that cannot be read.
     """
+    if Path(path).stat().st_size > MAX_TEXT_BYTES:
+        raise ValueError(f"{path}: larger than a configuration can be, {MAX_TEXT_BYTES} bytes; check the path")
     try:
-        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        loader = _BoundedLoader(Path(path).read_text(encoding="utf-8"))
         node = loader.get_single_node() or yaml.MappingNode("tag:yaml.org,2002:map", [], loader.get_mark())
         value: T = _Reader(str(path), loader).value(node, kind, "the file")
         return value
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no YAML: {error}") from None
+        raise ValueError(printable(f"{path}: no YAML: {error}")) from None
+    except _RefusedError as error:
+        raise ValueError(printable(f"{path}, {error}")) from None
 
 
-def save_config(path: str | Path, value: Any) -> None:
-    """A dataclass as a YAML file that `load_config` reads back."""
-    content = yaml.safe_dump(_plain(asdict(value)), sort_keys=False, allow_unicode=True, default_flow_style=None)
-    Path(path).write_text(content, encoding="utf-8")
+class _RefusedError(Exception):
+    """YAML that a configuration has no need of."""
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """Without aliases, which unfold without end, without tags, which call for other types, and not nested deep."""
+
+    depth = 0  # of the node that is being read
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        where = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise _RefusedError(f"{where}: an alias (*{event.anchor}); write what it stands for")
+        if event.tag is not None:
+            raise _RefusedError(f"{where}: a tag ({event.tag}); write plain values")
+        if self.depth >= MAX_NESTING:
+            raise _RefusedError(f"{where}: nested more than {MAX_NESTING} deep; no configuration is")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 @dataclass(frozen=True)
@@ -172,11 +196,4 @@ class _Reader:
         return isinstance(node, yaml.ScalarNode) and self.loader.construct_object(node) is None
 
     def _error(self, node: yaml.Node, message: str) -> ValueError:
-        return ValueError(f"{self.file}, line {node.start_mark.line + 1}: {message}")
-
-
-def _plain(value: Any) -> Any:
-    """Tuples => lists, which YAML has."""
-    if isinstance(value, dict):
-        return {key: _plain(child) for key, child in value.items()}
-    return [_plain(child) for child in value] if isinstance(value, tuple | list) else value
+        return ValueError(printable(f"{self.file}, line {node.start_mark.line + 1}: {message}"))

@@ -6,6 +6,7 @@ alike. Composes what the other rooms offer.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -14,16 +15,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 from torch.utils.data import DataLoader
 
-from handsoff_stream.checkpoint import load_checkpoint
+from handsoff_stream.checkpoint import load_checkpoint, resolve
 from handsoff_stream.datasets.labelled_images import LabelledImages, list_labelled
 from handsoff_stream.datasets.labelled_images.class_maps import ClassMap
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
 from handsoff_stream.datasets.rendered_faces.labelled import labelled_faces
-from handsoff_stream.device import resolve_device
+from handsoff_stream.device import usable_device
 from handsoff_stream.downstream import (
     RepeatedAugmented,
     SegmentationScores,
@@ -32,8 +35,8 @@ from handsoff_stream.downstream import (
     ordinary_augmentation,
     train_segmentation,
 )
-from handsoff_stream.errors import CheckpointError
-from handsoff_stream.files.atomic import whole_file
+from handsoff_stream.errors import CheckpointError, printable
+from handsoff_stream.files.atomic import check_file, check_folder, whole_file, write_file
 from handsoff_stream.precision import Precision, fastest_precision
 from handsoff_stream.preview import preview_sheet
 from handsoff_stream.progress import progress_bar
@@ -77,15 +80,16 @@ def run_demo(
     """Preview, train twice, compare; writes `out`/preview.png and `out`/result.json and returns the latter."""
     console = console or Console()
     started = time.perf_counter()
-    chosen = resolve_device(device)
-    default = default_budget(chosen)
-    budget = replace(default, steps=steps or default.steps, backbone=backbone or default.backbone)
+    chosen = usable_device(device)
+    given = {name: value for name, value in {"steps": steps, "backbone": backbone}.items() if value is not None}
+    budget = replace(default_budget(chosen), **given)  # type: ignore[arg-type]
+    check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
 
     checkpoint = load_checkpoint("faces")
     size = checkpoint.size[0]
     preview_sheet(checkpoint, out / "preview.png", num=16, seed=seed, device=chosen)
-    console.print(f"[bold]faces[/bold]: fitted on {NUM_LABELLED} labelled images; see {out}/preview.png")
+    console.print(f"[bold]faces[/bold]: fitted on {NUM_LABELLED} labelled images; see {_shown(out)}/preview.png")
 
     stream = HandsOffStream(
         checkpoint,
@@ -95,7 +99,7 @@ def run_demo(
         transforms=ordinary_augmentation(),
     )
     test = RenderedFaces("test", num_images=test_images, size=size)
-    console.print(f"\n[bold]1.[/bold] {budget.steps} steps on pairs synthesised and labelled while the network trains")
+    console.print(f"\n[bold]1.[/bold] {budget.steps} steps on pairs synthesized and labelled while the network trains")
     on_stream, stream_report = _train_and_score(budget, stream, test, seed, chosen, console)
     rejected = stream.rejected / (stream.accepted + stream.rejected)
     console.print(
@@ -121,8 +125,8 @@ def run_demo(
         },
         "seconds": time.perf_counter() - started,
     }
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    console.print(f"{result['seconds'] / 60:.1f} minutes; all numbers are of this run and in {out}/result.json")
+    write_file(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    console.print(f"{result['seconds'] / 60:.1f} minutes; all numbers are of this run and in {_shown(out)}/result.json")
     return result
 
 
@@ -164,13 +168,17 @@ def comparison(on_stream: SegmentationScores, on_labelled: SegmentationScores, t
     table = Table("class", "stream", f"{NUM_LABELLED} images", "difference", title=title, show_footer=True)
     rows = zip(on_stream.class_names, on_stream.iou_per_class, on_labelled.iou_per_class, strict=True)
     for name, *values in rows:
-        table.add_row(name, *_percentages(*values))
+        table.add_row(Text(printable(name)), *_percentages(*values))
     footers = ["mean", *_percentages(on_stream.miou, on_labelled.miou)]
     for column, footer in zip(table.columns, footers, strict=True):
         column.footer = footer
     for column in table.columns[1:]:
         column.justify = "right"
     return table
+
+
+def _shown(path: Path) -> str:
+    return escape(printable(str(path)))
 
 
 def _percentages(stream: float, labelled: float) -> list[str]:
@@ -196,8 +204,16 @@ def train_on_stream(
     Raises:
         CheckpointError: the checkpoint has no segmentation head.
         LabelledImagesError: test folders that do not fit.
+        OutputError: the state dict cannot be written; this is found out before the training.
     """
-    chosen = resolve_device(device)
+    chosen = usable_device(device)
+    check_file(out, inputs=[resolve(checkpoint)])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not (steps >= 1 and batch_size >= 2 and 0 < lr < math.inf):
+        raise ValueError(
+            f"steps={steps}, batch_size={batch_size}, lr={lr}: pass at least 1 step of at least 2 samples (BatchNorm), "
+            "and a positive learning rate"
+        )
     loaded = load_checkpoint(checkpoint)
     names = next((h.task.class_names for h in loaded.heads.values() if hasattr(h.task, "class_names")), None)
     if names is None:
@@ -214,6 +230,8 @@ def train_on_stream(
     train_with_bar(model, DataLoader(stream, batch_size=batch_size), budget, chosen, console)
     with whole_file(out) as partial:
         torch.save(model.state_dict(), partial)
-    console.print(f"wrote {out}; {stream.rejected} of {stream.accepted + stream.rejected} samples were rejected")
+    console.print(
+        f"wrote {_shown(out)}; {stream.rejected} of {stream.accepted + stream.rejected} samples were rejected"
+    )
     if test is not None:
         console.print(evaluate(model, test, names, device=chosen).table("IoU on test images"))

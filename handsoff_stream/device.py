@@ -9,14 +9,36 @@ CHUNK_SIZE_CPU = 4
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device itself; None means CUDA if there is one, else the CPU."""
+    """The device itself; None means CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {str(device)!r} is unknown; pass cpu, cuda, or cuda:1 for the second one") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {str(device)!r} is not supported; pass cpu, cuda, or cuda:1 for the second one")
+    return chosen
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """As `resolve_device`, for work that begins at once in this process.
+
+    Raises:
+        ValueError: no such device.
+        StreamError: CUDA on a machine that has none.
+    """
+    chosen = resolve_device(device)
+    check_device(chosen, in_worker=False)
+    return chosen
 
 
 def default_chunk_size(device: torch.device) -> int:
-    """Indices synthesised at once if the user does not say."""
+    """Indices synthesized at once if the user does not say."""
     return CHUNK_SIZE_CUDA if device.type == "cuda" else CHUNK_SIZE_CPU
 
 
@@ -38,4 +60,9 @@ def check_device(device: torch.device, *, in_worker: bool) -> None:
         raise StreamError(
             f"device {str(device)!r} was asked for, but this process sees no CUDA device; pass device='cpu' or "
             "check the driver with `nvidia-smi`"
+        )
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise StreamError(
+            f"device {str(device)!r} was asked for, but this process sees {torch.cuda.device_count()} CUDA devices, "
+            "counted from 0; pass one of them"
         )

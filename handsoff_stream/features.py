@@ -1,20 +1,18 @@
-"""What a generator knows about every pixel: feature maps at native resolution, and the hypercolumn they mean.
+"""What a generator computes for every pixel: feature maps at native resolution, which stand for hypercolumns.
 
-The hypercolumn of a pixel (HandsOff, section 3.2) is the concatenation of all feature maps, each resized to
-the label resolution. At 1024 x 1024 that is 6.4 GB an image, so what is passed on is the pyramid of native
-maps; this module says which values the hypercolumn *would* have (`bilinear_taps`), and reads a few of them
-(`rows_at`).
+The hypercolumn of a pixel (HandsOff, section 3.2) is the concatenation of all feature maps, each resized to the label
+resolution. At 1024 x 1024 hypercolumns take 6.4 GB per image, so the pyramid of native maps is passed on instead. This
+module defines which values the hypercolumns have (`bilinear_taps`), and reads a few of them (`rows_at`).
 
-It does not know which network made the maps, nor what is predicted from them.
+Knows feature maps. Does not know which network made them, or what is predicted from them.
 
-Shape letters: B batch, C channels of all maps together, P pixels, O projected channels, H W output size.
-Sampling is `F.interpolate(mode="bilinear", align_corners=False, antialias=False)` throughout, up and down.
+Shape letters: B batch, C channels of all maps together, P pixels, H W output size. Sampling is
+`F.interpolate(mode="bilinear", align_corners=False, antialias=False)` throughout, up and down.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -22,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Size = tuple[int, int]
+from handsoff_stream.geometry import Rectangle, Size
 
 
 class Taps(NamedTuple):
@@ -45,141 +43,115 @@ def bilinear_taps(source: int, full: int, start: int, count: int, device: torch.
     return Taps(low.to(device), (low + 1).clamp(max=source - 1).to(device), (position - low).to(device))
 
 
-class Window(NamedTuple):
-    """The part of the image that is wanted, in pixels of the finest map; the ends are exclusive."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    @property
-    def size(self) -> Size:
-        """(H, W)."""
-        return self.bottom - self.top, self.right - self.left
-
-    def check(self, whole: Size) -> None:
-        """Raises ValueError if the part is empty or reaches beyond an image of (H, W) `whole`."""
-        height, width = whole
-        if not (0 <= self.top < self.bottom <= height and 0 <= self.left < self.right <= width):
-            raise ValueError(
-                f"Crop rows {self.top}:{self.bottom}, columns {self.left}:{self.right} do not fit into {height} x "
-                f"{width} pixels; give first < end within the image."
-            )
-
-    def placement(self, size: Size, whole: Size) -> tuple[Size, Size]:
-        """Where an output of `size` lies that shows this part of an image of (H, W) `whole`: (H, W) of all of the image
-        at the output's scale, and (top, left) in it.
-
-        Raises ValueError if the part does not fall on whole output pixels.
-        """
-        full_height, top = _place(size[0], whole[0], self.top, self.bottom)
-        full_width, left = _place(size[1], whole[1], self.left, self.right)
-        return (full_height, full_width), (top, left)
-
-
 @dataclass(frozen=True, eq=False)
 class FeaturePyramid:
     """Feature maps of a batch in hypercolumn order: the constant input, then each style block's output.
 
-    `maps[l]` is floating point [B, C_l, h_l, w_l]; every map covers the whole image. `window` is set by
-    `crop`. Hypercolumns are computed in float32 (float64 for float64 maps), whatever precision the maps are
-    stored in.
+    Hypercolumns are computed in float32 (float64 for float64 maps), whatever precision the maps are stored in.
+
+    Args:
+        maps: floating point [B, C_l, h_l, w_l] each; every map covers the whole image.
+        window: the part of the image that outputs show, in pixels of the finest map; set by `crop`.
+
+    Raises:
+        ValueError: no map, or maps of different batches.
     """
 
     maps: tuple[Tensor, ...]
-    window: Window | None = None
+    window: Rectangle | None = None
 
     def __post_init__(self) -> None:
         if not self.maps:
-            raise ValueError("A feature pyramid needs at least one feature map, got none.")
+            raise ValueError("0 feature maps make no pyramid; pass at least one")
         shapes = [tuple(feature_map.shape) for feature_map in self.maps]
         if any(len(shape) != 4 or shape[0] != shapes[0][0] for shape in shapes):
-            raise ValueError(f"Feature maps must be [B, C, h, w] with one common B, got {shapes}.")
+            raise ValueError(f"feature maps {shapes} are not of one batch; pass [B, C, h, w] with one common B")
 
     @property
     def channels(self) -> tuple[int, ...]:
+        """Of each map."""
         return tuple(feature_map.shape[1] for feature_map in self.maps)
 
     @property
     def num_channels(self) -> int:
+        """C: of all maps together."""
         return sum(self.channels)
 
     @property
     def batch_size(self) -> int:
+        """B: number of images."""
         return self.maps[0].shape[0]
 
     @property
     def device(self) -> torch.device:
+        """Where the maps lie."""
         return self.maps[0].device
 
     @property
     def resolution(self) -> Size:
-        """(H, W) of the finest map, or of its crop: the output size whose pixels are those of the image."""
+        """(H, W) of the finest map, or of its crop: the output size at which a pixel is one of the image."""
         return self.part.size
 
     @property
-    def part(self) -> Window:
-        """`window`, or that of the whole image."""
+    def part(self) -> Rectangle:
+        """`window`, or the whole image."""
         if self.window is not None:
             return self.window
         height, width = self.finest
-        return Window(0, height, 0, width)
+        return Rectangle(0, 0, height, width)
 
     @property
     def finest(self) -> Size:
-        """(H, W) of the finest map: the pixels in which windows count."""
+        """(H, W) of the finest map, in whose pixels windows are given."""
         return max(m.shape[2] for m in self.maps), max(m.shape[3] for m in self.maps)
 
     def crop(self, rows: Size, columns: Size) -> FeaturePyramid:
         """The pyramid of a part of the image; `rows`, `columns`: (first, end) in pixels of the finest map.
 
-        The maps stay whole, because resizing a map that was cut would treat the cut as the border of the
-        image. From now on an output `size` is the size of the cropped part:
-        `p.crop((a, b), (c, d)).hypercolumn((b - a, d - c))` equals
-        `p.hypercolumn(p.resolution)[..., a:b, c:d]`, and so on at other scales. A second crop counts
-        from the first.
+        The maps stay whole, because resizing a map that was cut would treat the cut as the border of the image. An
+        output `size` is the size of the cropped part from then on: `p.crop((a, b), (c, d)).hypercolumn((b - a, d - c))`
+        equals `p.hypercolumn(p.resolution)[..., a:b, c:d]`, and so on at other scales. A second crop counts from the
+        first.
 
-        Raises ValueError if the part is empty or reaches beyond the image.
+        Raises:
+            ValueError: the part is empty or reaches beyond the image.
         """
-        Window(*rows, *columns).check(self.resolution)
+        (first_row, end_row), (first_column, end_column) = rows, columns
+        Rectangle(first_row, first_column, end_row, end_column).check(self.resolution)
         top, left = self.part.top, self.part.left
-        window = Window(top + rows[0], top + rows[1], left + columns[0], left + columns[1])
+        window = Rectangle(top + first_row, left + first_column, top + end_row, left + end_column)
         return replace(self, window=window)
 
     def placement(self, size: Size) -> tuple[Size, Size]:
         """Where an output of `size` lies: (H, W) of the whole image at its scale, and (top, left) in it.
 
-        Raises ValueError if the crop does not fall on whole output pixels.
+        Raises:
+            ValueError: the crop does not fall on whole output pixels.
         """
         return self.part.placement(size, self.finest)
 
     def hypercolumn(self, size: Size) -> Tensor:
-        """All of it, [B, C, H, W]: obvious and enormous. For references and tests."""
+        """Hypercolumns of all pixels, float32 [B, C, H, W]: enormous; for the reference path and for tests."""
         return torch.cat([self._resize(_promote(feature_map), size) for feature_map in self.maps], dim=1)
 
-    def project(self, weight_OC: Tensor, size: Size | None = None) -> Tensor:
-        """`weight_OC @ hypercolumn`, [B, O, H, W], without the hypercolumn: maps are projected, then resized.
-
-        Exact, because resizing mixes pixels and projecting mixes channels. `size` is by default `resolution`.
-        """
-        size = self.resolution if size is None else size
-        projected = torch.zeros((), dtype=weight_OC.dtype, device=weight_OC.device)
-        for feature_map, weight_Oc in zip(self.maps, weight_OC.split(self.channels, dim=1), strict=True):
-            native = F.conv2d(feature_map.to(weight_OC.dtype), weight_Oc[:, :, None, None])
-            projected = projected + self._resize(native, size)
-        return projected
-
     def rows_at(self, pixels_P: Tensor, size: Size, sample: Tensor | None = None) -> Tensor:
-        """Hypercolumns of a few pixels, [P, C]; no more than that is ever allocated.
+        """Hypercolumns of a few pixels, float32 [P, C], without those of the others.
 
-        `pixels_P`: int64 row-major indices in an output of `size`, in [0, H*W). `sample`: int64 [P], the
-        image of each pixel in [0, B); it may be left out when there is one image. Maps in
-        `torch.channels_last` read faster.
+        Args:
+            pixels_P: int64 row-major indices in an output of `size`, in [0, H * W).
+            size: (H, W) of the output.
+            sample: int64 [P], the image of each pixel in [0, B); needed if there are several images.
+
+        Maps in `torch.channels_last` are read faster.
+
+        Raises:
+            ValueError: several images, but no `sample`; a crop that does not fall on whole output pixels.
         """
         if sample is None:
             if self.batch_size != 1:
-                raise ValueError(f"The pyramid holds {self.batch_size} images: `sample` must say which pixel is whose.")
+                raise ValueError(
+                    f"the pyramid holds {self.batch_size} images, so pixels are ambiguous; pass the image of each pixel"
+                )
             sample = torch.zeros_like(pixels_P)
         (full_height, full_width), (top, left) = self.placement(size)
         y_P, x_P = pixels_P // size[1], pixels_P % size[1]
@@ -199,11 +171,12 @@ class FeaturePyramid:
         dtype: torch.dtype | None = None,
         memory_format: torch.memory_format = torch.preserve_format,
     ) -> FeaturePyramid:
+        """The pyramid with all maps converted, as by `Tensor.to`."""
         maps = tuple(m.to(device=device, dtype=dtype, memory_format=memory_format) for m in self.maps)
         return replace(self, maps=maps)
 
     def select(self, i: int) -> FeaturePyramid:
-        """The pyramid of image `i` alone, with B = 1; the maps are views."""
+        """The pyramid of image `i` alone, with B = 1; the maps share memory with these."""
         return replace(self, maps=tuple(m[i].unsqueeze(0) for m in self.maps))
 
     def _resize(self, map_BCHW: Tensor, size: Size) -> Tensor:
@@ -212,23 +185,12 @@ class FeaturePyramid:
         return whole[..., top : top + size[0], left : left + size[1]]
 
 
-def _place(count: int, source: int, first: int, end: int) -> tuple[int, int]:
-    """(full, start): `count` output pixels over pixels `first .. end - 1` are pixels `start ..` of `full`."""
-    step = (end - first) // math.gcd(source, first, end - first)
-    if count <= 0 or count % step:
-        raise ValueError(
-            f"{count} output pixels over pixels {first}:{end} of {source} would cut pixels at the edge of "
-            f"the crop; choose a positive multiple of {step}."
-        )
-    return count * source // (end - first), count * first // (end - first)
-
-
 def _promote(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _mix(map_BHWC: Tensor, sample_P: Tensor, y_P: Tensor, x: Taps, x_P: Tensor) -> Tensor:
-    """Rows [P, C] of a map at whole rows `y_P`, interpolated along the columns."""
+    """Hypercolumns [P, C] of one map in its pixel rows `y_P`, interpolated along the columns."""
     low = _promote(map_BHWC[sample_P, y_P, x.low[x_P]])
     high = _promote(map_BHWC[sample_P, y_P, x.high[x_P]])
     return torch.lerp(low, high, x.weight[x_P, None].to(low.dtype))

@@ -19,11 +19,8 @@ def describe(name_or_path: str | Path) -> dict[str, str]:
     Raises:
         CheckpointError: the file is missing, damaged or unsupported.
     """
-    try:
-        path = resolve(name_or_path)
-    except ValueError:
-        path = Path(name_or_path)  # read_generator then says what is wrong
-    if path.is_file() and is_safetensors(path):
+    path = resolve(name_or_path)
+    if is_safetensors(path):
         checkpoint = load_checkpoint(path)
         facts = {"file": _file(path, "handsoff_stream checkpoint"), **_generator(checkpoint.generator)}
         return facts | _checkpoint(checkpoint)
@@ -58,7 +55,10 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
         )
     if not checkpoint.heads:
         facts["heads"] = "none: fit one with `handsoff-stream fit`"
-    part = "" if checkpoint.crop is None else ", rows {}:{}, columns {}:{} of the image".format(*checkpoint.crop)
+    part = ""
+    if checkpoint.crop is not None:
+        top, left, bottom, right = checkpoint.crop
+        part = f", rows {top}:{bottom}, columns {left}:{right} of the image"
     facts["output"] = f"{checkpoint.size[0]} x {checkpoint.size[1]}{part}, truncation {checkpoint.truncation}"
     if checkpoint.calibration is None:
         facts["calibration"] = "none: a rolling filter begins with an empty window"

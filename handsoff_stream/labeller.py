@@ -128,7 +128,7 @@ def _example(checkpoint: Checkpoint) -> FeaturePyramid:
     shapes = zip(generator.feature_channels, generator.feature_sizes, strict=True)
     maps = tuple(torch.empty(1, channels, *size, device="meta") for channels, size in shapes)
     pyramid = FeaturePyramid(maps)
-    return pyramid if checkpoint.crop is None else pyramid.crop(checkpoint.crop[:2], checkpoint.crop[2:])
+    return pyramid if checkpoint.crop is None else pyramid.crop(checkpoint.crop.rows, checkpoint.crop.columns)
 
 
 def _fused_kernel(

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from handsoff_stream.checkpoint import Checkpoint
-from handsoff_stream.device import default_chunk_size, resolve_device
+from handsoff_stream.checkpoint import Checkpoint, resolve
+from handsoff_stream.device import default_chunk_size, usable_device
+from handsoff_stream.files.atomic import check_file, whole_file
 from handsoff_stream.filters import Threshold
 from handsoff_stream.isolation import isolated
 from handsoff_stream.options import SynthesisOptions
@@ -43,6 +44,7 @@ HEAT_ANCHORS = (
     (252, 253, 191),
 )
 OPACITY = 0.6  # of the label over the image
+MAX_SAMPLES = 1024  # on a sheet, whose pixels must all be in memory
 TILE_SIZE = 192  # small images are enlarged to about this many pixels
 GAP, MARGIN, TEXT, LINE = 4, 16, 13, 20
 PAPER, INK, ACCEPTED, REJECTED = (255, 255, 255), (40, 40, 40), (90, 90, 90), (200, 30, 40)
@@ -94,30 +96,42 @@ def preview_sheet(
         truncation: psi; None means the checkpoint's own.
         score: "top10_mean" or "sum".
         percentile: in (0, 100].
-        device: where to synthesise; None means CUDA if there is one.
+        device: where to synthesize; None means CUDA if there is one.
 
     Returns:
         What was drawn, in order.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or has no head.
+        OutputError: the PNG cannot be written; this is found out before anything is drawn.
         ValueError: nothing to draw, or no segmentation head.
     """
-    chosen = list(range(num)) if indices is None else list(indices)
-    if not chosen or columns < 1:
-        raise ValueError(f"{len(chosen)} samples in {columns} columns make no sheet; ask for at least one of each")
+    chosen = _chosen(range(num) if indices is None else list(indices), columns)
     source = CheckpointSource(checkpoint)
     psi = source.truncation if truncation is None else truncation
-    where = resolve_device(device)
+    where = usable_device(device)
     options = SynthesisOptions(seed=seed, truncation=psi, score=score, precision=default_precision(where))
     loaded = source.load()
     name, task = _segmentation_head(loaded)
     judge = _judge(source.calibration_scores(options), percentile)
+    check_file(path, inputs=[] if isinstance(checkpoint, Checkpoint) else [resolve(checkpoint)])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with isolated():
         synthesizer = Synthesizer(loaded, options, where)
         samples = _synthesize(synthesizer, name, chosen, judge)
-    draw_sheet(samples, task, columns=columns).save(path, format="PNG")
+    sheet = draw_sheet(samples, task, columns=columns)
+    with whole_file(path) as partial:
+        sheet.save(partial, format="PNG")
     return samples
+
+
+def _chosen(indices: Sequence[int], columns: int) -> Sequence[int]:
+    if not 1 <= len(indices) <= MAX_SAMPLES or columns < 1:
+        raise ValueError(
+            f"{len(indices)} samples in {columns} columns make no sheet; ask for at least one of each, and at most "
+            f"{MAX_SAMPLES} samples"
+        )
+    return indices
 
 
 def _segmentation_head(checkpoint: Checkpoint) -> tuple[str, Segmentation]:

@@ -39,7 +39,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
-    """An endless dataset of labelled images, synthesised while you train.
+    """An endless dataset of labelled images, synthesized while you train.
 
     With `batch_size=None` it yields samples `(image, label)` for `DataLoader(stream, batch_size=8)`; with
     `batch_size=n` it yields `LabelledBatch`es for `DataLoader(stream, batch_size=None)`, which collates nothing.
@@ -71,7 +71,7 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
             rounded up with further samples of the stream.
         drop_last: round down instead, to whole batches on every rank.
         indices: walk only this range of the index line, at every pass; None means all of it.
-        device: where to synthesise; None means CUDA if there is one. CUDA synthesises in the main process
+        device: where to synthesize; None means CUDA if there is one. CUDA synthesizes in the main process
             (`num_workers=0`), beside training, on a stream of its own. Samples lie on the device then, so a DataLoader
             needs `pin_memory=False` unless it is given batches.
         output_device: where samples lie, for instance "cuda:0" with device="cuda:1"; None means `device`.
@@ -82,7 +82,7 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         precision: of images and labels, "exact" (float32) or "fast" (16-bit products: float16 on CUDA, bfloat16 on a
             CPU that has it); None means "fast" on CUDA, else "exact".
         kernel: of labels, "triton" (one fused CUDA kernel), "torch", or "auto".
-        chunk_size: indices synthesised at once, part of what decides a sample's last bits; None means 16 on CUDA, 4 on
+        chunk_size: indices synthesized at once, part of what decides a sample's last bits; None means 16 on CUDA, 4 on
             a CPU.
         shard: this process's part; None asks torch.distributed or the launcher's environment.
         on_bad_sample: what to do about a sample whose uncertainty is not finite: "raise", or "skip" and count it.

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.checkpoint import Checkpoint
-from handsoff_stream.features import FeaturePyramid, Window
+from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.geometry import Rectangle
 from handsoff_stream.labeller import Labeller, on_device
 from handsoff_stream.noise import noise_maps
 from handsoff_stream.options import SynthesisOptions
@@ -44,7 +45,7 @@ class Synthesizer:
         self.size = checkpoint.size
         height, width = checkpoint.generator.resolution
         self.crop = checkpoint.crop
-        part = self.crop or Window(0, height, 0, width)
+        part = self.crop or Rectangle(0, 0, height, width)
         self._whole_size, self._corner = part.placement(self.size, (height, width))
         dtype = compute_dtype(options.precision, device)
         self.generator = on_device(checkpoint.generator, device)
@@ -85,7 +86,7 @@ class Synthesizer:
             return images_BCHW, features
         (top, left), (height, width) = self._corner, self.size
         images_BCHW = images_BCHW[..., top : top + height, left : left + width].contiguous()
-        return images_BCHW, features.crop(self.crop[:2], self.crop[2:])
+        return images_BCHW, features.crop(self.crop.rows, self.crop.columns)
 
     def _upload(self, tensor: Tensor) -> Tensor:
         """To the device without making the host wait: only from pinned memory is a copy asynchronous."""

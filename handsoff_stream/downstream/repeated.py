@@ -3,31 +3,72 @@
 Knows datasets and torchvision's v2 transforms. Does not know networks or streams.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
 
 from handsoff_stream.batch import LabelledBatch
-from handsoff_stream.downstream.metrics import IGNORE_INDEX
+from handsoff_stream.class_ids import IGNORE_INDEX
 from handsoff_stream.transforms import JointTransform
 
 GREY = 0.5
+OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
-def ordinary_augmentation() -> Callable[..., Any]:
+class RandomMirror(v2.Transform):
+    """Mirror image and label together, every second time; classes of the left and right side swap their labels.
+
+    Args:
+        class_names: name of each class. Two names that differ only in the word for the side, as "brow_left" and
+            "brow_right" or "l_ear" and "r_ear", belong to one part on both sides.
+    """
+
+    def __init__(self, class_names: Sequence[str] = ()):
+        super().__init__()
+        self.other_side = mirrored_ids(class_names)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Called by torchvision once for an image and its label."""
+        return {"mirror": bool(torch.rand(1) < 0.5)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Called by torchvision for the image [3, H, W] and for the label int64 [H, W], ids in [0, 255]."""
+        if not params["mirror"]:
+            return inpt
+        mirrored = v2.functional.horizontal_flip(inpt)
+        if isinstance(inpt, tv_tensors.Mask) and not inpt.is_floating_point():
+            return tv_tensors.wrap(self.other_side[mirrored.as_subclass(Tensor).long()].to(inpt.dtype), like=inpt)
+        return mirrored
+
+
+def mirrored_ids(class_names: Sequence[str]) -> Tensor:
+    """The class that each class id becomes in a mirrored image, int64 [256]; see `RandomMirror`."""
+    words = [re.split(r"[\W_]+", name.lower()) for name in class_names]
+    ids = torch.arange(256)
+    for i, name in enumerate(words):
+        other = [OTHER_SIDE.get(word, word) for word in name]
+        if other in words:
+            ids[i] = words.index(other)
+    return ids
+
+
+def ordinary_augmentation(class_names: Sequence[str] = ()) -> Callable[..., Any]:
     """Flip, rotation up to 10 degrees, translation up to 10 %, scale 0.8 to 1.25, and colour jitter.
 
     Joint on image and label; what lies outside the image becomes grey in the image and unlabelled in the label.
-    """
-    from torchvision import tv_tensors
-    from torchvision.transforms import InterpolationMode, v2
 
+    Args:
+        class_names: name of each class, for those of the left and the right side: see `RandomMirror`.
+    """
     return v2.Compose(
         [
-            v2.RandomHorizontalFlip(),
+            RandomMirror(class_names),
             v2.RandomAffine(
                 degrees=10,
                 translate=(0.1, 0.1),
@@ -44,10 +85,11 @@ class RepeatedAugmented(Dataset[tuple[Tensor, Tensor]]):
     """`length` augmented views of a small dataset: view i is image `i % len(dataset)`, transformed by (seed, i).
 
     Args:
-        dataset: (image float32 [3, H, W] in [0, 1], label int64 [H, W]) samples; each is read once and kept.
+        dataset: (image float32 [3, H, W] in [0, 1], label int64 [H, W]) samples.
         length: views.
         seed: in [0, 2**64).
         transforms: joint transform of image and label; None means `ordinary_augmentation()`.
+        keep: read each sample once and keep it, instead of whenever a view of it is asked for.
     """
 
     def __init__(
@@ -57,8 +99,9 @@ class RepeatedAugmented(Dataset[tuple[Tensor, Tensor]]):
         length: int,
         seed: int = 0,
         transforms: Callable[..., Any] | None = None,
+        keep: bool = True,
     ):
-        self._samples = [dataset[i] for i in range(len(dataset))]  # type: ignore[arg-type]
+        self._samples: Any = [dataset[i] for i in range(len(dataset))] if keep else dataset  # type: ignore[arg-type]
         self._transform = JointTransform(transforms or ordinary_augmentation(), seed)
         self._length = length
 

@@ -4,18 +4,20 @@ Told apart by their first bytes. Knows containers; `strict_pickle` and `torch_pi
 adapters next door what it means. No file is ever given to the standard unpickler, to torch.load or to numpy.load.
 """
 
-import ast
 import io
 import math
+import mmap
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from handsoff_stream.errors import CheckpointError
-from handsoff_stream.files.strict_pickle import Budget, loads, shown
+from handsoff_stream.errors import CheckpointError, printable
+from handsoff_stream.files.budget import MAX_ZIP_ENTRIES, Budget, check_count
+from handsoff_stream.files.strict_pickle import loads, shown
 from handsoff_stream.files.torch_pickle import (
     GLOBALS,
     Storage,
@@ -26,9 +28,16 @@ from handsoff_stream.files.torch_pickle import (
 
 LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9"  # protocol 2, then the first bytes of torch.save's magic number
 ZIP_START = b"PK\x03\x04"
-ZIP_ENTRY = b"PK\x01\x02"
+ZIP_END, ZIP64_END = b"PK\x05\x06", b"PK\x06\x06"
+END_BYTES, ENTRY_BYTES = 22, 46  # of the record at the end of an archive, of a directory entry without its name
+ZIP64_BYTES = 56 + 20  # of the two records before it in large archives
 NPY_START = b"\x93NUMPY"
-MAX_ZIP_ENTRIES = 50_000
+NPY_HEADER = re.compile(
+    rb"\{'descr': '(?P<descr>[<>|=]?[a-zA-Z]\d{0,3})', 'fortran_order': (?P<fortran>True|False), "
+    rb"'shape': \((?P<shape>(\d{1,18}, ?)*(\d{1,18})?)\), \}\s*"
+)
+MAX_NPY_HEADER = 1000
+HEAD_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -44,38 +53,45 @@ class Content:
 def read_content(path: str | Path) -> Content:
     """Read a published file without executing or importing anything that it names.
 
+    The file is mapped into memory, not copied, once its first bytes have said what it is.
+
     Raises:
         CheckpointError: missing or damaged file, unknown container, a global that is not allowed (named in the
             message), or sizes that the file does not have. The messages begin with the path.
     """
     path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; check the path")
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            return _parse(file, path.stat().st_size)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    try:
-        return parse(data)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
 def parse(data: bytes) -> Content:
     """As `read_content`, for bytes in memory; messages do not name a path."""
-    view, budget = memoryview(data), Budget(len(data))
+    return _parse(io.BytesIO(data), len(data))
+
+
+def _parse(file: BinaryIO, size: int) -> Content:
+    head, budget = file.read(HEAD_BYTES), Budget(size)
     try:
-        if data.startswith(ZIP_START):
-            return Content(_read_zip(data, budget), "PyTorch file (zip container)")
-        if data.startswith(NPY_START):
-            return Content(_read_npy(view, budget), "NumPy array file")
-        if data.startswith(LEGACY_START):
-            return Content(read_legacy(view, GLOBALS, budget), "PyTorch file (legacy container)")
-        if data[:1] == b"\x80":
-            return Content(loads(view, GLOBALS, budget)[0], f"pickle of protocol {data[1]}")
-    except CheckpointError:
+        if head.startswith(ZIP_START):
+            return Content(_read_zip(file, budget), "PyTorch file (zip container)")
+        if head.startswith(NPY_START):
+            return Content(_read_npy(_view(file), budget), "NumPy array file")
+        if head.startswith(LEGACY_START):
+            return Content(read_legacy(_view(file), GLOBALS, budget), "PyTorch file (legacy container)")
+        if head[:1] == b"\x80":
+            return Content(loads(_view(file), GLOBALS, budget)[0], f"pickle of protocol {head[1]}")
+    except (CheckpointError, OSError):
         raise
     except Exception as error:  # whatever numpy, zipfile or torch say of damaged headers and numbers
         raise CheckpointError(
-            f"damaged file ({type(error).__name__}: {str(error)[:200]}); copy or download it again"
+            f"damaged file ({type(error).__name__}: {printable(str(error), 100)}); copy or download it again"
         ) from error
     raise CheckpointError(
         "none of safetensors, PyTorch file, pickle, NumPy array (damaged at the front, or another format); "
@@ -83,11 +99,17 @@ def parse(data: bytes) -> Content:
     )
 
 
-def _read_zip(data: bytes, budget: Budget) -> Any:
-    if data.count(ZIP_ENTRY) > MAX_ZIP_ENTRIES:
-        raise CheckpointError(f"a zip directory of more than {MAX_ZIP_ENTRIES} entries, which no published file has")
+def _view(file: BinaryIO) -> memoryview:
+    """The whole file, without a copy."""
+    if isinstance(file, io.BytesIO):
+        return file.getbuffer().toreadonly()
+    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _read_zip(file: BinaryIO, budget: Budget) -> Any:
+    check_count(_directory_bytes(file) // ENTRY_BYTES, MAX_ZIP_ENTRIES, "entries in its zip directory")
     try:
-        archive = zipfile.ZipFile(io.BytesIO(data))
+        archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
         raise CheckpointError(
             f"neither a whole PyTorch zip archive ({error}; truncated, or another format) nor any other file that is "
@@ -116,6 +138,26 @@ def _read_zip(data: bytes, budget: Budget) -> Any:
     return loads(memoryview(_member(archive, main[0], budget)), GLOBALS, budget, persistent=persistent)[0]
 
 
+def _directory_bytes(file: BinaryIO) -> int:
+    """Size of a zip archive's directory, from the record at the very end of the file, where zipfile looks first.
+
+    zipfile reads the directory whole, however long it is.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - ZIP64_BYTES - END_BYTES))
+    tail = file.read()
+    file.seek(0)
+    end = tail[-END_BYTES:]
+    if not end.startswith(ZIP_END) or end[-2:] != b"\0\0":
+        raise CheckpointError(
+            "neither a whole PyTorch zip archive (truncated, or another format) nor any other file that is read; copy "
+            "or download it again"
+        )
+    if len(tail) > END_BYTES and tail.startswith(ZIP64_END):  # more than 4 GiB or 65,535 entries
+        return int.from_bytes(tail[40:48], "little")
+    return int.from_bytes(end[12:16], "little")
+
+
 def _member(archive: zipfile.ZipFile, name: str, budget: Budget) -> bytes:
     """One stored entry; every byte of it is in the file, so only copies cost anything."""
     info = archive.getinfo(name)
@@ -131,17 +173,18 @@ def _read_npy(data: memoryview, budget: Budget) -> np.ndarray:
     width = 2 if major == 1 else 4
     start = 8 + width
     end = start + int.from_bytes(data[8:start], "little")
-    if not 1 <= major <= 3 or end > min(len(data), start + 10_000):
-        raise CheckpointError("a damaged NumPy header; copy the file again")
-    header = ast.literal_eval(str(data[start:end], "latin1"))
-    shape, fortran = header["shape"], header["fortran_order"]
-    dtype = np.dtype(header["descr"])
+    # numpy reads headers with Python's own parser, which deep nesting can exhaust; it writes exactly this form.
+    header = NPY_HEADER.fullmatch(bytes(data[start : min(end, start + MAX_NPY_HEADER)]))
+    if not 1 <= major <= 3 or end > len(data) or header is None:
+        raise CheckpointError("a damaged NumPy header, or an array of records; copy the file again")
+    shape = tuple(int(side) for side in header["shape"].decode().replace(" ", "").split(",") if side)
+    dtype, fortran = np.dtype(header["descr"].decode()), header["fortran"] == b"True"
     if dtype.hasobject:
         array = loads(data, GLOBALS, budget, start=end)[0]
         if not isinstance(array, np.ndarray) or array.shape != shape:
             raise CheckpointError("an array of objects that is not the array its header announces")
         return array
-    if dtype.kind not in "fiub" or math.prod(shape) * dtype.itemsize != len(data) - end or min(shape, default=0) < 0:
+    if dtype.kind not in "fiub" or math.prod(shape) * dtype.itemsize != len(data) - end:
         raise CheckpointError(f"{len(data) - end} bytes for a {list(shape)} array of {dtype}; copy the file again")
     budget.spend(len(data))
     return np.frombuffer(bytes(data[end:]), dtype).reshape(shape, order="F" if fortran else "C").copy()

@@ -9,47 +9,21 @@ are bounded by a `Budget` in proportion to the size of the file, whatever sizes 
 """
 
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from handsoff_stream.errors import CheckpointError
+import numpy as np
 
-MAX_OPCODES = 1_000_000  # the largest published files need a tenth; memory is at most some 200 bytes an opcode
+from handsoff_stream.errors import CheckpointError, printable
+from handsoff_stream.files.budget import MAX_KEY, Budget, check_nesting
+
 MAX_INT_BYTES = 16
 MAX_NAME_BYTES = 256
-EXPANSION = 4  # bytes of content per byte of file, for content that a file may refer to more than once
-SLACK = 2**20
 
 Constructor = Callable[..., Any]
 AllowList = Mapping[tuple[str, str], Constructor | None]
 """(module, name) => what stands in for it; None for names that may be mentioned but not called."""
-
-
-@dataclass
-class Budget:
-    """What reading one file may still cost; shared by all pickles inside it."""
-
-    file_size: int
-    opcodes: int = MAX_OPCODES
-    memory: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.memory = EXPANSION * self.file_size + SLACK
-
-    def spend(self, num_bytes: int) -> None:
-        """Account for memory that is not part of the file's own bytes."""
-        self.memory -= num_bytes
-        if self.memory < 0:
-            raise CheckpointError(
-                f"its content would take more than {EXPANSION} times the {self.file_size} bytes of the file, "
-                "which no honest file does; get the file from its publisher again"
-            )
-
-    def step(self) -> None:
-        self.opcodes -= 1
-        if self.opcodes < 0:
-            raise CheckpointError(f"more than {MAX_OPCODES} pickle instructions, which no published generator needs")
 
 
 @dataclass(frozen=True)
@@ -91,24 +65,41 @@ def loads(
     """
     machine = _Machine(data, allowed, budget, start, persistent)
     try:
-        return machine.run(), machine.position
+        value = machine.run()
+        check_nesting(value, children)
+        return value, machine.position
     except CheckpointError:
         raise
     except Exception as error:  # the instructions of a damaged file apply anything to anything
         raise CheckpointError(
-            f"damaged pickle at byte {machine.position} ({type(error).__name__}: {str(error)[:200]}); "
+            f"damaged pickle at byte {machine.position} ({type(error).__name__}: {printable(str(error), 100)}); "
             "copy or download it again"
         ) from error
 
 
 def check_key(key: Any) -> Any:
-    """Dictionary keys and set members are strings and small integers, which hash fast and without collisions.
+    """Dictionary keys and set members are short strings and small integers, which hash fast and without collisions.
 
-    Hashing nested tuples can take exponential time, and inserting huge integers of equal hash quadratic time.
+    Hashing nested tuples can take exponential time, and inserting huge integers of equal hash, or comparing long equal
+    strings again and again, quadratic time.
     """
-    if not (key is None or type(key) in (str, bool) or type(key) is int and abs(key) < 2**31):
+    if type(key) is str:
+        if len(key) > MAX_KEY:
+            raise CheckpointError(f"a dictionary key of {len(key)} characters, which no published file has")
+    elif not (key is None or type(key) is bool or type(key) is int and abs(key) < 2**31):
         raise CheckpointError(f"a {type(key).__name__} as a dictionary key, which no published file has")
     return key
+
+
+def children(value: Any) -> Iterable[Any] | None:
+    """What a container holds; None for anything else."""
+    if type(value) in (list, tuple, set):
+        return value
+    if type(value) is dict:
+        return value.values()
+    if type(value) is Record:
+        return value.state.values()
+    return value.ravel() if isinstance(value, np.ndarray) and value.dtype.hasobject else None
 
 
 def shown(value: Any) -> str:
@@ -178,7 +169,9 @@ class _Machine:
         self.stack.append(int.from_bytes(self.take(size), "little", signed=True))
 
     def text(self, size: int) -> None:
-        self.stack.append(str(self.take(size), "utf-8", "surrogatepass"))
+        raw = self.take(size)
+        self.budget.spend(size)
+        self.stack.append(str(raw, "utf-8", "surrogatepass"))
 
     def items(self) -> list[Any]:
         """What was pushed since the last mark."""
@@ -236,7 +229,10 @@ class _Machine:
         state, target = self.stack.pop(), self.stack[-1]
         if type(target) is dict:
             return  # attributes of an OrderedDict, such as a state dict's _metadata, and EasyDict's empty state
-        if type(target) is Record and type(state) is dict and all(type(key) is str for key in state):
+        if type(target) is Record and type(state) is dict:
+            self.budget.step(len(state))
+            if not all(type(key) is str for key in state):
+                raise CheckpointError("sets attributes whose names are no strings, which no published file does")
             target.state.update(state)
         elif hasattr(type(target), "set_pickle_state"):
             target.set_pickle_state(self.budget, state)

@@ -5,7 +5,8 @@ execute. Knows the container. Does not know what the tensors are, nor what a man
 """
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,30 @@ from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.files.atomic import whole_file
+from handsoff_stream.files.budget import MAX_HEADER_BYTES, MAX_TENSORS, check_count
+from handsoff_stream.files.schema import parse_json
+
+DTYPES = frozenset(("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"))
 
 
 def is_safetensors(path: Path) -> bool:
     """Whether a file begins with eight bytes of header length and a JSON object, as this container does.
 
     Raises:
+        CheckpointError: it does, but the header is longer than any honest one.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         head = file.read(9)
-    return len(head) == 9 and head[8:9] == b"{"
+    if len(head) < 9 or head[8:9] != b"{":
+        return False
+    length = int.from_bytes(head[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: claims a safetensors header of {length} bytes, more than the {MAX_HEADER_BYTES} that are read; "
+            "copy or download it again"
+        )
+    return True
 
 
 def read_manifest(path: Path, key: str) -> dict[str, Any]:
@@ -51,36 +65,61 @@ def read_tensors(
         The manifest, empty if `key` is None, and the tensors by name.
 
     Raises:
-        CheckpointError: a damaged container, or one without this manifest.
+        CheckpointError: a damaged container, tensors of a number format that is not read, or a container without this
+            manifest.
     """
     try:
+        if not is_safetensors(path):
+            raise CheckpointError(f"{path}: damaged safetensors file (no header); copy or download it again")
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}
+            manifest = {} if key is None else _manifest(path, key, file.metadata() or {})
+            names = [name for name in file.keys() if wanted(name)]
+            check_count(len(names), MAX_TENSORS, f"tensors in {path}")
+            for name in names:
+                dtype = str(file.get_slice(name).get_dtype())
+                if dtype not in DTYPES:
+                    raise CheckpointError(f"{path}: tensor {name!r} is of {dtype}; numbers of 8 to 64 bits are read")
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged safetensors file ({error}); copy or download it again") from error
-    return {} if key is None else _manifest(path, key, metadata), tensors
+    return manifest, tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, manifest: Mapping[str, Any]) -> None:
-    """Write tensors and manifest, whole or not at all; an existing file is replaced.
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    key: str,
+    manifest: Mapping[str, Any],
+    inputs: Sequence[str | Path] = (),
+) -> None:
+    """Write tensors and manifest, whole or not at all; an existing file is replaced, unless it is one of `inputs`.
 
     Raises:
-        OSError: the file cannot be written.
+        OutputError: the file cannot be written.
     """
     copied = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with whole_file(path) as partial:
-        save_file(copied, partial, metadata={key: json.dumps(manifest)})
+    with whole_file(path, inputs=inputs) as partial:
+        save_file(copied, partial, metadata={key: json.dumps(_finite(manifest), allow_nan=False)})
 
 
 def _manifest(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
-        manifest = json.loads(metadata[key])
+        manifest = parse_json(metadata.get(key, ""), f"the manifest {key}")
         if not isinstance(manifest, dict):
-            raise TypeError(f"{key} is {type(manifest).__name__}, not an object")
-    except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"it is a {type(manifest).__name__}, no object")
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{path}: a safetensors file without a readable {key} manifest ({type(error).__name__}: {error}); "
-            "pass a file that handsoff_stream wrote for this purpose"
+            f"{path}: a safetensors file without a readable {key} manifest ({error}); pass a file that "
+            "handsoff_stream wrote for this purpose"
         ) from error
     return manifest
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity as null: JSON has no number for them, and no manifest with one would be read back."""
+    if isinstance(value, Mapping):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
-from handsoff_stream.files.strict_pickle import AllowList, Budget, Record, check_key, loads, shown
+from handsoff_stream.files.budget import Budget
+from handsoff_stream.files.strict_pickle import AllowList, Record, check_key, loads, shown
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
@@ -191,11 +192,13 @@ def _persistent_object(budget: Budget, meta: Any) -> Record:
 
 
 def _dict(budget: Budget, pairs: Any = ()) -> dict[Any, Any]:
+    budget.step(len(pairs))
     budget.spend(SCALAR_BYTES * len(pairs))
     return {check_key(key): value for key, value in pairs}
 
 
 def _set(budget: Budget, members: Any = ()) -> set[Any]:
+    budget.step(len(members))
     budget.spend(SCALAR_BYTES * len(members))
     return {check_key(member) for member in members}
 

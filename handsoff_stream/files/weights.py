@@ -1,5 +1,8 @@
 """Named tensors of an untrusted file => a module, allocated only once every tensor is known to fit.
 
+A file may refer to the same numbers under many names, so that a small file would make a large module; what a module
+takes is therefore compared with what the file really holds.
+
 Knows shapes and names. Does not know which file the tensors come from, nor what the module computes.
 """
 
@@ -10,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.budget import EXPANSION, SLACK
 
 N = TypeVar("N", bound=nn.Module)
+
+IMPLIED = 2**24  # bytes of zeros that a file may leave out: noise maps of a small generator
 
 
 def build(make: Callable[[], N], expected: N, state: Mapping[str, Tensor]) -> N:
@@ -20,12 +26,14 @@ def build(make: Callable[[], N], expected: N, state: Mapping[str, Tensor]) -> N:
     `expected`: what `make` gives, on the meta device.
 
     Raises:
-        CheckpointError: weights that are missing, superfluous, of another shape, NaN or infinite.
+        CheckpointError: weights that are missing, superfluous, of another shape, NaN or infinite; a module much larger
+            than the numbers that it is filled with.
     """
     needed = expected.state_dict()
     wrong = differences(state, needed)
     if wrong:
         raise CheckpointError(f"tensors do not fit the geometry: {'; '.join(wrong[:4])}")
+    _check_memory(state, needed)
     for name, values in state.items():
         if not torch.isfinite(values).all():
             raise CheckpointError(f"{name} holds NaN or infinite values; use an earlier snapshot of that training")
@@ -33,6 +41,20 @@ def build(make: Callable[[], N], expected: N, state: Mapping[str, Tensor]) -> N:
         network = make()
     network.load_state_dict({name: values.to(needed[name].dtype) for name, values in state.items()})
     return network
+
+
+def _check_memory(state: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
+    """Numbers that differ from each other are stored; a single one repeated, as zero noise maps are, need not be."""
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()}
+    repeated = {name for name, t in state.items() if not any(t.stride()) and t.numel() > 1}
+    held = sum(stored.values())
+    filled = sum(t.nbytes for name, t in needed.items() if name not in repeated)
+    implied = sum(needed[name].nbytes for name in repeated)
+    if filled > EXPANSION * held + SLACK or implied > EXPANSION * held + IMPLIED:
+        raise CheckpointError(
+            f"{held} bytes of numbers for weights of {filled + implied} bytes: many share the same numbers, which no "
+            "honest file does; get it from its publisher again"
+        )
 
 
 def differences(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

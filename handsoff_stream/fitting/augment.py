@@ -1,9 +1,10 @@
-"""Views of the few labelled images: moved a little, in another light, hats in other colours; with labels that fit.
+"""Augmentations of the few labelled images: moved slightly, in another light, classes recolored; with labels that fit.
 
-A label generator knows what it was shown. From one blue cap it learns that this blue, on top of a head, is a hat; from
-views of it in other colours, that a cap is. Views are inverted like the images themselves, so each costs an inversion.
-Not part of HandsOff, and no sure gain: the embedded faces ship without, because two views an image did not help there;
-a wider variant did (benchmarks/results/generator_training.md).
+A label generator knows only what it was shown. If the one hat among the labelled images is blue, it may learn that
+everything blue on top of a head is a hat; copies in other colors show that the shape decides. Augmented images are
+inverted like the images themselves, so each costs an inversion. Not part of HandsOff, and not certain to help: the
+embedded faces were fitted without, because two augmentations per image did not help there, while more of them with more
+varied light did (recipes/faces/log.md).
 
 Knows images and id masks. Does not know generators, files or what classes mean.
 
@@ -27,38 +28,46 @@ ANY_HUE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewSettings:
-    """How many views, and how far they go."""
+class AugmentationSettings:
+    """How many augmentations per image, and how strong they are.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
 
     per_image: int = 0
-    """Views of an image whose classes all images show; one with rarer classes gets more, see `repeat_factors`."""
+    """Augmentations of an image whose classes all images show; an image with rarer classes gets more of them, see
+    `repeat_factors`."""
     flip: bool = False
-    """Mirror every other view, from the second. Not where left and right are classes of their own, or the generator
-    never mirrors."""
+    """Mirror every other augmentation, from the second. Not for labels that tell left from right, and not for a
+    generator that was trained without mirrored images."""
     any_color: tuple[int, ...] = ()
-    """Ids of classes that come in every colour, such as hats: their hue turns freely. Black, grey and white stay so."""
+    """Ids of classes that occur in any color, such as hats: their hue is drawn freely. Black, gray and white stay."""
     degrees: float = 6.0
-    """Rotation, at most, either way."""
+    """Largest rotation, either way."""
     shift: float = 0.04
-    """Translation, at most, either way, as a share of the image."""
+    """Largest translation, either way, as a share of the image."""
     zoom: float = 1.08
-    """Magnification, at most, and its inverse, at least."""
+    """Largest magnification; the smallest is its inverse."""
     hue: float = 0.02
-    """Of the whole image, but for what comes in every colour: at most, either way, in turns."""
+    """Largest change of hue, either way, in turns; of everything but the classes of `any_color`."""
     light: float = 0.3
-    """Brightness and saturation: factors 1 - light to 1 + light."""
+    """Brightness and saturation are multiplied by factors from 1 - light to 1 + light."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.per_image < 0:
-            raise ValueError(f"per_image={self.per_image} is no count; pass 0 for no views, or how many")
+            raise ValueError(f"per_image={self.per_image} is not a count; pass 0 for no augmentations, or how many")
         if not (0 <= self.degrees < math.inf and 0 <= self.shift < 1 and 1 <= self.zoom < math.inf):
             raise ValueError(
-                f"degrees={self.degrees}, shift={self.shift}, zoom={self.zoom}: rotation is 0 or more, the shift in "
-                "[0, 1), the zoom 1 or more"
+                f"degrees={self.degrees}, shift={self.shift}, zoom={self.zoom} are out of range; pass a rotation of "
+                "0 or more, a shift in [0, 1), and a zoom of 1 or more"
             )
         if not (0 <= self.hue <= ANY_HUE and 0 <= self.light <= 1):
-            raise ValueError(f"hue={self.hue}, light={self.light}: the hue is in [0, {ANY_HUE}], the light in [0, 1]")
+            raise ValueError(
+                f"hue={self.hue}, light={self.light} are out of range; pass a hue in [0, {ANY_HUE}] and a light "
+                "in [0, 1]"
+            )
         check_seed(self.seed)
 
     def config(self) -> dict[str, Any]:
@@ -67,7 +76,7 @@ class ViewSettings:
 
 
 def repeat_factors(masks_Nhw: Tensor, num_classes: int) -> list[float]:
-    """Of each image the largest sqrt(1 / f) among its classes, f being the share of images that show the class.
+    """Of each image the largest sqrt(1 / f) among its classes, where f is the share of images that show the class.
 
     Repeat factor sampling (Gupta et al., LVIS, CVPR 2019) with a threshold of 1: a class in one image of 16 makes this
     image count four times. 1 for an image without a labelled pixel.
@@ -83,23 +92,29 @@ def repeat_factors(masks_Nhw: Tensor, num_classes: int) -> list[float]:
     return [float(factor) for factor in torch.where(shows, rarity, 1.0).amax(dim=1)]
 
 
-def with_views(
-    images: Sequence[tuple[str, Tensor]], masks_Nhw: Tensor, num_classes: int, settings: ViewSettings
+def with_augmentations(
+    images: Sequence[tuple[str, Tensor]], masks_Nhw: Tensor, num_classes: int, settings: AugmentationSettings
 ) -> tuple[list[tuple[str, Tensor]], Tensor]:
-    """Images and masks, then their views: image `name` becomes `name.view-00`, `name.view-01`, ...
+    """Images and masks, followed by their augmentations: `name.augmented-00`, `name.augmented-01`, ... of image `name`.
 
-    A view depends on the seed, the image's name and the view's number; like photographs, views have 8 bits a channel.
+    An augmentation depends on the seed, the image's name and the number of the augmentation. Like photographs,
+    augmented images have 8 bits per channel.
 
     Args:
         images: (name, float32 [3, H, W] in [0, 1]).
         masks_Nhw: int64, one for each image, of any size; an id outside [0, num_classes) is unlabelled and stays so.
+        num_classes: of the masks.
+        settings: how many, and how strong.
+
+    Returns:
+        (name, float32 [3, H, W] in [0, 1]) of all, and their masks, int64 [N + augmentations, h, w].
 
     Raises:
-        ValueError: another number of masks, or a class of `any_color` that there is not.
+        ValueError: another number of masks, or an id in `any_color` that is not a class.
     """
     if not all(0 <= c < num_classes for c in settings.any_color):
         raise ValueError(
-            f"any_color={settings.any_color} names classes that are not among {num_classes}; pass their ids"
+            f"any_color={settings.any_color} names classes that are not among {num_classes}; pass ids from 0 on"
         )
     if len(masks_Nhw) != len(images):
         raise ValueError(f"{len(images)} images and {len(masks_Nhw)} masks; pass one mask for each image")
@@ -109,17 +124,28 @@ def with_views(
         for number in range(round(settings.per_image * factor)):
             random = _random(settings.seed, name, number)
             flip = settings.flip and number % 2 == 1
-            view, moved = view_of(image, mask, settings, random, flip=flip)
-            more.append((f"{name}.view-{number:02d}", view))
-            masks.append(moved)
+            augmented, moved_mask = augment(image, mask, settings, random, flip=flip)
+            more.append((f"{name}.augmented-{number:02d}", augmented))
+            masks.append(moved_mask)
     return more, torch.stack(masks)
 
 
-def view_of(
-    image_3HW: Tensor, mask_hw: Tensor, settings: ViewSettings, random: torch.Generator, *, flip: bool
+def augment(
+    image_3HW: Tensor, mask_hw: Tensor, settings: AugmentationSettings, random: torch.Generator, *, flip: bool
 ) -> tuple[Tensor, Tensor]:
-    """One view of an image in [0, 1], [3, H, W], and of its mask, [h, w]; what was outside repeats the border."""
-    image_3HW = _recoloured(image_3HW, mask_hw, settings, random)
+    """One augmentation of an image and its mask; what comes into view from outside repeats the border.
+
+    Args:
+        image_3HW: float32 in [0, 1].
+        mask_hw: int64.
+        settings: how far to go at most.
+        random: where the changes are drawn from.
+        flip: mirror as well.
+
+    Returns:
+        The image on 8-bit levels, and the mask, of the same shapes and types.
+    """
+    image_3HW = _recolored(image_3HW, mask_hw, settings, random)
     motion = _motion(image_3HW.shape[1] / image_3HW.shape[2], settings, random)
     if flip:
         image_3HW, mask_hw = image_3HW.flip(2), mask_hw.flip(1)
@@ -127,13 +153,14 @@ def view_of(
     return image_3HW, _moved(mask_hw[None].double(), motion, "nearest")[0].long()  # double holds every id
 
 
-def _recoloured(image_3HW: Tensor, mask_hw: Tensor, settings: ViewSettings, random: torch.Generator) -> Tensor:
-    """One light for everything, and another for each class of any colour."""
+def _recolored(image_3HW: Tensor, mask_hw: Tensor, settings: AugmentationSettings, random: torch.Generator) -> Tensor:
+    """One light for everything, and another for each class of any color."""
     mask_HW = F.interpolate(mask_hw[None, None].double(), image_3HW.shape[1:], mode="nearest-exact")[0, 0]
-    view = _in_another_light(image_3HW, settings.hue, settings.light, random)
+    recolored = _in_another_light(image_3HW, settings.hue, settings.light, random)
     for c in settings.any_color:
-        view = torch.where(mask_HW == c, _in_another_light(image_3HW, ANY_HUE, settings.light, random), view)
-    return view
+        of_class = _in_another_light(image_3HW, ANY_HUE, settings.light, random)
+        recolored = torch.where(mask_HW == c, of_class, recolored)
+    return recolored
 
 
 def _in_another_light(image_3HW: Tensor, hue: float, light: float, random: torch.Generator) -> Tensor:
@@ -144,10 +171,10 @@ def _in_another_light(image_3HW: Tensor, hue: float, light: float, random: torch
     return functional.adjust_saturation(image_3HW, _between(1 - light, 1 + light, random))
 
 
-def _motion(aspect: float, settings: ViewSettings, random: torch.Generator) -> Tensor:
+def _motion(aspect: float, settings: AugmentationSettings, random: torch.Generator) -> Tensor:
     """Rotation, zoom and shift, [1, 2, 3]: output => input, where both sides run from -1 to 1.
 
-    `aspect`: height over width, so that a rotation stays one.
+    `aspect`: height over width, so that a rotation keeps angles.
     """
     angle = math.radians(_between(-settings.degrees, settings.degrees, random))
     zoom = settings.zoom ** _between(-1, 1, random)

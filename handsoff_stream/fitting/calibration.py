@@ -14,7 +14,7 @@ from handsoff_stream.synthesizer import Synthesizer
 from handsoff_stream.uncertainty import image_score
 
 CALIBRATION_SEED = 2**63
-"""Far from the seeds that people choose: a stream of seed 0 is not judged by its own first samples."""
+"""Far from the seeds that people choose, so that a stream is not filtered by the scores of its own first samples."""
 SCORES = ("sum", "top10_mean")
 
 
@@ -30,7 +30,7 @@ def calibrate(
     """The same checkpoint with the scores of `num_samples` samples, of both kinds, by its first head.
 
     Calibrate the weights that will be streamed: rounding them to float16 changes scores a little. Samples are
-    synthesised with the checkpoint's truncation and stored noise, where its generator is.
+    synthesized with the checkpoint's truncation and stored noise, where its generator is.
 
     Args:
         checkpoint: with at least one head.
@@ -40,7 +40,7 @@ def calibrate(
         progress: show a bar.
 
     Raises:
-        ValueError: a checkpoint without head, or a count below 1.
+        ValueError: a checkpoint without a head, or a count below 1.
     """
     if not checkpoint.heads or num_samples < 1 or chunk < 1:
         raise ValueError(

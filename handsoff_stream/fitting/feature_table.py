@@ -1,12 +1,12 @@
 """Feature maps of all inverted images, and the hypercolumns of a few of their pixels at a time.
 
-Maps are kept at native resolution in float16, one table of rows per resolution: 3 MB an image at 128 x 128,
-0.16 GB at 1024 x 1024 with labels of 512 x 512, against 6.4 GB for its hypercolumns. A pixel's row is four weighted
-rows of every table. Coarse tables stay in memory as long as they fit a budget; the others lie in files without a name,
-which the operating system caches and which vanish with the process.
+Maps are kept at native resolution in float16, one table of rows per resolution: 3 MB per image at 128 x 128,
+0.16 GB at 1024 x 1024 with labels of 512 x 512, where its hypercolumns take 6.4 GB. A pixel's row is four weighted
+rows of every table. Coarse tables stay in memory as long as they fit a budget. The others lie in temporary files
+without a name, which the operating system caches and which disappear with the process.
 
 Knows generators, pyramids and where rows are kept. Does not know labels. Sampling is that of `features`, up to
-float16; where rows are kept does not change a bit of them.
+rounding to float16; where rows are kept does not change their bits.
 
 Shape letters: N images, P pixels, C feature channels, L number of style inputs, D latent size, H W label
 size, h w native size.
@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handsoff_stream.features import Size, bilinear_taps
+from handsoff_stream.features import bilinear_taps
 from handsoff_stream.generators import Generator
+from handsoff_stream.geometry import Size
 
 GIGABYTE = 10**9
 MEMORY_GB_CPU = 1.2  # with a 1024 x 1024 generator and the widest published ensemble, the process stays below 8 GB
@@ -42,10 +43,12 @@ class MemoryRows:
         self.num_bytes = self._rows.nbytes
 
     def append(self, rows: Tensor) -> None:
+        """Add float16 rows [n, C] after those added so far."""
         self._rows[self._filled : self._filled + len(rows)] = rows
         self._filled += len(rows)
 
     def open(self) -> Tensor:
+        """All rows, to be read only."""
         return self._rows
 
 
@@ -59,10 +62,12 @@ class FileRows:
         self._file = tempfile.TemporaryFile(dir=folder)
 
     def append(self, rows: Tensor) -> None:
+        """Add float16 rows [n, C] after those added so far."""
         self._file.write(rows.cpu().contiguous().numpy().data)
         self._file.flush()
 
     def open(self) -> Tensor:
+        """All rows, to be read only."""
         # Mapped afresh for each use: pages that were read would otherwise add up to the whole file in this process.
         mapped = mmap.mmap(self._file.fileno(), 0)
         if hasattr(mmap, "MADV_RANDOM"):  # where the file is not cached, read the rows that are asked for and no more
@@ -70,7 +75,7 @@ class FileRows:
         return torch.frombuffer(mapped, dtype=torch.float16).view(-1, self.channels)
 
 
-class Level(NamedTuple):
+class SameSizeMaps(NamedTuple):
     """All maps of one native size."""
 
     size: Size
@@ -80,13 +85,17 @@ class Level(NamedTuple):
 class FeatureTable:
     """Rows of hypercolumns of N images at one label size; `collect` makes one.
 
-    `levels` are in hypercolumn order and hold N images each. `feature_channels`: the geometry of the generator's
-    pyramids; several consecutive maps may share a level. Rows are handed out on `device`.
+    Args:
+        groups: in hypercolumn order, of N images each; several consecutive maps may share a group.
+        num_images: N.
+        size: (H, W) of the labels.
+        feature_channels: channels of each map of the generator's pyramids.
+        device: where rows are handed out.
     """
 
     def __init__(
         self,
-        levels: Sequence[Level],
+        groups: Sequence[SameSizeMaps],
         num_images: int,
         size: Size,
         feature_channels: Sequence[int],
@@ -94,16 +103,17 @@ class FeatureTable:
     ) -> None:
         self.num_images, self.size, self.feature_channels = num_images, size, tuple(feature_channels)
         self.device = device
-        self._levels = tuple(levels)
+        self._groups = tuple(groups)
 
     @property
     def bytes_in_memory(self) -> int:
-        """Of features kept in the memory of `device`."""
-        return sum(level.rows.num_bytes for level in self._levels if isinstance(level.rows, MemoryRows))
+        """Bytes of features that are kept in the memory of `device`."""
+        return sum(group.rows.num_bytes for group in self._groups if isinstance(group.rows, MemoryRows))
 
     @property
     def bytes_in_files(self) -> int:
-        return sum(level.rows.num_bytes for level in self._levels if isinstance(level.rows, FileRows))
+        """Bytes of features that lie in temporary files because they did not fit into memory."""
+        return sum(group.rows.num_bytes for group in self._groups if isinstance(group.rows, FileRows))
 
     @classmethod
     @torch.no_grad()
@@ -118,7 +128,7 @@ class FeatureTable:
     ) -> "FeatureTable":
         """Run the generator on all latents, one image at a time: no more than one pyramid exists at once.
 
-        Neighbouring maps of one resolution share a level. Maps finer than the labels are reduced to their size
+        Neighboring maps of one resolution share a group. Maps finer than the labels are reduced to their size
         (HandsOff, section 3.2, caps at 512 x 512): hypercolumns take nothing else from them.
 
         Args:
@@ -145,26 +155,26 @@ class FeatureTable:
             memory_gb = MEMORY_GB_CPU if device.type == "cpu" else MEMORY_GB_ACCELERATOR
         folder = Path(tempfile.gettempdir() if cache_dir is None else cache_dir)
         size = size or generator.resolution
-        levels: list[Level] = []
+        groups: list[SameSizeMaps] = []
         for w_plus_1LD in w_plus_NLD.to(device).split(1):
             maps = [_capped(m, size) for m in generator.synthesis(w_plus_1LD, "const").features.maps]
             same_size = [list(same) for _, same in groupby(maps, key=lambda map_1Chw: map_1Chw.shape[2:])]
-            levels = levels or list(_allocate(same_size, len(w_plus_NLD), memory_gb, folder))
-            for level, same in zip(levels, same_size, strict=True):
-                level.rows.append(torch.cat([m[0].half() for m in same]).flatten(1).t())
-        return cls(levels, len(w_plus_NLD), size, generator.feature_channels, device)
+            groups = groups or list(_allocate(same_size, len(w_plus_NLD), memory_gb, folder))
+            for group, same in zip(groups, same_size, strict=True):
+                group.rows.append(torch.cat([m[0].half() for m in same]).flatten(1).t())
+        return cls(groups, len(w_plus_NLD), size, generator.feature_channels, device)
 
     def rows(self, pixels_P: Tensor) -> Tensor:
         """Hypercolumns float32 [P, C] of pixels, by their flat int64 index into [N, H, W]."""
-        pixels = {device: pixels_P.to(device) for device in {level.rows.device for level in self._levels}}
-        mixed = [self._mixed(level, pixels[level.rows.device]) for level in self._levels]
+        pixels = {device: pixels_P.to(device) for device in {group.rows.device for group in self._groups}}
+        mixed = [self._mixed(group, pixels[group.rows.device]) for group in self._groups]
         return torch.cat([rows.to(self.device).float() for rows in mixed], dim=1)
 
-    def _mixed(self, level: Level, pixels_P: Tensor) -> Tensor:
-        """float16 [P, C_level]."""
-        if level.size == self.size:
-            return level.rows.open()[pixels_P]
-        (native_h, native_w), (height, width), device = level.size, self.size, pixels_P.device
+    def _mixed(self, group: SameSizeMaps, pixels_P: Tensor) -> Tensor:
+        """float16 [P, C_group]."""
+        if group.size == self.size:
+            return group.rows.open()[pixels_P]
+        (native_h, native_w), (height, width), device = group.size, self.size, pixels_P.device
         image_P, y_P, x_P = pixels_P // (height * width), pixels_P // width % height, pixels_P % width
         y = bilinear_taps(native_h, height, 0, height, device)
         x = bilinear_taps(native_w, width, 0, width, device)
@@ -172,18 +182,23 @@ class FeatureTable:
         column_P2 = torch.stack([x.low[x_P], x.high[x_P]], dim=1)
         index_P4 = (row_P2[:, :, None] * native_w + column_P2[:, None, :]).flatten(1)
         weight_P4 = (_pair(y.weight[y_P])[:, :, None] * _pair(x.weight[x_P])[:, None, :]).flatten(1)
-        return F.embedding_bag(index_P4, level.rows.open(), per_sample_weights=weight_P4.half(), mode="sum")
+        return F.embedding_bag(index_P4, group.rows.open(), per_sample_weights=weight_P4.half(), mode="sum")
 
 
 def keep_in_memory(needed: Sequence[int], memory_gb: float) -> list[bool]:
-    """Which levels of so many bytes stay in memory: as many as fit together, from the first on."""
+    """Whether each group of maps stays in memory: from the first on, as many as fit into the budget together.
+
+    Args:
+        needed: bytes of each group.
+        memory_gb: the budget in gigabytes (10^9 bytes).
+    """
     return [total <= memory_gb * GIGABYTE for total in accumulate(needed)]
 
 
 def _allocate(
     same_size: Sequence[Sequence[Tensor]], num_images: int, memory_gb: float, folder: Path
-) -> Iterator[Level]:
-    """One level for each group of maps [1, C, h, w] of one size: in memory while the sum fits, then in files."""
+) -> Iterator[SameSizeMaps]:
+    """One group for each group of maps [1, C, h, w] of one size: in memory while the sum fits, then in files."""
     needed = [2 * num_images * sum(map_1Chw.numel() for map_1Chw in same) for same in same_size]
     in_memory = keep_in_memory(needed, memory_gb)
     on_disk = sum(size for size, kept in zip(needed, in_memory, strict=True) if not kept)
@@ -197,7 +212,7 @@ def _allocate(
         channels, (height, width) = sum(map_1Chw.shape[1] for map_1Chw in same), same[0].shape[2:]
         num_rows = num_images * height * width
         rows = MemoryRows(num_rows, channels, same[0].device) if kept else FileRows(num_rows, channels, folder)
-        yield Level((height, width), rows)
+        yield SameSizeMaps((height, width), rows)
 
 
 def _capped(map_1Chw: Tensor, size: Size) -> Tensor:

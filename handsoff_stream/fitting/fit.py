@@ -1,4 +1,4 @@
-"""Inverted images and their labels => a label generator (HandsOff, section 3.3).
+"""Latents of images and their labels => a label generator (HandsOff, section 3.3), and the checkpoint that holds it.
 
 All members learn at the same time, each from minibatches of its own, drawn from the pixels of all images.
 Hypercolumns exist for the pixels of one step only.
@@ -11,17 +11,23 @@ outputs, H W label size.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from handsoff_stream.checkpoint import Checkpoint, Head
+from handsoff_stream.files.budget import MAX_MEMBERS, MAX_WIDTH
 from handsoff_stream.fitting.feature_table import FeatureTable
+from handsoff_stream.fitting.inversion.latents import FoundLatents
 from handsoff_stream.fitting.pixel_sampler import PixelSampler
+from handsoff_stream.generators import Generator
 from handsoff_stream.label_generator import LabelGenerator
 from handsoff_stream.progress import progress_bar
+from handsoff_stream.provenance import versions
 from handsoff_stream.tasks import Task
 
 
@@ -31,7 +37,10 @@ class FitSettings:
 
     The published code: `batch_size=64`, `cosine=False`, and four passes over all pixels, which is `epochs=256` for
     labels of 512 x 512. On 16 renders of 32 x 32, minibatches of 256 pixels reached the same held-out loss (0.11) as
-    of 64 with a quarter of the steps and half the time, and the falling rate took it from 0.12 to 0.11.
+    minibatches of 64, with a quarter of the steps and in half the time; the falling rate took it from 0.12 to 0.11.
+
+    Raises:
+        ValueError: a setting out of its range.
     """
 
     hidden: tuple[int, int] = (128, 32)
@@ -56,6 +65,10 @@ class FitSettings:
         for name in ("members", "epochs", "pixels_per_image", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} fits nothing; pass at least 1")
+        if len(self.hidden) != 2 or not all(1 <= width <= MAX_WIDTH for width in self.hidden):
+            raise ValueError(f"hidden={self.hidden} are no two widths; pass numbers from 1 to {MAX_WIDTH}")
+        if self.members > MAX_MEMBERS:
+            raise ValueError(f"members={self.members}; a checkpoint has up to {MAX_MEMBERS}")
         if self.batch_size < 2 or not 0 <= self.held_out <= 0.5 or not self.learning_rate > 0:
             raise ValueError(
                 f"batch_size={self.batch_size}, held_out={self.held_out}, learning_rate={self.learning_rate}: "
@@ -74,7 +87,7 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class FitReport:
-    """How a fit went."""
+    """Losses, accuracy and duration of a fit."""
 
     losses: list[float]
     """Mean loss of each epoch trained, averaged over members."""
@@ -85,9 +98,57 @@ class FitReport:
     held_out_loss: float
     """Mean over members; NaN without held-out pixels."""
     accuracy: float | None
-    """Share of held-out pixels on which the ensemble is right; None for labels that are not ids, or without any.
-    Their neighbours were trained on: this says how well labels were learnt, not how well they carry over."""
+    """Share of held-out pixels on which the ensemble is right; None for labels that are not ids, or without held-out
+    pixels. Neighbors of these pixels were trained on, so this says how well the labelled images were learned, not how
+    well labels carry over to new ones."""
     seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """What a checkpoint's provenance says of the fit, JSON-able."""
+        return {"epoch": self.epoch, "accuracy": self.accuracy, "held_out_loss": self.held_out_loss}
+
+
+def fit_checkpoint(
+    generator: Generator,
+    latents: FoundLatents,
+    targets: Tensor,
+    task: Task,
+    settings: FitSettings | None = None,
+    *,
+    memory_gb: float | None = None,
+    cache_dir: str | Path | None = None,
+    about: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Checkpoint:
+    """Fit a label generator, and put it into a checkpoint with one head, which `calibrate` completes.
+
+    Args:
+        generator: what the latents belong to, and what will be streamed from; its device does the work.
+        latents: of the N images, as `invert` returns them.
+        targets: [N, H, W] or [N, H, W, K], one per image: whatever `task.loss` takes for a pixel.
+        task: becomes the head named `task.name`.
+        settings: how to fit.
+        memory_gb: for the features of the images; see `FeatureTable.collect`.
+        cache_dir: for features that do not fit; see `FeatureTable.collect`.
+        about: JSON-able; what the caller knows of the images and labels, for the checkpoint's provenance.
+        progress: show a bar.
+
+    Raises:
+        ValueError: as `fit_label_generator` and `FeatureTable.collect`.
+    """
+    settings = settings or FitSettings()
+    size = (targets.shape[1], targets.shape[2])
+    table = FeatureTable.collect(generator, latents.w_plus, size, memory_gb=memory_gb, cache_dir=cache_dir)
+    label_generator, report = fit_label_generator(table, targets, task, settings, progress=progress)
+    provenance = {
+        **(about or {}),
+        "images": list(latents.names),
+        **latents.provenance,
+        "fit": {**settings.config(), **report.summary()},
+        "versions": versions(),
+    }
+    heads = {task.name: Head(task, label_generator)}
+    return Checkpoint(generator, heads, size, provenance=provenance)
 
 
 def fit_label_generator(
@@ -104,7 +165,7 @@ def fit_label_generator(
         table: features of the N images.
         targets: [N, H, W] or [N, H, W, K], of the table's size: whatever `task.loss` takes for a pixel. An
             int64 id outside [0, num_outputs) means unlabelled.
-        task: gives the loss. The sum over members is minimised by Adam, so that members stay independent.
+        task: gives the loss. The sum over members is minimized by Adam, so that members stay independent.
         settings: how to fit. The seed decides everything.
         progress: show a bar.
 
@@ -118,22 +179,12 @@ def fit_label_generator(
     settings = settings or FitSettings()
     expected = (table.num_images, *table.size)
     if tuple(targets.shape[:3]) != expected:
-        raise ValueError(f"targets are {list(targets.shape)}, the table's features need {list(expected)} and K or not")
-    started = time.perf_counter()
-    sampler = PixelSampler(
-        targets,
-        task.num_outputs,
-        members=settings.members,
-        pixels_per_image=settings.pixels_per_image,
-        batch_size=settings.batch_size,
-        held_out=settings.held_out,
-        seed=settings.seed,
-    )
-    if settings.patience is not None and len(sampler.held_out) == 0:
         raise ValueError(
-            f"held_out={settings.held_out} of {len(sampler.pool)} labelled pixels is none, so there is nothing to be "
-            "patient for; raise held_out, or leave patience out"
+            f"targets are {list(targets.shape)}, the table's features need {list(expected)}, or that and K "
+            "numbers per pixel"
         )
+    started = time.perf_counter()
+    sampler = _sampler(targets, task, settings)
     label_generator = LabelGenerator(
         table.feature_channels,
         settings.hidden,
@@ -151,6 +202,25 @@ def fit_label_generator(
     )
 
 
+def _sampler(targets: Tensor, task: Task, settings: FitSettings) -> PixelSampler:
+    """Which pixels are drawn and held out; some must be, if `patience` is to measure a loss on them."""
+    sampler = PixelSampler(
+        targets,
+        task.num_outputs,
+        members=settings.members,
+        pixels_per_image=settings.pixels_per_image,
+        batch_size=settings.batch_size,
+        held_out=settings.held_out,
+        seed=settings.seed,
+    )
+    if settings.patience is not None and len(sampler.held_out) == 0:
+        raise ValueError(
+            f"held_out={settings.held_out} of {len(sampler.pool)} labelled pixels leaves none to measure the loss on, "
+            "which patience needs; raise held_out, or leave patience out"
+        )
+    return sampler
+
+
 class _Training:
     """One fit: epochs, steps, and the losses seen so far."""
 
@@ -165,7 +235,7 @@ class _Training:
     ) -> None:
         self.label_generator, self.table, self.targets_Q = label_generator, table, targets_Q
         self.sampler, self.task, self.settings = sampler, task, settings
-        # Fused: one pass over the weights a step, and no temporaries of their size.
+        # Fused: one pass over the weights per step, and no temporaries of their size.
         self.optimizer = torch.optim.Adam(label_generator.parameters(), lr=settings.learning_rate, fused=True)
         self.losses: list[float] = []
         self.held_out_losses: list[float] = []
@@ -217,17 +287,28 @@ class _Training:
         return loss.detach() / len(losses)
 
     def held_out(self) -> tuple[float, float | None]:
-        """`evaluate` on the pixels held out; leaves the label generator in eval mode."""
-        return evaluate(self.label_generator.eval(), self.table, self.targets_Q, self.sampler.held_out, self.task)
+        """Loss and accuracy on the held-out pixels; leaves the label generator in eval mode."""
+        return evaluate_label_generator(
+            self.label_generator.eval(), self.table, self.targets_Q, self.sampler.held_out, self.task
+        )
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_label_generator(
     label_generator: LabelGenerator, table: FeatureTable, targets_Q: Tensor, pixels: Tensor, task: Task
 ) -> tuple[float, float | None]:
-    """(loss, mean over members; accuracy of the ensemble) on some labelled pixels; see `FitReport`.
+    """How well a label generator reproduces the labels of some pixels.
 
-    `targets_Q`: the targets of all pixels of the table. `pixels`: int64, flat indices into them.
+    Args:
+        label_generator: in eval mode, on the device of the table.
+        table: features of the N images.
+        targets_Q: [Q] or [Q, K], the targets of all pixels of the table.
+        pixels: int64 [P], flat indices into the targets, of labelled pixels.
+        task: gives the loss and the decision of the ensemble.
+
+    Returns:
+        Loss, the mean over members, NaN without pixels; and the share of pixels on which the ensemble is right, None
+        for labels that are not ids.
     """
     if len(pixels) == 0:
         return math.nan, None

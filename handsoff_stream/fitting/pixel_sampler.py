@@ -18,7 +18,8 @@ class PixelSampler:
     """Minibatches of flat indices into [N, H, W] labels. The same seed gives the same pixels.
 
     Where targets are ids, an id outside [0, num_outputs) means unlabelled, and every pair of an image and an
-    id in it is a region. Where they are numbers, a pixel without a finite one is unlabelled, and an image is a region.
+    id in it is a region. Where targets are numbers, a pixel without a finite number is unlabelled, and each image is
+    one region.
 
     Args:
         targets: [N, H, W] or [N, H, W, K]; int64 ones are ids.
@@ -70,7 +71,7 @@ class PixelSampler:
             )
 
     def epoch(self) -> Iterator[Tensor]:
-        """int64 [M, P] a step: independent for each member, every region at least once."""
+        """The pixels of each step, int64 [M, P], independent for each member; every region at least once per epoch."""
         pixels_ME = torch.stack([self._member_epoch() for _ in range(self.members)])
         yield from pixels_ME.split(self.batch_size, dim=1)
 

@@ -1,7 +1,7 @@
 """Published sizes of label generators, by domain, task, and number of labelled images.
 
-HandsOff, appendix A.3: the widths that performed best; its Table 4 shows how little they matter. Where several widths
-are given for one task (keypoints, by strictness of the measure), it is those of PCK-0.1. The published configurations
+HandsOff, appendix A.3: the widths that performed best; its Table 4 shows how little they matter. Of keypoints it gives
+widths for several thresholds; here are those of PCK-0.1. The published configurations
 agree for faces and cars with 50 images. Knows numbers only.
 """
 
@@ -29,7 +29,7 @@ HIDDEN_WIDTHS = {
 
 
 def hidden_widths(domain: str, task: str = "segmentation", *, num_images: int = 50) -> tuple[int, int]:
-    """(h1, h2) of a domain and task, of the published number of labelled images (16 or 50) that is nearer.
+    """(h1, h2) of a domain and task, for the published number of labelled images (16 or 50) that is nearer.
 
     Raises:
         ValueError: a domain and task that were not published.
@@ -38,11 +38,6 @@ def hidden_widths(domain: str, task: str = "segmentation", *, num_images: int = 
     if widths is None:
         known = ", ".join(" ".join(pair) for pair in sorted(HIDDEN_WIDTHS))
         raise ValueError(
-            f"no widths were published for {domain!r} and {task!r}; pass one of: {known}, or widths of your own"
+            f"no widths were published for {domain!r} and {task!r}; pass one of {known}, or widths of your own"
         )
     return widths.images_16 if num_images < 33 else widths.images_50
-
-
-def datasetgan_hidden_widths(num_classes: int) -> tuple[int, int]:
-    """(h1, h2) that DatasetGAN's code chooses by the number of classes."""
-    return (128, 32) if num_classes < 32 else (256, 128)

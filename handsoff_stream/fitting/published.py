@@ -1,14 +1,13 @@
 """Label generators and latents as HandsOff and DatasetGAN published them => ours.
 
-An experiment is a JSON file and a folder of `model_0.pth`, `model_1.pth`, ..., one a member. Knows their names and
-layout. Does not know containers (`containers`, which executes nothing), class names, or how the members were trained.
+An experiment is a JSON file and a folder of `model_0.pth`, `model_1.pth`, ..., one per member. Knows their names and
+layout. Does not know containers (`files.containers`, which executes nothing), class names, or how members were
+trained.
 
 Shape letters: M members, N images, L number of style inputs, D latent size, C feature channels, K outputs, H W label
 size.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,18 +20,19 @@ from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint, Head
 from handsoff_stream.errors import CheckpointError
-from handsoff_stream.features import Size, Window
+from handsoff_stream.files.budget import MAX_LEVELS, MAX_MEMBERS, MAX_SIDE, MAX_WIDTH
 from handsoff_stream.files.containers import read_content
+from handsoff_stream.files.schema import read_json
 from handsoff_stream.files.strict_pickle import shown
+from handsoff_stream.geometry import Rectangle, Size
 from handsoff_stream.label_generator import LabelGenerator
+from handsoff_stream.provenance import sha256
 from handsoff_stream.tasks import Task
-
-MAX_MEMBERS = 1000
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment's JSON says about its label generator."""
+    """What an experiment's JSON states about its label generator."""
 
     size: Size
     """(H, W) of the labels; `dim[:2]`."""
@@ -65,7 +65,7 @@ class PublishedLabelGenerator:
             task: what the K outputs mean, such as `Segmentation` with K classes.
 
         Raises:
-            ValueError: a task of another number of outputs, or labels of a shape that is no part of whole rows.
+            ValueError: a task of another number of outputs, or labels of a shape that no block of whole rows has.
         """
         num_outputs = self.label_generator.num_outputs
         if task.num_outputs != num_outputs:
@@ -92,18 +92,20 @@ def read_experiment(path: str | Path) -> Experiment:
     """
     path = Path(path)
     try:
-        entries = json.loads(path.read_text())
+        entries = read_json(path, "an experiment")
         height, width, channels = (int(number) for number in entries["dim"])
         members = int(entries["ensemble_size"] if "ensemble_size" in entries else entries["model_num"])
         experiment = Experiment((height, width), channels, members, str(entries.get("stylegan_checkpoint", "")))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except CheckpointError:
+        raise
     except Exception as error:  # JSON of something else may hold anything
         raise CheckpointError(
             f"{path}: no experiment of HandsOff or DatasetGAN ({type(error).__name__}: {error}); it is JSON with "
             "dim: [H, W, C], and ensemble_size or model_num"
         ) from error
-    if not 1 <= experiment.members <= MAX_MEMBERS or min(height, width, channels) < 1:
+    limits = (MAX_SIDE, MAX_SIDE, MAX_WIDTH * 2 * MAX_LEVELS, MAX_MEMBERS)
+    numbers = (height, width, channels, members)
+    if any(not 1 <= number <= limit for number, limit in zip(numbers, limits, strict=True)):
         raise CheckpointError(
             f"{path}: dim {[height, width, channels]} and {members} members make no label generator; correct the JSON"
         )
@@ -137,7 +139,7 @@ def read_label_generator(
         label_generator = LabelGenerator.from_published_state_dicts(states, feature_channels)
     except ValueError as error:
         raise CheckpointError(f"{files[0].parent}: {error}") from error
-    sources = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (path, *files)}
+    sources = {file.name: sha256(file) for file in (path, *files)}
     return PublishedLabelGenerator(label_generator.requires_grad_(False), read, sources)
 
 
@@ -145,7 +147,7 @@ def read_latents(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
     """Published latents of some images: name => float32 [L, D] (w+), or [D] (z or w, see `LatentSpace`).
 
     Three kinds of `.npy` file exist. ReStyle writes {file name: [latent of each iteration]}: an image gets the last
-    iteration of the entry of its name. HandsOff's formatted and optimised latents are one array [N, L, D], those of
+    iteration of the entry of its name. HandsOff's formatted and optimized latents are one array [N, L, D], those of
     DatasetGAN's annotated samples one array [N, D]: an image gets the row of the first integer in its name.
 
     Args:
@@ -178,7 +180,11 @@ def read_latents(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
             f"{path}: no latent for {lost}, one for several images: {shared}; an image is found by its name, "
             "or by the first integer in it where the file has no names"
         )
-    return {name: torch.from_numpy(np.array(latents[keys[name]], dtype=np.float32)) for name in names}
+    found = {name: torch.from_numpy(np.array(latents[keys[name]], dtype=np.float32)) for name in names}
+    broken = sorted(name for name, latent in found.items() if not latent.isfinite().all())
+    if broken:
+        raise CheckpointError(f"{path}: the latents of {broken} hold NaN or infinite values; invert these images again")
+    return found
 
 
 def _first_integer(name: str) -> int | None:
@@ -187,8 +193,10 @@ def _first_integer(name: str) -> int | None:
 
 
 def _last(iterations: Any) -> np.ndarray | None:
-    """The last iteration's latent; None for anything that is none."""
-    if not isinstance(iterations, (list, np.ndarray)) or len(iterations) == 0:
+    """The latent of the last iteration; None if the value is not a list of latents."""
+    if not (isinstance(iterations, list) or isinstance(iterations, np.ndarray) and iterations.ndim > 0):
+        return None
+    if len(iterations) == 0:
         return None
     last = iterations[-1]
     return last if isinstance(last, np.ndarray) and last.ndim == 2 and last.dtype.kind == "f" else None
@@ -200,10 +208,13 @@ def _read_member(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         held = f"the keys {', '.join(map(shown, list(value)[:6]))}" if isinstance(value, dict) else type(value).__name__
         raise CheckpointError(f"{path}: no member of a label generator, which has a model_state_dict, but {held}")
+    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{path}: {shown(broken[0])} holds NaN or infinite values; leave this member out")
     return state
 
 
-def _middle_rows(size: Size, resolution: Size) -> Window | None:
+def _middle_rows(size: Size, resolution: Size) -> Rectangle | None:
     """The rows of the image that labels of `size` show, in the generator's pixels; None if they show all of it."""
     height, width = resolution
     if size[0] * width == height * size[1]:
@@ -214,4 +225,4 @@ def _middle_rows(size: Size, resolution: Size) -> Window | None:
             f"labels of {size[0]} x {size[1]} are not the middle rows of images of {height} x {width}; pass the "
             "generator and the experiment that belong together"
         )
-    return Window((height - rows) // 2, (height + rows) // 2, 0, width)
+    return Rectangle((height - rows) // 2, 0, (height + rows) // 2, width)

@@ -1,6 +1,9 @@
-"""Generators: z -> w -> image and feature maps.
+"""Generators: z => w => image and feature maps.
 
-`base` is the contract, `families` lists its implementations, `published` reads files of any supported format.
+- `base`: the interface of every generator family.
+- `families`: the list of the families; each is one file, or one folder.
+- `layers`: what the families share.
+- `published`: generators from files of any supported format.
 """
 
 from handsoff_stream.generators.base import Generator, Noise, Synthesis

@@ -1,8 +1,8 @@
-"""What every generator family offers, and nothing else.
+"""The interface of every generator family.
 
-Knows: latents, style vectors, images, feature maps. Does not know: labels, classes, tasks, files, streams.
+Knows latents, style vectors, images and feature maps. Does not know labels, tasks, files or streams.
 
-Shape letters: B batch, D latent size, L number of style inputs, H W image size.
+Shape letters: B batch, D latent size, L number of style inputs, C channels, H W image size, h w size of a feature map.
 """
 
 import functools
@@ -17,28 +17,30 @@ from torch import Tensor, nn
 from handsoff_stream.features import FeaturePyramid
 
 Noise = Literal["const", "none"] | Sequence[Tensor]
+"""The noise inputs of a synthesis; see `Generator.synthesis`."""
 
 
 @dataclass(frozen=True)
 class Synthesis:
-    """One pass of a generator."""
+    """The result of one pass of a generator."""
 
     images: Tensor
     """float32 [B, 3, H, W], nominally in [-1, 1], not clamped."""
     features: FeaturePyramid
-    """The feature maps of the same pass at their native resolutions, in hypercolumn order."""
+    """The feature maps at their native resolutions, in hypercolumn order."""
 
 
 class Generator(nn.Module, ABC):
-    """A pre-trained image generator: z -> w -> (image, feature maps).
+    """A pretrained image generator: z => w => image and feature maps.
 
-    A family is one file with one final subclass; foreign checkpoints are wrapped to this calling convention at the
-    border (`generators.checkpoints`). The lifecycle is: build from `config()`, load a state dict, `eval()`, call.
+    A family is one subclass. Build it from `config()`, load a state dict, and call `eval()` before use. Files in the
+    formats of other projects are converted when they are read (`generators.published`).
     """
 
     family: ClassVar[str]
+    """Name of the family, which checkpoints record."""
     w_avg: Tensor
-    """float32 [D], the centre of truncation."""
+    """float32 [w_dim], the mean of w, which is the center of truncation."""
 
     @property
     @abstractmethod
@@ -53,42 +55,44 @@ class Generator(nn.Module, ABC):
     @property
     @abstractmethod
     def z_dim(self) -> int:
-        """Size of z."""
+        """Size of the input latent z."""
 
     @property
     @abstractmethod
     def w_dim(self) -> int:
-        """Size of w."""
+        """Size of the style vector w."""
 
     @property
     def label_dim(self) -> int:
-        """Size of the class condition that `mapping` needs; 0 for an unconditional generator."""
+        """Size of the class condition that `mapping` takes; 0 for an unconditional generator."""
         return 0
 
     @property
     @abstractmethod
     def feature_channels(self) -> tuple[int, ...]:
-        """Channels of each map of the pyramid; their sum is the size C of a hypercolumn."""
+        """Channels of each feature map; their sum is the size of a hypercolumn."""
 
     @property
     @abstractmethod
     def feature_sizes(self) -> tuple[tuple[int, int], ...]:
-        """Height and width of each map of the pyramid, in the order of `feature_channels`."""
+        """(h, w) of each feature map, in the order of `feature_channels`."""
 
     @property
     @abstractmethod
     def constant_map(self) -> Tensor | None:
-        """float32 [C, h, w], the first feature map if it is the same for every latent, as StyleGAN2's learned constant
-        is; None if it varies."""
+        """The first feature map, float32 [C, h, w], if it is the same for every latent; None if it varies.
+
+        In StyleGAN2 it is the learned constant.
+        """
 
     @property
     @abstractmethod
     def noise_shapes(self) -> tuple[tuple[int, int], ...]:
-        """Height and width of each noise map that `synthesis` takes; empty for a family without noise."""
+        """(h, w) of each noise map that `synthesis` takes; empty for a family without noise."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Everything but the weights, JSON-able; `type(g)(**g.config())` has the same geometry."""
+        """The keyword arguments of the constructor, JSON-able; `type(g)(**g.config())` has the same geometry."""
 
     @abstractmethod
     def mapping(self, z_BD: Tensor, label: Tensor | None = None) -> Tensor:
@@ -96,11 +100,14 @@ class Generator(nn.Module, ABC):
 
         Args:
             z_BD: float32 [B, z_dim], standard normal.
-            label: float32 [B, label_dim], the class condition of a conditional generator; unconditional ones
-                refuse it.
+            label: float32 [B, label_dim], the class condition of a conditional generator; None for an unconditional
+                one.
 
         Returns:
             float32 [B, w_dim], before truncation.
+
+        Raises:
+            ValueError: a label for an unconditional generator, or none, or one of another shape, for a conditional one.
         """
 
     @abstractmethod
@@ -109,30 +116,36 @@ class Generator(nn.Module, ABC):
 
         Args:
             w_plus_BLD: float32 [B, num_ws, w_dim].
-            noise: "const" for the maps stored in the checkpoint, "none", or one float32 tensor
+            noise: "const" for the noise maps stored in the checkpoint, "none" for no noise, or one float32 tensor
                 [1 or B, 1, h, w] per entry of `noise_shapes`.
-            dtype: dtype of the convolutions, and of the feature maps they give; None means that of the weights. In
-                half precision a family may keep some of them in float32.
+            dtype: of the convolutions and of their feature maps; None: that of the weights. In half precision a family
+                may keep some convolutions in float32.
 
         Raises:
-            ValueError: a shape that does not fit.
+            ValueError: `w_plus_BLD` or a noise map has another shape.
         """
 
     def fold(self, dtype: torch.dtype | None = None) -> Callable[..., Synthesis]:
-        """`synthesis` of the present weights in one dtype, prepared for many calls `(w_plus_BLD, noise="const")`.
+        """`synthesis` with the current weights in one dtype, prepared for many calls.
 
-        The same bits, sooner: what depends on the weights alone is not computed at every call. After a change of the
-        weights, or of their device, fold again.
+        What depends on the weights alone is computed once, here; the results are bitwise those of `synthesis`. After
+        the weights or their device have changed, fold again.
+
+        Args:
+            dtype: see `synthesis`.
+
+        Returns:
+            A function of `(w_plus_BLD, noise="const")`.
         """
         return functools.partial(self.synthesis, dtype=dtype)
 
     def truncate(self, w_BD: Tensor, psi: float = 1.0, cutoff: int | None = None) -> Tensor:
-        """w => w+ by the truncation trick (StyleGAN, Karras et al. 2019, section B): w_avg + psi * (w - w_avg).
+        """w => w+ by the truncation trick, w_avg + psi * (w - w_avg) (StyleGAN, Karras et al., CVPR 2019, appendix B).
 
         Args:
             w_BD: float32 [B, w_dim].
-            psi: 0 gives the average image, 1 leaves w alone.
-            cutoff: truncate only the first `cutoff` style inputs; None means all.
+            psi: 0 gives w_avg, 1 keeps w.
+            cutoff: truncate only the first `cutoff` style inputs; None: all.
 
         Returns:
             float32 [B, num_ws, w_dim].

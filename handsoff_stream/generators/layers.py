@@ -1,7 +1,7 @@
-"""What the style-based generators are built of, in plain PyTorch operations: nothing is compiled at first use.
+"""Operations that the style-based generators share, in plain PyTorch: nothing is compiled at first use.
 
-From the papers' text: StyleGAN2 (Karras et al., CVPR 2020; "SG2" below), StyleGAN (Karras et al., CVPR 2019; "SG1").
-Knows one operation at a time. Does not know modulated layers, nor how layers make a generator.
+Written from the papers: StyleGAN2 (Karras et al., CVPR 2020; "SG2" below), StyleGAN (Karras et al., CVPR 2019; "SG1").
+Knows single operations. Does not know modulated layers, nor how layers make a generator.
 
 Shape letters: B batch, C channels, H W map size.
 """
@@ -17,24 +17,32 @@ from handsoff_stream.generators.base import Noise
 
 FIR_TAPS = (1.0, 3.0, 3.0, 1.0)
 LEAKY_SLOPE = 0.2
-LEAKY_GAIN = math.sqrt(2.0)  # keeps unit variance through a leaky ReLU
+LEAKY_GAIN = math.sqrt(2.0)
+"""Gain that keeps the variance through a leaky ReLU."""
 EPSILON = 1e-8
 
 
 def normal(*shape: int, std: float = 1.0) -> Tensor:
-    """Normal random numbers; on the meta device, where only shapes are checked, nothing is drawn."""
+    """A float32 tensor of normal random numbers; on the meta device, which only has shapes, nothing is drawn."""
     values = torch.empty(*shape)
     return values if values.is_meta else values.normal_(std=std)
 
 
 def fir_kernel(gain: float = 1.0) -> Tensor:
-    """Separable low-pass filter [1, 3, 3, 1] that follows every zero-insertion (SG2, appendix B); sums to `gain`."""
+    """The separable low-pass filter [1, 3, 3, 1], float32 [4, 4], whose sum is `gain` (SG2, appendix B)."""
     scale = gain / sum(FIR_TAPS) ** 2
     return torch.tensor([[scale * a * b for b in FIR_TAPS] for a in FIR_TAPS])
 
 
 def filter_fir(x_BCHW: Tensor, kernel: Tensor, pad: tuple[int, int], stride: int = 1) -> Tensor:
-    """Every channel through the same FIR kernel, `pad` zeros before and after on both axes."""
+    """Filter every channel with the same FIR kernel [k, k].
+
+    Args:
+        x_BCHW: floating point.
+        kernel: of any floating-point dtype.
+        pad: zeros before and after, on both axes.
+        stride: of the result, on both axes.
+    """
     channels = x_BCHW.shape[1]
     weight = kernel.to(x_BCHW.dtype).expand(channels, 1, -1, -1)
     if pad[0] != pad[1]:
@@ -43,28 +51,37 @@ def filter_fir(x_BCHW: Tensor, kernel: Tensor, pad: tuple[int, int], stride: int
 
 
 def upsample(x_BCHW: Tensor) -> Tensor:
-    """Filtered 2x up-sampling: zero-insertion, then [1, 3, 3, 1] with gain 4 (SG2, appendix B).
+    """Upsample by 2: insert zeros, then filter with [1, 3, 3, 1] and gain 4 (SG2, appendix B); [B, C, 2 H, 2 W].
 
-    A zero-inserted signal meets the taps 3/4 and 1/4 alternately: bilinear interpolation in a frame of zeros.
+    Every output is 3/4 of the nearer and 1/4 of the farther input along each axis, which is bilinear interpolation of
+    the input framed by zeros.
     """
     framed = F.pad(x_BCHW, (1, 1, 1, 1))
     return F.interpolate(framed, scale_factor=2, mode="bilinear", align_corners=False)[:, :, 2:-2, 2:-2]
 
 
 def normalize(x_BC: Tensor) -> Tensor:
-    """Every row scaled to a mean square of 1 (SG1, appendix C: what enters the mapping network)."""
+    """Scale every row to a mean square of 1, as the inputs of the mapping network are (SG1, appendix C)."""
     return x_BC * (x_BC.square().mean(dim=1, keepdim=True) + EPSILON).rsqrt()
 
 
 def activate(x_BCHW: Tensor, bias_C: Tensor, clamp: float | None) -> Tensor:
-    """Bias, leaky ReLU with unit-variance gain, optional clamp."""
+    """Bias, leaky ReLU, gain `LEAKY_GAIN`, and a clamp to [-clamp, clamp] unless `clamp` is None."""
     shape = [1, -1] + [1] * (x_BCHW.ndim - 2)
     out = F.leaky_relu(x_BCHW + bias_C.to(x_BCHW.dtype).view(shape), LEAKY_SLOPE).mul(LEAKY_GAIN)
     return out if clamp is None else out.clamp(-clamp, clamp)
 
 
 def choose_noise(noise: Noise, stored: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """The noise map of each layer: stored ones [1, 1, h, w], none, or those of the caller, whose sizes are checked."""
+    """The noise map of each layer, or None for a layer without noise.
+
+    Args:
+        noise: see `Generator.synthesis`.
+        stored: the maps for "const", float32 [1, 1, h, w] of each layer.
+
+    Raises:
+        ValueError: an unknown word, or maps of other sizes than the stored ones.
+    """
     if noise == "const":
         return stored
     if noise == "none":
@@ -73,14 +90,24 @@ def choose_noise(noise: Noise, stored: Sequence[Tensor]) -> Sequence[Tensor | No
     if isinstance(noise, str) or [list(n.shape[2:]) for n in noise] != sizes:
         came = noise if isinstance(noise, str) else [list(n.shape) for n in noise]
         raise ValueError(
-            f"noise={came} fits none of this generator's layers; pass 'const', 'none' or one [1 or B, 1, h, w] "
+            f"noise={came} does not fit the layers of this generator; pass 'const', 'none', or one [1 or B, 1, h, w] "
             f"tensor for each of the sizes {sizes}"
         )
     return list(noise)
 
 
 class EqualizedLinear(nn.Module):
-    """Linear layer with run-time weight scale gain/sqrt(fan_in), "equalized learning rate" (SG1, appendix C)."""
+    """Linear layer whose weight is scaled by gain / sqrt(fan_in) at run time ("equalized learning rate").
+
+    See SG1, appendix C.
+
+    Args:
+        in_features: size of the input.
+        out_features: size of the output.
+        bias_init: initial value of every bias.
+        lr_multiplier: factor of the learning rate, which also scales weight and bias at run time.
+        gain: factor of the weight.
+    """
 
     def __init__(
         self,
@@ -98,8 +125,9 @@ class EqualizedLinear(nn.Module):
         self.bias_gain = lr_multiplier
 
     def fold(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the same layer without run-time scales."""
+        """Weight [O, I] and bias [O] with the run-time scales applied."""
         return self.weight * self.weight_gain, self.bias * self.bias_gain
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, in_features] => [B, out_features]."""
         return F.linear(x, *self.fold())

@@ -1,10 +1,11 @@
-"""The StyleGAN generator in the form that DatasetGAN reads features from.
+"""The StyleGAN generator, with the feature maps that DatasetGAN reads.
 
-From the papers' texts: StyleGAN (Karras et al., CVPR 2019; "SG1" below), DatasetGAN (Zhang et al., CVPR 2021). Knows
-square images from a 4x4 constant and any channel table. Does not know file formats or labels.
+Written from the papers: StyleGAN (Karras et al., CVPR 2019; "SG1" below), DatasetGAN (Zhang et al., CVPR 2021). Knows
+square images from a 4x4 constant, with any channel table. Does not know file formats or labels.
 
-Its hypercolumn has two maps per resolution: the block's output, after adaptive instance normalisation, and the raw
-output of the block's second convolution, before noise, activation and normalisation. 5088 channels at 1024.
+Its hypercolumn has two maps per resolution: the output of the block, after adaptive instance normalization, and the
+output of the block's second convolution, before noise, activation and normalization. It has 5088 channels at 1024 x
+1024 pixels.
 
 Shape letters: B batch, C channels, H W map size, D latent size, L number of style inputs.
 """
@@ -30,12 +31,17 @@ from handsoff_stream.generators.layers import (
 
 BLUR_TAPS = (1.0, 2.0, 1.0)
 NORM_EPSILON = 1e-5
-FUSED_SIZE = 128  # from this output size on, up-sampling and convolution are one transposed convolution
-PUBLISHED_NUM_WS = 18  # the published mapping repeats w 18 times whatever the image size
+FUSED_SIZE = 128
+"""From this output size on, upsampling and convolution are one transposed convolution."""
+PUBLISHED_NUM_WS = 18
+"""The published mapping network repeats w 18 times for every image size."""
 
 
 class EqualizedConv(nn.Module):
-    """Convolution with run-time weight scale gain/sqrt(fan_in), optionally after 2x up-sampling (SG1, appendix C)."""
+    """Convolution whose weight is scaled by gain / sqrt(fan_in) at run time (SG1, appendix C).
+
+    With `up`, it follows an upsampling by 2 and is followed by the blur [1, 2, 1].
+    """
 
     def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int, gain: float, up: bool = False):
         super().__init__()
@@ -47,6 +53,7 @@ class EqualizedConv(nn.Module):
         self.register_buffer("blur", blur, persistent=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """[B, in_channels, H, W] => [B, out_channels, H, W], or twice as high and wide with `up`."""
         weight = (self.weight * self.weight_gain).to(x_BCHW.dtype)
         bias = self.bias.to(x_BCHW.dtype)
         if not self.up:
@@ -61,7 +68,7 @@ class EqualizedConv(nn.Module):
 
 
 class Epilogue(nn.Module):
-    """Scaled noise, leaky ReLU, instance normalisation, style (SG1, equation 1)."""
+    """Scaled noise, leaky ReLU, and adaptive instance normalization by a style (SG1, equation 1)."""
 
     def __init__(self, channels: int, w_dim: int, *, size: int):
         super().__init__()
@@ -70,6 +77,7 @@ class Epilogue(nn.Module):
         self.register_buffer("noise_const", torch.zeros(1, 1, size, size))
 
     def forward(self, x_BCHW: Tensor, w_BD: Tensor, noise: Tensor | None) -> Tensor:
+        """The styled map [B, C, H, W]; `noise`: [1 or B, 1, H, W], or None for no noise."""
         if noise is not None:
             x_BCHW = x_BCHW + (noise * self.noise_strength[:, None, None]).to(x_BCHW.dtype)
         x_BCHW = F.instance_norm(F.leaky_relu(x_BCHW, LEAKY_SLOPE), eps=NORM_EPSILON)
@@ -78,7 +86,7 @@ class Epilogue(nn.Module):
 
 
 class Block(nn.Module):
-    """One resolution: `up` (absent at the constant), epilogue, `conv`, epilogue."""
+    """The layers of one resolution: `up` (absent at the constant), epilogue, `conv`, epilogue."""
 
     def __init__(self, in_channels: int, channels: int, w_dim: int, *, size: int, first: bool):
         super().__init__()
@@ -88,7 +96,10 @@ class Block(nn.Module):
         self.epilogue2 = Epilogue(channels, w_dim, size=size)
 
     def forward(self, x: Tensor, ws: Sequence[Tensor], maps: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-        """Output, and what the second convolution gave."""
+        """Output of the block, and output of its second convolution, [B, C, H, W] each.
+
+        `ws` and `maps` are the style inputs and the noise maps of the two epilogues.
+        """
         if self.up is not None:
             x = self.up(x)
         convolved = self.conv(self.epilogue1(x, ws[0], maps[0]))
@@ -96,19 +107,19 @@ class Block(nn.Module):
 
 
 class StyleGAN1(Generator):
-    """StyleGAN generator.
+    """The StyleGAN generator (Karras et al., CVPR 2019).
 
     Args:
-        channels: channels per resolution, from the 4x4 constant upwards; its length fixes the image size.
+        channels: channels per resolution, from the 4x4 constant upwards; their number decides the image size.
         z_dim: size of z.
         w_dim: size of w.
         mapping_layers: depth of the mapping network.
         mapping_lr_multiplier: learning-rate multiplier of the mapping network; scales its weights and biases.
-        num_ws: style inputs L of w+; only the first two per resolution act.
+        num_ws: style inputs L of w+; the network uses the first two per resolution and ignores the others.
         image_channels: channels of the image.
 
     Raises:
-        ValueError: a size that cannot be built.
+        ValueError: a size below 1, or fewer than two style inputs per resolution.
     """
 
     family = "stylegan1"
@@ -129,8 +140,8 @@ class StyleGAN1(Generator):
         if len(channels) < 1 or min(sizes) < 1 or num_ws < 2 * len(channels):
             raise ValueError(
                 f"channels={list(channels)}, z_dim={z_dim}, w_dim={w_dim}, mapping_layers={mapping_layers}, "
-                f"num_ws={num_ws}, image_channels={image_channels} describe no generator; every size must be a "
-                "positive integer and num_ws at least two per resolution"
+                f"num_ws={num_ws}, image_channels={image_channels} describe no generator; pass positive integers, and "
+                "at least two style inputs num_ws per resolution"
             )
         self.channels = tuple(channels)
         self._z_dim, self._w_dim, self._num_ws = z_dim, w_dim, num_ws
@@ -195,7 +206,9 @@ class StyleGAN1(Generator):
 
     def mapping(self, z_BD: Tensor, label: Tensor | None = None) -> Tensor:
         if label is not None:
-            raise ValueError("a label was given to an unconditional generator; call mapping(z) without one")
+            raise ValueError(
+                f"label is {list(label.shape)}, but this generator is unconditional; call mapping(z) without a label"
+            )
         x = normalize(z_BD)
         for layer in self.mapping_network:
             x = F.leaky_relu(layer(x), LEAKY_SLOPE)
@@ -204,8 +217,8 @@ class StyleGAN1(Generator):
     def synthesis(self, w_plus_BLD: Tensor, noise: Noise = "const", *, dtype: torch.dtype | None = None) -> Synthesis:
         if w_plus_BLD.ndim != 3 or w_plus_BLD.shape[1:] != (self.num_ws, self.w_dim):
             raise ValueError(
-                f"w_plus has shape {list(w_plus_BLD.shape)}, this generator takes [B, {self.num_ws}, {self.w_dim}]; "
-                "use truncate(w) to broadcast a single w"
+                f"w_plus has shape {list(w_plus_BLD.shape)}, but this generator takes [B, {self.num_ws}, "
+                f"{self.w_dim}]; use truncate(w) to repeat a single w"
             )
         ws = w_plus_BLD.unbind(1)
         maps = choose_noise(noise, [layer.get_buffer("noise_const") for layer in self._epilogues()])

@@ -1,8 +1,11 @@
-"""The label generator: an ensemble of small MLPs from a pixel's hypercolumn to outputs.
+"""The label generator: an ensemble of small MLPs that maps the hypercolumn of a pixel to outputs.
 
-`ensemble` trains it and holds the slow reference path, `folded` runs the same function on whole images, `rows`, `tiles`
-and `products` are its parts, `triton_head` is its last layers as one CUDA kernel. It sees a number of outputs, and does
-not know which task they serve.
+- `ensemble`: the trainable ensemble, with a slow reference path for whole images.
+- `folded`: the same function on whole images, fast.
+- `tiles`, `rows`, `products`: the geometry, the feature access and the matrix products of `folded`.
+- `triton_head`: its last layers and the votes as one CUDA kernel.
+
+It knows the number of outputs. It does not know which task they serve.
 """
 
 from handsoff_stream.label_generator.ensemble import LabelGenerator

@@ -1,24 +1,25 @@
-"""The label generator: an ensemble of small MLPs from a pixel's hypercolumn to outputs.
+"""The trainable ensemble: M small MLPs that map the hypercolumn of a pixel to outputs (HandsOff, section 3.2).
 
-Three ways to run the same function. `forward` takes hypercolumns of sampled pixels (training). `reference`
-labels whole images the obvious way: resize, concatenate, one member after another. `fold().tiles` labels
-whole images fast, with the same result, and never holds a hypercolumn (`folded_label_generator`). It sees
-`num_outputs`, not what the outputs mean.
+There are three ways to run the same function. `forward` takes the hypercolumns of sampled pixels, for training.
+`reference` computes whole images in the obvious way: resize the feature maps, concatenate them, run one member after
+another. `fold` gives the fast form for whole images, which never holds a hypercolumn (see `folded`). Knows the number
+of outputs. Does not know what they mean, nor how members are trained.
 
-Shape letters: M members, P pixels, C channels, K outputs, B batch, H W output size; h w native size,
-D = M * (first hidden width) in the folded form.
+Shape letters: M members, P pixels, C channels, K outputs, B batch, I O inputs and outputs of a layer, N units of a
+layer, H W output size, h w native size of a feature map, D = M * (first hidden width).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handsoff_stream.features import FeaturePyramid, Size
+from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.geometry import Size
 from handsoff_stream.label_generator.folded import FoldedLabelGenerator
 
 BATCH_NORM_EPS = 1e-5
@@ -26,7 +27,14 @@ BATCH_NORM_MOMENTUM = 0.1
 
 
 class StackedLinear(nn.Module):
-    """M Linear layers in one: weight [M, O, I], bias [M, O], initialised as `nn.Linear` does."""
+    """M Linear layers: weight float32 [M, O, I], bias float32 [M, O], initialized as `nn.Linear` is.
+
+    Args:
+        members: M.
+        inputs: I.
+        outputs: O.
+        generator: of the initial values.
+    """
 
     def __init__(self, members: int, inputs: int, outputs: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -35,7 +43,7 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members, outputs).uniform_(-bound, bound, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[M, P, I], or [P, I] for all members => [M, P, O]."""
+        """Inputs [M, P, I], or [P, I] shared by all members => [M, P, O]."""
         if x.ndim == 2:
             shared = F.linear(x, self.weight.flatten(0, 1), self.bias.flatten())
             return shared.unflatten(1, self.bias.shape).transpose(0, 1)
@@ -43,7 +51,7 @@ class StackedLinear(nn.Module):
 
 
 class StackedBatchNorm(nn.Module):
-    """M BatchNorm1d layers in one: every member keeps statistics of its own, all fields are [M, width]."""
+    """M BatchNorm1d layers with separate statistics; every parameter and buffer is float32 [M, width]."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -56,8 +64,13 @@ class StackedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(members, width))
 
     def forward(self, x_MPN: Tensor) -> Tensor:
+        """Normalize [M, P, N] over P.
+
+        In training mode by the statistics of the minibatch, which also update the running averages; in eval mode by
+        those averages.
+        """
         members, _, width = x_MPN.shape
-        normalised = F.batch_norm(
+        normalized = F.batch_norm(
             x_MPN.transpose(0, 1).flatten(1),
             self.running_mean.view(-1),
             self.running_var.view(-1),
@@ -67,19 +80,19 @@ class StackedBatchNorm(nn.Module):
             momentum=BATCH_NORM_MOMENTUM,
             eps=BATCH_NORM_EPS,
         )
-        return normalised.unflatten(1, (members, width)).transpose(0, 1)
+        return normalized.unflatten(1, (members, width)).transpose(0, 1)
 
     def fold_into(self, linear: StackedLinear) -> tuple[Tensor, Tensor]:
-        """(weight [M, I, O], bias [M, 1, O]) of `linear` after this layer in evaluation, as one Linear."""
+        """Weight [M, I, O] and bias [M, 1, O] of one Linear that equals this layer in eval mode, then `linear`."""
         scale = self.weight * torch.rsqrt(self.running_var + BATCH_NORM_EPS)
         shift = self.bias - self.running_mean * scale
         weight_MIO = linear.weight.transpose(1, 2)
         return scale[:, :, None] * weight_MIO, torch.baddbmm(linear.bias[:, None], shift[:, None], weight_MIO)
 
     def range_scale(self) -> Tensor:
-        """Powers of two [M, width] that bring inputs with the layer's statistics to at most 1 (root mean square).
+        """Powers of two [M, width] that scale inputs with this layer's statistics to a root mean square of at most 1.
 
-        Scaling a unit by a power of two and undoing it behind the ReLU changes no bit of float32, and keeps
+        Scaling a unit by a power of two before its ReLU and undoing it afterwards changes no bit in float32, and keeps
         float16 from overflowing.
         """
         size = (self.running_var + self.running_mean.square()).sqrt()
@@ -87,10 +100,17 @@ class StackedBatchNorm(nn.Module):
 
 
 class LabelGenerator(nn.Module):
-    """M members, each Linear - ReLU - BatchNorm - Linear - ReLU - BatchNorm - Linear, as stacked parameters.
+    """M members with stacked parameters, each Linear, ReLU, BatchNorm, Linear, ReLU, BatchNorm, Linear.
 
-    `feature_channels`: channels of each map of the pyramids to come. `hidden`: the two hidden widths.
-    Initialisation is that of `nn.Linear`, drawn from `generator` (a fixed seed by default).
+    Args:
+        feature_channels: channels of each map of the feature pyramids that it reads, in their order.
+        hidden: the two hidden widths.
+        num_outputs: K.
+        members: M.
+        generator: of the initial weights, which are those of `nn.Linear`; None: one with a fixed seed.
+
+    Raises:
+        ValueError: a width or count below 1.
     """
 
     def __init__(
@@ -107,7 +127,7 @@ class LabelGenerator(nn.Module):
         self.num_outputs = num_outputs
         self.members = members
         if min(*self.feature_channels, *self.hidden, num_outputs, members) < 1:
-            raise ValueError(f"All widths and counts of a label generator must be at least 1, got {self.config()}.")
+            raise ValueError(f"{self.config()} describes no label generator; all widths and counts must be at least 1")
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.linear1 = StackedLinear(members, sum(self.feature_channels), hidden[0], generator)
         self.norm1 = StackedBatchNorm(members, hidden[0])
@@ -116,7 +136,7 @@ class LabelGenerator(nn.Module):
         self.linear3 = StackedLinear(members, hidden[1], num_outputs, generator)
 
     def config(self) -> dict[str, Any]:
-        """JSON-able geometry: the keyword arguments of the constructor."""
+        """The geometry: keyword arguments of the constructor, JSON-able."""
         return {
             "feature_channels": list(self.feature_channels),
             "hidden": list(self.hidden),
@@ -128,20 +148,29 @@ class LabelGenerator(nn.Module):
     def from_published_state_dicts(
         cls, states: Sequence[Mapping[str, Tensor]], feature_channels: Sequence[int]
     ) -> LabelGenerator:
-        """From one state dict per member, published names `[module.]layers.{0,2,3,5,6}.*`; in eval mode.
+        """A label generator from the state dicts of published members (HandsOff, DatasetGAN), in eval mode.
 
-        Raises ValueError if a tensor is missing or unknown, or if the members differ in geometry.
+        Args:
+            states: one state dict per member, with the names `[module.]layers.{0,2,3,5,6}.*`.
+            feature_channels: channels of each map of the generator that the members read.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or of another shape, or the members differ in geometry.
         """
         named = [{key.removeprefix("module."): value for key, value in state.items()} for state in states]
         first = named[0].get("layers.0.weight") if named else None
         second = named[0].get("layers.3.weight") if named else None
         third = named[0].get("layers.6.weight") if named else None
-        if first is None or second is None or third is None:
+        if first is None or second is None or third is None or 0 in (first.ndim, second.ndim, third.ndim):
             raise ValueError(
-                "A published label generator has layers.0, layers.3 and layers.6 in every member, "
-                f"got {[sorted(state) for state in named[:1]]}; pass one `model_state_dict` per member."
+                f"got state dicts with {[sorted(state) for state in named[:1]]}, but a published label generator has "
+                "layers.0, layers.3 and layers.6 in every member; pass one `model_state_dict` per member"
             )
         hidden = (first.shape[0], second.shape[0])
+        with torch.device("meta"):  # sizes are compared before anything is allocated
+            expected = cls(feature_channels, hidden, third.shape[0], members=len(named))
+        for member, state in enumerate(named):
+            expected._published_targets(member, state)
         label_generator = cls(feature_channels, hidden, third.shape[0], members=len(named))
         for member, state in enumerate(named):
             label_generator._load_published(member, state)
@@ -149,6 +178,11 @@ class LabelGenerator(nn.Module):
 
     @torch.no_grad()
     def _load_published(self, member: int, state: Mapping[str, Tensor]) -> None:
+        for key, target in self._published_targets(member, state).items():
+            target.copy_(state[key])
+
+    def _published_targets(self, member: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Published name => the member's part of ours; refuses tensors that do not fit."""
         layers = {0: self.linear1, 2: self.norm1, 3: self.linear2, 5: self.norm2, 6: self.linear3}
         targets = {
             f"layers.{position}.{name}": stacked[member]
@@ -158,23 +192,25 @@ class LabelGenerator(nn.Module):
         unknown = {key for key in state if not key.endswith("num_batches_tracked")} - set(targets)
         if unknown or set(targets) - set(state):
             raise ValueError(
-                f"Member {member}: missing {sorted(set(targets) - set(state))}, unknown {sorted(unknown)}; "
-                "this is not a published label generator of Linear, ReLU and BatchNorm layers."
+                f"member {member}: missing {sorted(set(targets) - set(state))}, unknown {sorted(unknown)}; this is no "
+                "published label generator of Linear, ReLU and BatchNorm layers; pass one that is"
             )
         for key, target in targets.items():
             if state[key].shape != target.shape:
                 raise ValueError(
-                    f"Member {member}: {key} is {tuple(state[key].shape)}, expected "
-                    f"{tuple(target.shape)} for {sum(self.feature_channels)} feature channels and hidden "
-                    f"widths {self.hidden}; members share one geometry, and feature_channels are those of "
-                    "the generator they read."
+                    f"member {member}: {key} is {tuple(state[key].shape)}, expected {tuple(target.shape)} for "
+                    f"{sum(self.feature_channels)} feature channels and hidden widths {self.hidden}; pass members of "
+                    "one geometry, and the feature channels of the generator that they read"
                 )
-            target.copy_(state[key])
+        return targets
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Hypercolumns => outputs [M, P, K]. `rows`: [M, P, C], a minibatch per member, or [P, C] for all.
+        """Outputs float32 [M, P, K] of hypercolumns.
 
-        In training mode BatchNorm uses and updates the statistics of each member's own minibatch.
+        In training mode, BatchNorm uses the statistics of each member's minibatch and updates its averages.
+
+        Args:
+            rows: hypercolumns float32 [M, P, C], a minibatch per member, or [P, C], shared by all members.
         """
         x_MPh = self.norm1(F.relu(self.linear1(rows)))
         x_MPh = self.norm2(F.relu(self.linear2(x_MPh)))
@@ -182,7 +218,12 @@ class LabelGenerator(nn.Module):
 
     @torch.no_grad()
     def reference(self, pyramid: FeaturePyramid, size: Size) -> Tensor:
-        """Outputs [M, B, K, H, W] in evaluation, the obvious way. Holds the hypercolumn: for small sizes."""
+        """Outputs float32 [M, B, K, H, W] in eval mode, in the obvious way; holds the hypercolumns of all pixels.
+
+        Args:
+            pyramid: feature maps of B images.
+            size: (H, W) of the outputs; small, for the hypercolumns are large.
+        """
         rows_PC = pyramid.hypercolumn(size).permute(0, 2, 3, 1).flatten(0, 2)
         outputs = []
         for m in range(self.members):
@@ -197,14 +238,18 @@ class LabelGenerator(nn.Module):
 
     @torch.no_grad()
     def fold(self, *, constant_map: Tensor | None = None, dtype: torch.dtype = torch.float32) -> FoldedLabelGenerator:
-        """The fast form for whole images: a snapshot, which later updates of the parameters do not reach.
+        """The fast form for whole images: a snapshot of the weights, which later updates do not change.
 
-        `constant_map`: [C_0, h, w], the generator's constant input, if the first map of every pyramid is
-        going to be this map; it is then projected once, here. `dtype`: precision of everything up to the
-        outputs; float32 is exact, the 16-bit types move near ties. Hidden units are scaled by powers of two, so
-        that float16 does not overflow.
+        Hidden units are scaled by powers of two, so that float16 does not overflow.
 
-        Raises ValueError if a weight is too large for `dtype`.
+        Args:
+            constant_map: float [C_0, h, w], the constant input of the generator, if it is the first map of every
+                pyramid to come; its share of the first layer is then computed once, here.
+            dtype: of weights and activations; outputs are float32. float32 is exact; float16 and bfloat16 change
+                labels that are close to a tie.
+
+        Raises:
+            ValueError: a weight is too large for `dtype`, or `constant_map` has another shape.
         """
         scale1_MI, scale2_MO = self.norm1.range_scale(), self.norm2.range_scale()
         weight_CD = self.linear1.weight.flatten(0, 1).t() * scale1_MI.flatten()
@@ -212,7 +257,8 @@ class LabelGenerator(nn.Module):
         if constant_map is not None:
             if constant_map.ndim != 3 or constant_map.shape[0] != self.feature_channels[0]:
                 raise ValueError(
-                    f"constant_map is [{self.feature_channels[0]}, h, w], got {tuple(constant_map.shape)}."
+                    f"constant_map has shape {list(constant_map.shape)}, but the first feature map has "
+                    f"{self.feature_channels[0]} channels; pass [{self.feature_channels[0]}, h, w]"
                 )
             constant_hwC = constant_map.to(weight_CD.dtype).permute(1, 2, 0)
             base_hwD = base_hwD + constant_hwC @ weight_CD[: len(constant_map)]
@@ -229,12 +275,6 @@ class LabelGenerator(nn.Module):
         frozen = {name: t.to(dtype).clone(memory_format=torch.contiguous_format) for name, t in snapshot.items()}
         if any((frozen[name].isfinite() != t.isfinite()).any() for name, t in snapshot.items()):
             raise ValueError(
-                f'Some weights of the label generator leave the range of {dtype}; label with precision="exact".'
+                f'some weights of the label generator exceed the range of {dtype}; label with precision="exact"'
             )
         return FoldedLabelGenerator(self.feature_channels, constant_map is not None, **frozen)
-
-    def tiles(
-        self, pyramid: FeaturePyramid, size: Size, *, memory: int | None = None
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """`fold().tiles(...)`: fold once yourself when there is more than one pyramid to label."""
-        return self.fold().tiles(pyramid, size, memory=memory)

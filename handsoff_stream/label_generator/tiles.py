@@ -1,11 +1,11 @@
-"""Which native feature samples lie under a tile of output pixels, and with which weights: geometry only.
+"""Which samples of the feature maps lie under a tile of output pixels, and with which weights: geometry only.
 
-Bilinear resizing gives sample i of an axis the weight max(0, 1 - |position - i|) at a position. So a tile of
-output pixels is a fixed number of samples of every resolution times a small matrix of weights, and all
-resolutions together are one matrix product. This module lists those samples and weights, and decides by
-counting multiplications which maps are worth that. It does not know weights of networks, nor devices' speeds.
+Along an axis, bilinear resizing gives sample i the weight max(0, 1 - |position - i|) at a position. A tile of output
+pixels is therefore a small matrix of weights times a fixed number of samples of every resolution, and one matrix
+product serves all resolutions. This module lists the samples and weights, and decides by counting multiplications for
+which maps that pays. Knows sizes. Does not know feature values, networks or the speed of devices.
 
-Shape letters: T tiles along an axis, L pixels of a tile along an axis, N samples under a tile, over all levels.
+Shape letters: T tiles along an axis, L pixels of a tile along an axis, N samples under a tile in all map groups.
 """
 
 from __future__ import annotations
@@ -19,29 +19,35 @@ from itertools import accumulate, groupby
 import torch
 from torch import Tensor
 
-from handsoff_stream.features import Size
+from handsoff_stream.geometry import Size
 
 TILE_ROWS, TILE_COLUMNS = 8, 16
-"""128 pixels: enough rows for a matrix product; a larger tile has more samples under it, so more to multiply."""
+"""Pixels of a tile: enough rows for an efficient matrix product; a larger tile has more samples to multiply."""
 
 
 @dataclass(frozen=True)
-class Level:
-    """Neighbouring maps of a pyramid that share a matrix product."""
+class MapGroup:
+    """Adjacent maps of a pyramid that share a matrix product."""
 
     maps: tuple[int, ...]
-    """Indices into the pyramid; none for what every image adds."""
+    """Their indices in the pyramid; empty for the part of the first layer that all images share."""
     channels: slice
+    """Their channels in the hypercolumn."""
     native: Size
-    """(h, w) of its maps; of maps that are resized first: of the coarsest."""
+    """(h, w) of the maps; of maps that are resized first, (h, w) of the coarsest."""
 
 
 def project_first(native: Size, channels: int, size: Size) -> bool:
-    """Whether `channels` at `native` resolution are better projected first and then resized to `size`.
+    """Whether projecting before resizing takes fewer multiplications than resizing first.
 
-    Resizing first costs `channels` multiplications an output pixel (and hidden unit). Projecting first
-    costs as many a native pixel, and one for each sample under the tile of the output pixel. Maps at or above
-    the output resolution never gain.
+    Per hidden unit, resizing first takes `channels` multiplications per output pixel. Projecting first takes `channels`
+    per native pixel, and per output pixel one for each sample under its tile. Maps of at least the output resolution
+    never gain.
+
+    Args:
+        native: (h, w) of the maps.
+        channels: of the maps together.
+        size: (H, W) of the whole image at the scale of the outputs.
     """
     rows, columns = (
         math.ceil(length * source / full) + 2
@@ -53,41 +59,53 @@ def project_first(native: Size, channels: int, size: Size) -> bool:
 
 def arrange(
     channels: Sequence[int], natives: Sequence[Size], full: Size, first: int
-) -> tuple[list[Level], list[Level]]:
-    """Maps `first` and up as (levels to project before resizing, levels to resize first), in their order."""
+) -> tuple[list[MapGroup], list[MapGroup]]:
+    """Group the maps of a pyramid: the groups to project before resizing, and those to resize first, in map order.
+
+    Args:
+        channels: of each map.
+        natives: (h, w) of each map.
+        full: (H, W) of the whole image at the scale of the outputs.
+        first: index of the first map to include.
+    """
     ends = [0, *accumulate(channels)]
-    projected: list[Level] = []
-    resized: list[Level] = []
-    for native, group in groupby(range(first, len(natives)), key=lambda i: natives[i]):
-        maps = tuple(group)
-        level = Level(maps, slice(ends[maps[0]], ends[maps[-1] + 1]), native)
-        if project_first(native, level.channels.stop - level.channels.start, full):
-            projected.append(level)
+    projected: list[MapGroup] = []
+    resized: list[MapGroup] = []
+    for native, indices in groupby(range(first, len(natives)), key=lambda i: natives[i]):
+        maps = tuple(indices)
+        group = MapGroup(maps, slice(ends[maps[0]], ends[maps[-1] + 1]), native)
+        if project_first(native, group.channels.stop - group.channels.start, full):
+            projected.append(group)
         elif resized and resized[-1].maps[-1] + 1 == maps[0]:
-            before = resized.pop()
-            resized.append(Level(before.maps + maps, slice(before.channels.start, level.channels.stop), before.native))
+            last = resized.pop()
+            resized.append(MapGroup(last.maps + maps, slice(last.channels.start, group.channels.stop), last.native))
         else:
-            resized.append(level)
+            resized.append(group)
     return projected, resized
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Tiles of `length` output pixels along one axis: pixels `start .. start + count - 1` of `full`."""
+    """Output pixels along one axis, divided into tiles."""
 
     full: int
+    """Pixels of the whole image."""
     start: int
+    """The first pixel of the output in the whole image."""
     count: int
+    """Pixels of the output."""
     length: int
+    """Pixels of a tile; the last tile may reach beyond the output."""
 
     @property
     def tiles(self) -> int:
+        """Number of tiles."""
         return math.ceil(self.count / self.length)
 
 
 @functools.lru_cache(maxsize=1024)
 def first_samples(source: int, grid: Grid) -> tuple[list[int], int]:
-    """For an axis of `source` samples: (the first sample under each tile, how many lie under any)."""
+    """The first sample under each tile, and the largest number of samples under a tile, of an axis of `source`."""
     first = _positions(torch.tensor([float(source)]), grid, torch.device("cpu"))[:, :, 0].floor().long()
     reach = (first[:, -1] + 1).clamp(max=source - 1) - first[:, 0] + 1
     return first[:, 0].tolist(), int(reach.max())
@@ -95,38 +113,57 @@ def first_samples(source: int, grid: Grid) -> tuple[list[int], int]:
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """The samples under a tile: level, and place counted from the first sample of that level under the tile."""
+    """The samples under a tile of any place: a slot is a sample's place relative to the first one of its map group."""
 
-    level_N: Tensor
+    group_N: Tensor
+    """int64, number of the map group."""
     row_N: Tensor
+    """int64, rows below the first sample of the group under the tile."""
     column_N: Tensor
+    """int64, columns to the right of it."""
     height_N: Tensor
-    """Samples of the level along the rows, float64, as positions are."""
+    """Rows of the maps of the group; float64, as positions are."""
     width_N: Tensor
+    """Columns of the maps of the group, float64."""
 
     @property
     def count(self) -> int:
-        return self.level_N.shape[0]
+        """N."""
+        return self.group_N.shape[0]
 
 
 @functools.lru_cache(maxsize=256)
 def slots(natives: tuple[Size, ...], rows: Grid, columns: Grid, device: torch.device) -> Slots:
-    """Slots of levels of these resolutions; the tensors are shared between callers and must not be written to."""
+    """The slots of map groups of these resolutions.
+
+    The tensors are shared between callers and must not be written to.
+
+    Args:
+        natives: (h, w) of each group.
+        rows: tiles along the rows.
+        columns: tiles along the columns.
+        device: of the tensors.
+    """
     entries = [
-        (level, y, x, height, width)
-        for level, (height, width) in enumerate(natives)
+        (group, y, x, height, width)
+        for group, (height, width) in enumerate(natives)
         for y in range(first_samples(height, rows)[1])
         for x in range(first_samples(width, columns)[1])
     ]
-    level_N, row_N, column_N, height_N, width_N = torch.tensor(entries, dtype=torch.int64).t().contiguous().to(device)
-    return Slots(level_N, row_N, column_N, height_N.double(), width_N.double())
+    group_N, row_N, column_N, height_N, width_N = torch.tensor(entries, dtype=torch.int64).t().contiguous().to(device)
+    return Slots(group_N, row_N, column_N, height_N.double(), width_N.double())
 
 
 def samples(place_N: Tensor, source_N: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Along one axis: (sample index int64 [T, N], weight float64 [T, L, N]) of each slot of each tile.
+    """Along one axis, the sample index int64 [T, N] and the weight float64 [T, L, N] of each slot of each tile.
 
-    Slots beyond the last sample have weight 0 and the index of the last one. So do pixels of the last tile
-    beyond the grid: they repeat the border.
+    A slot beyond the last sample has the index of the last sample and weight 0. Pixels of the last tile beyond the
+    whole image repeat its border.
+
+    Args:
+        place_N: int64, place of each slot along the axis, such as `Slots.row_N`.
+        source_N: float64, samples along the axis, such as `Slots.height_N`.
+        grid: tiles along the axis.
     """
     position_TLN = _positions(source_N, grid, source_N.device)
     sample_TN = position_TLN[:, 0].floor() + place_N
@@ -143,6 +180,6 @@ def _positions(source_N: Tensor, grid: Grid, device: torch.device) -> Tensor:
 
 
 def split(total: int, at_most: int) -> list[slice]:
-    """Slices that cover `total`, none longer than `at_most`, all but the last of one length."""
+    """Slices that cover `range(total)`: as few as possible of at most `at_most`, all but the last of one length."""
     step = math.ceil(total / math.ceil(total / at_most))
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]

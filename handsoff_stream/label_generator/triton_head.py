@@ -1,16 +1,18 @@
-"""Labels and divergence of whole images in one kernel: what `FoldedLabelGenerator.tiles` and the votes give.
+"""Labels and divergence of whole images in one CUDA kernel, for ensembles that vote (segmentation).
 
-One program labels a tile of 128 pixels. It holds the tile's features and interpolation weights, runs through
-the hidden units of one member after another, and keeps only sums: nothing as wide as a layer ever reaches
-memory. Products take float16 (or float32) and add in float32. Importing this module imports Triton.
+The results are those of `FoldedLabelGenerator.tiles` followed by majority vote and Jensen-Shannon divergence. One
+program of the kernel labels a tile of 128 pixels: it holds the features and interpolation weights of the tile, computes
+the hidden units of one member after another in blocks, and keeps only sums, so no hidden layer is written to memory.
+Products take float16 (or float32) and accumulate in float32. Importing this module imports Triton.
 
-For ensembles that vote (segmentation). It knows tensors and the geometry of tiles; not what is labelled.
+Knows tensors and the geometry of tiles. Does not know what the classes mean.
 
-Shape letters: B images, M members, D hidden units of the first layer of all members, K outputs, N samples
-under a tile, C channels of features at output resolution, R rows of the table of projected rows.
+Shape letters: B images, M members, P pixels, D hidden units of the first layer of all members, O units of the second
+layer, K outputs, N samples under a tile, C channels of features at output resolution, R rows of the table of projected
+rows.
 """
 
-# A kernel is a program in Triton's own language: its parameters are pointers and numbers of the device.
+# A kernel is written in Triton's language; its parameters are pointers and numbers on the device, which have no types.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -21,34 +23,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from handsoff_stream.features import FeaturePyramid, Size
+from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.geometry import Size
 from handsoff_stream.label_generator.folded import FoldedLabelGenerator
 from handsoff_stream.label_generator.rows import ProjectedRows, resized_rows, table_natives
-from handsoff_stream.label_generator.tiles import TILE_COLUMNS, TILE_ROWS, Grid, Level, slots, split
+from handsoff_stream.label_generator.tiles import TILE_COLUMNS, TILE_ROWS, Grid, MapGroup, slots, split
 
 TABLE_BYTES = 4 << 30
-"""Projected rows held at once; images go through in groups, one at least."""
+"""Largest table of projected rows; images are processed in groups that fit, of at least one image."""
 
-# What fits on chip beside the tile's sums: samples under a tile, feature channels, hidden units, outputs.
+# What fits on the chip beside the sums of a tile: samples under a tile, feature channels, hidden units, outputs.
 _MAX_SAMPLES, _MAX_CHANNELS, _MAX_HIDDEN2, _MAX_OUTPUTS = 128, 256, 128, 64
-_SMALLEST = 16
-_SHARED_MEMORY = 224 << 10  # the most that a compiled variant takes on sm_90a
+_SMALLEST = 16  # smallest dimension of a product in Triton
+_SHARED_MEMORY = 224 << 10  # bytes per block; the most that a compiled variant takes on sm_90a
 _DTYPES = (torch.float16, torch.float32)
 
 
 @triton.jit
 def _relu(x):
-    """NaN stays NaN, so that a broken network is noticed."""
+    """ReLU that keeps NaN, so that a broken network is noticed."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _samples(slots_5N, tile_y, tile_x, y, x, top, left, full_height, full_width, image, images, N: tl.constexpr):
-    """Weights [pixels, N] of the samples under the tile, and their rows [N] in the table."""
+    """Interpolation weights [P, N] of the samples under the tile, and their rows [N] in the table."""
     n = tl.arange(0, N)
     height, width = tl.load(slots_5N + 3 * N + n), tl.load(slots_5N + 4 * N + n)
     # The first sample under the tile, in whole numbers: a position that is one may come out just below in floats.
@@ -71,7 +74,7 @@ def _samples(slots_5N, tile_y, tile_x, y, x, top, left, full_height, full_width,
 
 @triton.jit
 def _softmax_and_entropy(logits):
-    """Probabilities, and their entropy [pixels] in nats; outputs that are padding have logits of -1e30."""
+    """Probabilities [P, K] and their entropy [P] in nats; padded outputs have logits of -1e30."""
     shifted = logits - tl.max(logits, 1)[:, None]
     exp = tl.exp(shifted)
     total = tl.sum(exp, 1)
@@ -79,6 +82,7 @@ def _softmax_and_entropy(logits):
     return p, tl.log(total) - tl.sum(p * tl.maximum(shifted, -1e4), 1)
 
 
+# Longer than 60 lines, because Triton needs every pointer and size as a parameter, and one loop holds all sums on chip.
 @triton.jit
 def _label_head(
     table_RD,
@@ -120,7 +124,7 @@ def _label_head(
     mix, row = _samples(slots_5N, tile_y, tile_x, y, x, top, left, full_height, full_width, image, images, N)
     mix, samples = mix.to(dtype), table_RD + row[:, None] * D
 
-    # Features lie one column of tiles after the other. Rows below the image repeat its last one.
+    # Features are stored by columns of tiles. Rows below the image repeat its last row.
     place = (image * tiles_across * TW + tile_x) * height + tl.minimum(y, height - 1) * TW + pixel % TW
     c0, c1 = tl.arange(0, C0), C0 + tl.arange(0, C1)
     features0 = tl.load(features_PC + place[:, None] * (C0 + C1) + c0[None, :])
@@ -147,7 +151,7 @@ def _label_head(
         p, entropy = _softmax_and_entropy(logits)
         mean += p
         entropies += entropy
-        # The smallest number takes the place of NaN, which has no largest element: the divergence tells.
+        # arg max is undefined for NaN, so the smallest number replaces it here; the divergence keeps the NaN.
         vote = tl.argmax(tl.maximum(logits, -3e38), 1, tie_break_left=True)
         votes += (k[None, :] == vote[:, None]).to(tl.int32)
     mean = mean / M
@@ -159,50 +163,66 @@ def _label_head(
 
 
 def unsupported(folded: FoldedLabelGenerator, pyramid: FeaturePyramid, size: Size) -> str | None:
-    """Why the kernel cannot label such a pyramid; None if it can."""
+    """Why the kernel cannot label this geometry, as text; None if it can.
+
+    Args:
+        folded: the label generator.
+        pyramid: feature maps of the geometry; their values are not read.
+        size: (H, W) of the labels.
+    """
     problem = _unsuitable(folded.weight1_CD.device)
     if problem is not None:
         return problem
     _, inner, hidden = folded.weight2_MIO.shape
     outputs = folded.weight3_MOK.shape[2]
     full, _ = pyramid.placement(size)
-    projected, resized = folded.levels(pyramid, full)
+    projected, resized = folded.map_groups(pyramid, full)
     natives = table_natives(folded.base_hwD, projected)
     count = slots(natives, *_grids(pyramid, size), folded.weight1_CD.device).count
-    channels = sum(level.channels.stop - level.channels.start for level in resized)
+    channels = sum(group.channels.stop - group.channels.start for group in resized)
     limits = {
         f"{count} samples under a tile, at most {_MAX_SAMPLES} fit": count <= _MAX_SAMPLES,
         f"{channels} channels at output resolution, at most {_MAX_CHANNELS} fit": channels <= _MAX_CHANNELS,
         f"{inner} hidden units, which is no multiple of {_SMALLEST}": inner % _SMALLEST == 0,
         f"{hidden} units in the second layer, at most {_MAX_HIDDEN2} fit": hidden <= _MAX_HIDDEN2,
         f"{outputs} classes, at most {_MAX_OUTPUTS} fit": outputs <= _MAX_OUTPUTS,
-        f"{folded.weight1_CD.dtype}, which it does not multiply": folded.weight1_CD.dtype in _DTYPES,
+        f"{folded.weight1_CD.dtype} weights, which it does not multiply": folded.weight1_CD.dtype in _DTYPES,
     }
     return next((problem for problem, fits in limits.items() if not fits), None)
 
 
 def _unsuitable(device: torch.device) -> str | None:
-    """Why the kernel cannot run on a device; None if it can."""
+    """Why the kernel cannot run on a device, as text; None if it can."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if device.type != "cuda":
         return f"the device is {device}, not CUDA"
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    shared = shared_memory(device)
     if shared < _SHARED_MEMORY:
-        return f"it takes {_SHARED_MEMORY >> 10} KiB of shared memory (Hopper has them), the device has {shared >> 10}"
+        return f"it takes {_SHARED_MEMORY >> 10} KiB of shared memory (Hopper has it), the device has {shared >> 10}"
     return None
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block of a kernel may take on a CUDA device.
+
+    Triton knows the number in all versions and refuses a kernel that takes more. PyTorch 2.6 does not give it, and the
+    type stubs of no version name it.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
 class FusedLabelHead:
-    """One ensemble that votes, prepared for pyramids of one geometry; calling it labels whole images.
+    """An ensemble that votes, prepared for feature pyramids of one geometry; calling it labels whole images.
 
     Args:
-        folded: in float16, or float32.
-        example: a pyramid of that geometry.
+        folded: the label generator, in float16 or float32.
+        example: a pyramid of the geometry; its values are not read, so it may be on the meta device.
         size: (H, W) of the labels.
 
     Raises:
-        ValueError: `unsupported` gives a reason, or the pyramid is of another generator.
+        ValueError: the kernel cannot label this geometry (see `unsupported`), or the pyramid is of another generator.
     """
 
     def __init__(self, folded: FoldedLabelGenerator, example: FeaturePyramid, size: Size) -> None:
@@ -210,10 +230,10 @@ class FusedLabelHead:
         self._geometry = _geometry(example)
         problem = unsupported(folded, example, size)
         if problem is not None:
-            raise ValueError(f'The fused kernel cannot label this: {problem}; use kernel="auto" or kernel="torch".')
+            raise ValueError(f'the fused kernel cannot label this: {problem}; use kernel="auto" or kernel="torch"')
         self.folded, self.size = folded, size
         self._rows, self._columns = _grids(example, size)
-        self._projected, self._resized = folded.levels(example, (self._rows.full, self._columns.full))
+        self._projected, self._resized = folded.map_groups(example, (self._rows.full, self._columns.full))
         self._weights = _weights(folded, self._resized)
         pixels = sum(h * w for h, w in table_natives(folded.base_hwD, self._projected))
         image_bytes = pixels * folded.weight1_CD.shape[1] * folded.weight1_CD.element_size()
@@ -221,12 +241,16 @@ class FusedLabelHead:
 
     @torch.no_grad()
     def __call__(self, pyramid: FeaturePyramid) -> tuple[Tensor, Tensor]:
-        """Majority vote, int64 [B, H, W], and Jensen-Shannon divergence, float32 [B, H, W].
+        """Majority vote, int64 [B, H, W], and Jensen-Shannon divergence, float32 [B, H, W] in nats, of B images.
 
-        Raises ValueError if the pyramid has another geometry than the example.
+        Raises:
+            ValueError: the pyramid has another geometry than the example.
         """
         if _geometry(pyramid) != self._geometry:
-            raise ValueError(f"Prepared for maps and crop {self._geometry}, got {_geometry(pyramid)}; prepare another.")
+            raise ValueError(
+                f"got maps and crop {_geometry(pyramid)}, but the kernel was prepared for {self._geometry}; prepare "
+                "another"
+            )
         labels = torch.empty(pyramid.batch_size, *self.size, dtype=torch.int64, device=pyramid.device)
         divergences = torch.empty(pyramid.batch_size, *self.size, device=pyramid.device)
         for images in split(pyramid.batch_size, self._images_at_once):
@@ -261,24 +285,19 @@ class FusedLabelHead:
             )
 
     def _features(self, pyramid: FeaturePyramid) -> Tensor:
-        """The channels at output resolution [P, C], one column of tiles after the other, padded as the weights are."""
+        """Features at output resolution [P, C], stored by columns of tiles, with channels padded as the weights are."""
         every, whole = slice(0, pyramid.batch_size), replace(self._rows, length=self._rows.count)
         dtype = self.folded.weight1_CD.dtype
-        levels = [
-            resized_rows(pyramid, level, whole, self._columns, every, dtype).flatten(0, 1) for level in self._resized
+        resized = [
+            resized_rows(pyramid, group, whole, self._columns, every, dtype).flatten(0, 1) for group in self._resized
         ]
         pixels = pyramid.batch_size * self._columns.tiles * self._columns.length * self._rows.count
         none = torch.empty(pixels, 0, dtype=dtype, device=pyramid.device)
-        return _pad(torch.cat([none, *levels], dim=1), sum(self._weights.channels), dim=1)
+        return _pad(torch.cat([none, *resized], dim=1), sum(self._weights.channels), dim=1)
 
 
 def _geometry(pyramid: FeaturePyramid) -> tuple[object, ...]:
     return tuple(m.shape[1:] for m in pyramid.maps), pyramid.window
-
-
-def label_images(folded: FoldedLabelGenerator, pyramid: FeaturePyramid, size: Size) -> tuple[Tensor, Tensor]:
-    """`FusedLabelHead`, prepared for this pyramid alone."""
-    return FusedLabelHead(folded, pyramid, size)(pyramid)
 
 
 def _grids(pyramid: FeaturePyramid, size: Size) -> tuple[Grid, Grid]:
@@ -288,19 +307,20 @@ def _grids(pyramid: FeaturePyramid, size: Size) -> tuple[Grid, Grid]:
 
 @dataclass(frozen=True)
 class _Weights:
-    """The folded weights as the kernel reads them, every dimension padded to one that it can multiply."""
+    """The folded weights as the kernel reads them, with dimensions padded to powers of two."""
 
     channels: tuple[int, int]
+    """Two powers of two, whose sum is the padded number of channels."""
     weight1_CD: Tensor
-    """For the channels at output resolution only."""
+    """Of the channels at output resolution only."""
     weight2_DO: Tensor
     bias2_MO: Tensor
     weight3_OK: Tensor
     bias3_MK: Tensor
 
 
-def _weights(folded: FoldedLabelGenerator, resized: Sequence[Level]) -> _Weights:
-    weight1_CD = torch.cat([folded.weight1_CD[:0], *(folded.weight1_CD[level.channels] for level in resized)])
+def _weights(folded: FoldedLabelGenerator, resized: Sequence[MapGroup]) -> _Weights:
+    weight1_CD = torch.cat([folded.weight1_CD[:0], *(folded.weight1_CD[group.channels] for group in resized)])
     channels = _chunks(len(weight1_CD))
     hidden, outputs = (_power_of_two(n) for n in folded.weight3_MOK.shape[1:])
     weight2_DO = _pad(folded.weight2_MIO.flatten(0, 1), hidden, dim=1)
@@ -313,16 +333,16 @@ def _weights(folded: FoldedLabelGenerator, resized: Sequence[Level]) -> _Weights
 
 
 def _padded_slots(table: ProjectedRows) -> Tensor:
-    """(first row of the level, row, column, height, width) of each slot, int64 [5, N]; padding weighs nothing."""
+    """First table row of the map group, row, column, height and width of each slot, int64 [5, N], padded in N."""
     slots_5N = torch.stack([table.offset_N, table.slots.row_N, table.slots.column_N, *table.natives_2N])
-    # Sample 2 of an axis of one sample: so far from every position that its weight is 0.
+    # A padded slot is sample 2 of an axis with one sample: positions are clamped to sample 0, so its weight is 0.
     length = _power_of_two(slots_5N.shape[1])
     padded = [_pad(row, length, dim=0, value=value) for row, value in zip(slots_5N, (0, 2, 2, 1, 1), strict=True)]
     return torch.stack(padded)
 
 
 def _chunks(channels: int) -> tuple[int, int]:
-    """Two powers of two, together at least `channels`, and little more."""
+    """Two powers of two, at least 16 each, whose sum holds `channels` with little padding."""
     first = max(_SMALLEST, _power_of_two(channels) // 2)
     return first, _power_of_two(max(channels - first, 1))
 
@@ -332,7 +352,7 @@ def _power_of_two(at_least: int) -> int:
 
 
 def _pad(x: Tensor, length: int, *, dim: int, value: float = 0.0) -> Tensor:
-    """Dimension `dim` filled up to `length`."""
+    """`x` with dimension `dim` filled up to `length` with `value`."""
     shape = list(x.shape)
     shape[dim] = length - shape[dim]
     return torch.cat([x, x.new_full(shape, value)], dim=dim)

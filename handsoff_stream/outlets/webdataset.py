@@ -1,30 +1,73 @@
 """Samples as WebDataset shards, so that what was streamed can be kept, shared, or read by another framework.
 
     <key>.image.png  <key>.<head>.png or .npy  <key>.json        key = zero-padded global index
+    export.json                                                  what was exported: samples, bytes and sha256 a shard
 
 PNG and npy are lossless: reading a shard back gives the streamed tensors. A shard is written under a temporary name and
 renamed when whole; the stream's position is saved beside it, so that an interrupted export continues where it stopped
-and ends with the same files, byte for byte. The only importer of webdataset.
+and ends with the same files, byte for byte. A shard that was deleted, cut short or exchanged since then is found by its
+digest and made again, from the beginning of the stream, since a filter may depend on all that came before. The only
+importer of webdataset.
 """
 
 import copy
 import io
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import webdataset
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
 from handsoff_stream.batch import LabelledBatch
-from handsoff_stream.files.atomic import whole_file
+from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.atomic import check_folder, locked_folder, whole_file, write_file
+from handsoff_stream.files.schema import Name, Schema, read_json, validated
+from handsoff_stream.provenance import sha256
 from handsoff_stream.stream import HandsOffStream
 
 STATE_FILE = "export.json"
+FORMAT_VERSION = 2
+MAX_SHARDS = 1_000_000  # their names have six digits
 MTIME = 0.0  # fixed, so that the same samples make the same bytes
+
+Natural = Annotated[int, Field(ge=0)]
+
+
+class _ShardRecord(Schema):
+    """What a whole shard holds."""
+
+    file: Name
+    samples: Natural
+    bytes: Natural
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the file is there as it was written."""
+        path = folder / self.file
+        return path.is_file() and path.stat().st_size == self.bytes and sha256(path) == self.sha256
+
+
+class _ExportRecord(Schema):
+    """`export.json`."""
+
+    format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)]
+    num_samples: Natural
+    shard_size: Natural
+    shards: list[_ShardRecord]
+    """The whole ones, in order."""
+    start: dict[str, Any]
+    """Position of the stream before the first of them."""
+    stream: dict[str, Any]
+    """Position of the stream after the last of them."""
+
+    def save(self, folder: Path) -> None:
+        write_file(folder / STATE_FILE, self.model_dump_json(indent=1).encode())
 
 
 def write_shards(
@@ -39,7 +82,7 @@ def write_shards(
 
     Args:
         stream: with `batch_size=n`; its transforms, if any, are exported too.
-        folder: receives `shard-000000.tar`, ...; created if missing.
+        folder: receives `shard-000000.tar`, ... and `export.json`; created if missing.
         num_samples: samples in all, the last shard may be shorter.
         shard_size: samples a shard.
         progress: called with the number of samples in whole shards.
@@ -48,27 +91,119 @@ def write_shards(
         The shards' paths.
 
     Raises:
-        ValueError: a stream of single samples, a count below 1, or a folder that holds another stream's export.
+        ValueError: a stream of single samples, a count below 1, or a folder that holds another stream's export, or
+            shards that no `export.json` tells of.
+        CheckpointError: a damaged `export.json`.
+        OutputError: another process exports to the folder; it cannot be written, or has too little space, as the first
+            sample shows.
     """
-    if stream.batch_size is None or num_samples < 1 or shard_size < 1:
+    if stream.batch_size is None or num_samples < 1 or shard_size < 1 or -(-num_samples // shard_size) > MAX_SHARDS:
         raise ValueError(
             f"batch_size={stream.batch_size}, num_samples={num_samples}, shard_size={shard_size}: build the stream "
-            "with batch_size=n and pass counts of at least 1"
+            f"with batch_size=n and pass counts of at least 1, for at most {MAX_SHARDS} shards"
         )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    single = _one_by_one(stream)
-    settings = {"num_samples": num_samples, "shard_size": shard_size}
-    done = _continue(single, folder / STATE_FILE, settings)
-    samples = iter(single)
-    paths = [folder / f"shard-{i:06d}.tar" for i in range(-(-num_samples // shard_size))]
-    for number in range(done, len(paths)):
-        count = min(shard_size, num_samples - number * shard_size)
-        _write_shard(paths[number], samples, count)
-        _write_json(folder / STATE_FILE, {**settings, "shards": number + 1, "stream": single.state_dict()})
-        if progress is not None:
-            progress(number * shard_size + count)
-    return paths
+    with locked_folder(folder) as locked:
+        export = _Export(stream, locked, num_samples, shard_size)
+        export.repair(progress)
+        export.go_on(progress)
+    return export.paths
+
+
+class _Export:
+    """One export: its folder, its record, and the stream it comes from."""
+
+    def __init__(self, stream: HandsOffStream, folder: Path, num_samples: int, shard_size: int) -> None:
+        self.folder, self.num_samples, self.shard_size = folder, num_samples, shard_size
+        self.stream = _one_by_one(stream)
+        count = -(-num_samples // shard_size)
+        self.paths = [folder / f"shard-{i:06d}.tar" for i in range(count)]
+        self.record = self._stored() or _ExportRecord(
+            format_version=FORMAT_VERSION,
+            num_samples=num_samples,
+            shard_size=shard_size,
+            shards=[],
+            start=self.stream.state_dict(),
+            stream=self.stream.state_dict(),
+        )
+        self.stream.load_state_dict(self.record.stream)  # refuses another stream's position
+        self._refuse_strangers()
+        self.record.save(folder)  # from now on a shard without a record is one that a killed run had just finished
+
+    def repair(self, progress: Callable[[int], None] | None) -> None:
+        """Make damaged shards again.
+
+        Raises:
+            ValueError: one comes out differently, as on another machine it may.
+        """
+        lost = [i for i, shard in enumerate(self.record.shards) if not shard.is_in(self.folder)]
+        if not lost:
+            return
+        names = ", ".join(self.record.shards[i].file for i in lost[:5])
+        warnings.warn(f"{self.folder}: {names} is missing or not as it was written; made again", stacklevel=4)
+        again = _one_by_one(self.stream)
+        again.load_state_dict(self.record.start)
+        samples = iter(again)
+        for i in range(lost[-1] + 1):
+            if i not in lost:
+                for _ in range(self.record.shards[i].samples):
+                    next(samples)
+                continue
+            made = self._write(i, samples)
+            if made != self.record.shards[i]:
+                raise ValueError(
+                    f"{self.paths[i]}: made again, but not with the bytes that {STATE_FILE} tells of, which another "
+                    "machine or version may cause; export to a new folder"
+                )
+            if progress is not None:
+                progress(i * self.shard_size + made.samples)
+
+    def go_on(self, progress: Callable[[int], None] | None) -> None:
+        """Write the shards that are not there yet."""
+        samples = iter(self.stream)
+        for i in range(len(self.record.shards), len(self.paths)):
+            made = self._write(i, samples)
+            shards = [*self.record.shards, made]
+            self.record = self.record.model_copy(update={"shards": shards, "stream": self.stream.state_dict()})
+            self.record.save(self.folder)
+            if progress is not None:
+                progress(i * self.shard_size + made.samples)
+
+    def _stored(self) -> _ExportRecord | None:
+        path = self.folder / STATE_FILE
+        if not path.exists():
+            return None
+        record = validated(_ExportRecord, read_json(path, "the record of an export"), f"{path}: it")
+        if (record.num_samples, record.shard_size) != (self.num_samples, self.shard_size):
+            raise ValueError(
+                f"{path}: an export with other counts ({record.num_samples} samples, {record.shard_size} a shard) than "
+                f"{self.num_samples} and {self.shard_size}; finish it with its own, or use a new folder"
+            )
+        expected = [(path.name, self._count(i)) for i, path in enumerate(self.paths[: len(record.shards)])]
+        if [(shard.file, shard.samples) for shard in record.shards] != expected:
+            raise CheckpointError(f"{path}: tells of other shards than an export of its counts has; use a new folder")
+        return record
+
+    def _refuse_strangers(self) -> None:
+        known = {path.name for path in self.paths[: len(self.record.shards) + (self.folder / STATE_FILE).exists()]}
+        strangers = sorted(p.name for p in self.folder.glob("shard-*.tar") if p.name not in known)
+        if strangers:
+            raise ValueError(
+                f"{self.folder}: {strangers[0]} is not of this export, as {STATE_FILE} tells it; move it elsewhere, or "
+                "use a new folder"
+            )
+
+    def _count(self, number: int) -> int:
+        return min(self.shard_size, self.num_samples - number * self.shard_size)
+
+    def _write(self, number: int, samples: Iterator[Any]) -> _ShardRecord:
+        path, count = self.paths[number], self._count(number)
+        with whole_file(path) as partial, webdataset.TarWriter(str(partial), mtime=MTIME, encoder=False) as writer:
+            for i in range(count):
+                fields = _fields(next(samples))
+                if i == 0:
+                    check_folder(self.folder, needed=count * _stored_bytes(fields) * (len(self.paths) - number))
+                writer.write(fields)
+        return _ShardRecord(file=path.name, samples=count, bytes=path.stat().st_size, sha256=sha256(path))
 
 
 def _one_by_one(stream: HandsOffStream) -> HandsOffStream:
@@ -78,30 +213,9 @@ def _one_by_one(stream: HandsOffStream) -> HandsOffStream:
     return single
 
 
-def _continue(stream: HandsOffStream, path: Path, settings: dict[str, Any]) -> int:
-    """Position the stream after the last whole shard; returns the number of whole shards."""
-    if not path.exists():
-        return 0
-    saved = json.loads(path.read_text())
-    if {name: saved.get(name) for name in settings} != settings:
-        raise ValueError(
-            f"{path}: an export with other counts than {settings}; finish it with its own, or use a new folder"
-        )
-    stream.load_state_dict(saved["stream"])
-    return int(saved["shards"])
-
-
-def _write_shard(path: Path, samples: Iterator[Any], count: int) -> None:
-    for leftover in path.parent.glob(f".{path.name}.*"):  # of a run that was killed while it wrote this shard
-        leftover.unlink()
-    with whole_file(path) as partial, webdataset.TarWriter(str(partial), mtime=MTIME, encoder=False) as writer:
-        for _ in range(count):
-            writer.write(_fields(next(samples)))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(content))
+def _stored_bytes(fields: dict[str, Any]) -> int:
+    """In a tar file, whose members have a header and fill whole blocks."""
+    return sum(512 + -(-len(value) // 512) * 512 for name, value in fields.items() if name != "__key__")
 
 
 def _fields(batch: LabelledBatch) -> dict[str, Any]:

@@ -16,8 +16,14 @@ TASKS: dict[str, type[Task]] = {"depth": Depth, "keypoints": Keypoints, "segment
 
 
 def task_from_config(config: Mapping[str, Any]) -> Task:
-    """The task that `Task.config()` described. Raises ValueError for a task of an unknown name."""
+    """The task that `Task.config()` described.
+
+    Raises:
+        ValueError: a task of an unknown name, or other entries than `Task.config()` writes.
+    """
     name = config.get("name")
     if name not in TASKS:
-        raise ValueError(f"Unknown task {name!r}: this version knows {sorted(TASKS)}; update it, or correct the name.")
+        raise ValueError(
+            f"task {name!r} is unknown to this version, which knows {sorted(TASKS)}; update it, or correct the name"
+        )
     return TASKS[name].from_config(config)

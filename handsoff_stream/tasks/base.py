@@ -1,6 +1,6 @@
-"""What every kind of label answers: how to learn it, how to decide on it, how to see members disagree.
+"""What every kind of label defines: how to learn it, how members decide on it, how much they disagree.
 
-A task sees the outputs of single pixels. It does not know images, resolutions, devices or file formats.
+Knows the outputs of single pixels. Does not know images, resolutions, devices or file formats.
 
 To add a label type: one file with one frozen dataclass, and one line in the registry of `tasks/__init__.py`.
 
@@ -26,7 +26,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def num_outputs(self) -> int:
-        """K: how many numbers the label generator gives for a pixel."""
+        """K: how many numbers the label generator predicts per pixel."""
 
     @abstractmethod
     def loss(self, outputs_PK: Tensor, target_P: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class Task(ABC):
 
     @abstractmethod
     def decide(self, outputs_MPK: Tensor) -> Tensor:
-        """The label of each pixel, [P] or [P, K]: what the ensemble says together."""
+        """The label of each pixel, [P] or [P, K]: the common decision of the ensemble."""
 
     @abstractmethod
     def disagreement(self, outputs_MPK: Tensor) -> Tensor:
@@ -46,11 +46,15 @@ class Task(ABC):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Raises ValueError if the entries are not exactly those that `config` writes."""
+        """The task that `config` describes.
+
+        Raises:
+            ValueError: other entries than `config()` writes.
+        """
         expected = {"name", *(field.name for field in fields(cls))}
         if set(config) != expected or config["name"] != cls.name:
             raise ValueError(
-                f"A {cls.name!r} task is described by {sorted(expected)}, got {dict(config)!r}; "
-                "write the description with Task.config()."
+                f"{dict(config)!r} does not describe a {cls.name!r} task, which has the entries {sorted(expected)}; "
+                "write the description with Task.config()"
             )
         return cls(**{key: value for key, value in config.items() if key != "name"})

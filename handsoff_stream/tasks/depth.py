@@ -1,6 +1,6 @@
 """Depth: one number per pixel, in the unit of the labels it was fitted on.
 
-Knows numbers. Not their unit, nor what the pixels show or where they lie.
+Knows numbers. Does not know their unit, what the pixels show, or where they lie.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from handsoff_stream.uncertainty import variance
 class Depth(Task):
     """Mean squared error on valid pixels, mean, variance (HandsOff, sections 3.3 and 4.4).
 
-    A unit in which depths are of the order of one is learnt fastest: divide metres of a street by 10 or so. What is
-    invalid in every labelled image, as the sky may be, gets numbers that mean nothing.
+    Depths are learned fastest in a unit in which they are about one: divide the meters of a street by 10. Where no
+    labelled image has a valid depth, as in the sky, predictions are meaningless.
     """
 
     name: ClassVar[str] = "depth"
 
     @property
     def num_outputs(self) -> int:
+        """K = 1."""
         return 1
 
     def loss(self, outputs_PK: Tensor, target_P: Tensor) -> Tensor:
         """Mean squared error over the valid pixels; 0 if there are none. `target_P`: floating point [P] or [P, 1].
 
-        Valid is what is finite: mark missing and corrupted depths with NaN or infinity.
+        A pixel is valid if its depth is finite: mark missing and corrupted depths with NaN or infinity.
         """
         return mean_squared_error(outputs_PK, target_P)
 

@@ -1,9 +1,9 @@
-"""Keypoints: one heatmap a named point (HandsOff, appendix A.4).
+"""Keypoints: one heatmap per named point (HandsOff, appendix A.4).
 
     points (x, y) => Keypoints.heatmaps => what is fitted
     what is streamed => decode_heatmaps => points (x, y)
 
-Knows points, their names, and the Gaussians that stand for them. Not what the pixels show.
+Knows points, their names, and the Gaussians that represent them. Does not know what the pixels show.
 
 Shape letters: N images, M ensemble members, P pixels, K points, H W image size.
 """
@@ -25,7 +25,11 @@ from handsoff_stream.uncertainty import variance
 
 @dataclass(frozen=True)
 class Keypoints(Task):
-    """Mean squared error, mean, variance (HandsOff, section 3.3)."""
+    """Mean squared error, mean, variance (HandsOff, section 3.3).
+
+    Raises:
+        ValueError: no names, a name twice, or a variance that is not positive.
+    """
 
     point_names: Sequence[str]
     """Name of each point; the position is the channel of its heatmap."""
@@ -40,7 +44,9 @@ class Keypoints(Task):
     def __post_init__(self) -> None:
         names = tuple(str(name) for name in self.point_names)
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"Keypoints are named and told apart by their names, got {list(names)}; name each once.")
+            raise ValueError(
+                f"point_names={list(names)} do not tell the points apart; name at least one point, and each once"
+            )
         if not (math.isfinite(self.heatmap_variance) and self.heatmap_variance > 0):
             raise ValueError(
                 f"heatmap_variance={self.heatmap_variance} makes no Gaussian; pass a positive number of square pixels."
@@ -50,17 +56,18 @@ class Keypoints(Task):
 
     @property
     def num_outputs(self) -> int:
+        """K: one heatmap per point."""
         return len(self.point_names)
 
     def loss(self, outputs_PK: Tensor, target_P: Tensor) -> Tensor:
         """Mean squared error over the labelled entries; 0 if there are none. `target_P`: floating point [P, K].
 
-        NaN is unlabelled: fill the heatmap of a point with it where nobody looked for that point.
+        NaN is unlabelled: fill the heatmap of a point with NaN in images where that point was not annotated.
         """
         return mean_squared_error(outputs_PK, target_P)
 
     def decide(self, outputs_MPK: Tensor) -> Tensor:
-        """Mean of the members: one value a heatmap, float32 [P, K]."""
+        """Mean of the members: one value per heatmap, float32 [P, K]."""
         return outputs_MPK.float().mean(dim=0)
 
     def disagreement(self, outputs_MPK: Tensor) -> Tensor:
@@ -68,11 +75,11 @@ class Keypoints(Task):
         return variance(outputs_MPK)
 
     def heatmaps(self, points_NK2: Tensor, visible_NK: Tensor, size: tuple[int, int]) -> Tensor:
-        """Points => what to fit: peak * exp(-d^2 / (2 * heatmap_variance)), d the distance in pixels.
+        """Points => targets to fit: peak * exp(-d^2 / (2 * heatmap_variance)), where d is the distance in pixels.
 
         Args:
-            points_NK2: floating point (x, y) in pixels of the label, centres of pixels at integers; a point outside the
-                image leaves there what reaches into it.
+            points_NK2: floating point (x, y) in pixels of the label, centers of pixels at integers. Of a point outside
+                the image, the part of its Gaussian that reaches into the image remains.
             visible_NK: bool; the heatmap of a point that is not visible is zero, whatever its coordinates.
             size: (H, W) of the label.
 
@@ -80,7 +87,7 @@ class Keypoints(Task):
             float32 [N, H, W, K], as `fit_label_generator` takes targets.
 
         Raises:
-            ValueError: not K points an image, or a visible point without finite coordinates.
+            ValueError: not K points per image, or a visible point without finite coordinates.
         """
         expected = (len(points_NK2), self.num_outputs)
         if tuple(points_NK2.shape) != (*expected, 2) or tuple(visible_NK.shape) != expected:

@@ -12,13 +12,18 @@ from torch import Tensor
 def mean_squared_error(outputs_PK: Tensor, target: Tensor) -> Tensor:
     """Mean over the finite entries of the target, a scalar; 0 if there are none (HandsOff, section 3.3).
 
-    `target`: floating point [P, K], or [P] where K is 1. An entry that is NaN or infinite is unlabelled: it neither
-    counts nor passes a gradient. Raises ValueError for any other shape.
+    Args:
+        outputs_PK: floating point.
+        target: floating point [P, K], or [P] where K is 1. An entry that is NaN or infinite is unlabelled: it neither
+            counts nor passes a gradient.
+
+    Raises:
+        ValueError: a target of any other shape.
     """
     if target.shape != outputs_PK.shape and (*target.shape, 1) != tuple(outputs_PK.shape):
         raise ValueError(
             f"target {list(target.shape)} has no number for each of the outputs {list(outputs_PK.shape)}; give as many "
-            "numbers a pixel as the task has outputs"
+            "numbers per pixel as the task has outputs"
         )
     target_PK = target.reshape(outputs_PK.shape)
     known_PK = target_PK.isfinite()

@@ -1,6 +1,6 @@
 """Segmentation: one class id per pixel.
 
-Knows class ids, names and display colours. Not what the pixels show or where they lie.
+Knows class ids, names and display colors. Does not know what the pixels show, or where they lie.
 """
 
 from __future__ import annotations
@@ -12,23 +12,26 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from handsoff_stream.class_ids import IGNORE_INDEX, Color
 from handsoff_stream.tasks.base import Task
 from handsoff_stream.uncertainty import jensen_shannon_divergence, majority_vote
-
-Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Segmentation(Task):
-    """Cross-entropy, majority vote, Jensen-Shannon divergence (HandsOff, section 3.3)."""
+    """Cross-entropy, majority vote, Jensen-Shannon divergence (HandsOff, section 3.3).
+
+    Raises:
+        ValueError: fewer than 2 or more than 255 classes, or a palette that does not fit them.
+    """
 
     class_names: Sequence[str]
     """Name of each class; the position is the id."""
     palette: Sequence[Color]
-    """Display colour of each class, RGB, 0 to 255."""
+    """Display color of each class, RGB, 0 to 255."""
 
     name: ClassVar[str] = "segmentation"
-    ignore_index: ClassVar[int] = 255
+    ignore_index: ClassVar[int] = IGNORE_INDEX
     """Pixels with this id are unlabelled: they do not count in the loss, and are never predicted."""
 
     def __post_init__(self) -> None:
@@ -36,26 +39,26 @@ class Segmentation(Task):
         palette = tuple(tuple(int(channel) for channel in color) for color in self.palette)
         if not 2 <= len(names) <= self.ignore_index:
             raise ValueError(
-                f"Segmentation takes 2 to {self.ignore_index} classes, since id {self.ignore_index} marks "
-                f"unlabelled pixels; got {len(names)}."
+                f"{len(names)} classes are too few or too many, since id {self.ignore_index} marks unlabelled pixels; "
+                f"pass 2 to {self.ignore_index} classes"
             )
         if len(palette) != len(names):
-            raise ValueError(
-                f"{len(names)} classes need as many palette colours, got {len(palette)}; give one per class."
-            )
+            raise ValueError(f"{len(palette)} palette colors do not fit {len(names)} classes; pass one per class")
         for color in palette:
             if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
-                raise ValueError(f"A palette colour is three integers from 0 to 255, got {color}.")
+                raise ValueError(f"{color} is not a palette color; pass three integers from 0 to 255")
         # Lists arrive from JSON; tuples make equal tasks equal, and hashable.
         object.__setattr__(self, "class_names", names)
         object.__setattr__(self, "palette", palette)
 
     @property
     def num_classes(self) -> int:
+        """Number of classes, without the unlabelled id."""
         return len(self.class_names)
 
     @property
     def num_outputs(self) -> int:
+        """K: one logit per class."""
         return self.num_classes
 
     def loss(self, outputs_PK: Tensor, target_P: Tensor) -> Tensor:

@@ -1,18 +1,18 @@
-"""README's table and the plots show the results that are committed, with hardware and date, and nothing else."""
+"""README's table and the plots show the committed results with hardware and date, and nothing else."""
 
 import copy
 import json
+import runpy
 import sys
 import types
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import report  # noqa: E402
-from bar_chart import Chart, svg  # noqa: E402
+from benchmarks.report.bar_chart import Chart, svg
+from benchmarks.report.command import main
+from benchmarks.report.kinds import KINDS
+from benchmarks.report.tables import BEGIN, END, between_markers, rows_of
 
 SLOW = {"pairs_per_s": 0.5, "first_batch_s": 30.0, "bytes_on_disk": 8_000_000, "measured_candidates": 2}
 RESULT = {
@@ -32,25 +32,22 @@ RESULT = {
 
 
 @pytest.fixture
-def house(tmp_path, monkeypatch):
+def repository(tmp_path):
     """A README with markers, one result below it, and the report run on both."""
     readme, file = tmp_path / "README.md", tmp_path / "results" / "throughput.json"
     file.parent.mkdir()
-    readme.write_text(f"before\n{report.BEGIN}\nstale table\n{report.END}\nafter\n")
+    readme.write_text(f"before\n{BEGIN}\nstale table\n{END}\nafter\n")
     file.write_text(json.dumps(RESULT))
 
     def report_on(*arguments: str) -> int:
-        monkeypatch.setattr(
-            sys, "argv", ["report.py", "--readme", str(readme), "--results", str(file.parent), *arguments]
-        )
-        return report.main()
+        return main(["--readme", str(readme), "--results", str(file.parent), *arguments])
 
     return types.SimpleNamespace(readme=readme, file=file, result=copy.deepcopy(RESULT), report=report_on)
 
 
-def test_the_table_shows_every_number_with_its_hardware_and_date(house):
-    assert house.report() == 0
-    text = house.readme.read_text()
+def test_the_table_shows_every_number_with_its_hardware_and_date(repository):
+    assert repository.report() == 0
+    text = repository.readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale table" not in text
     place = "[2 cores of Some CPU, 2026-11-20](results/throughput.json)"
     loop = "published loop: 0.5 pairs/s, from 2 pairs"
@@ -58,25 +55,25 @@ def test_the_table_shows_every_number_with_its_hardware_and_date(house):
     assert "None of this has run on a GPU yet" in text
 
 
-def test_the_readme_has_the_headlines_and_the_folder_of_the_results_has_every_row(house):
-    house.result["settings"]["checkpoint"] = "mine"
-    house.file.write_text(json.dumps(house.result))
-    house.report()
-    text, everything = house.readme.read_text(), (house.file.parent / "README.md").read_text()
+def test_the_readme_has_the_headlines_and_the_folder_of_the_results_has_every_row(repository):
+    repository.report()
+    text, everything = repository.readme.read_text(), (repository.file.parent / "README.md").read_text()
     assert "[All rows](results/README.md)" in text and "[All rows]" not in everything
-    for row in report.rows_of(house.file, house.result):
+    rows = rows_of(repository.file, repository.result)
+    assert {row.headline for row in rows} == {True, False}
+    for row in rows:
         line = f"| {row.what} | {row.ours} | {row.other} |"
         assert (line in text) == row.headline and line in everything
     assert "(throughput.json)" in everything
 
 
-def test_the_check_fails_as_soon_as_a_result_and_the_readme_differ(house, capsys):
-    assert house.report("--check") == 1
-    house.report()
-    assert house.report("--check") == 0
-    house.result["sides"]["stream, 0 workers"]["pairs_per_s"] *= 2
-    house.file.write_text(json.dumps(house.result))
-    assert house.report("--check") == 1
+def test_the_check_fails_as_soon_as_a_result_and_the_readme_differ(repository, capsys):
+    assert repository.report("--check") == 1
+    repository.report()
+    assert repository.report("--check") == 0
+    repository.result["sides"]["stream, 0 workers"]["pairs_per_s"] *= 2
+    repository.file.write_text(json.dumps(repository.result))
+    assert repository.report("--check") == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["stale"] == [
         "README.md",
         "results/README.md",
@@ -84,26 +81,26 @@ def test_the_check_fails_as_soon_as_a_result_and_the_readme_differ(house, capsys
     ]
 
 
-def test_once_something_has_run_on_a_gpu_the_readme_names_it(house):
-    house.result["machine"]["gpu"] = "NVIDIA H200"
-    house.file.with_stem("throughput-cuda").write_text(json.dumps(house.result))
-    house.report()
-    assert "NVIDIA H200, " in house.readme.read_text() and "None of this" not in house.readme.read_text()
+def test_once_something_has_run_on_a_gpu_the_readme_names_it(repository):
+    repository.result["machine"]["gpu"] = "NVIDIA H200"
+    repository.file.with_stem("throughput-cuda").write_text(json.dumps(repository.result))
+    repository.report()
+    assert "NVIDIA H200, " in repository.readme.read_text() and "None of this" not in repository.readme.read_text()
 
 
-def test_results_of_which_nothing_is_said_are_named(house, capsys):
-    house.file.with_stem("unheard_of").write_text("{}")
-    house.report()
+def test_results_of_unknown_kinds_are_named(repository, capsys):
+    repository.file.with_stem("unheard_of").write_text("{}")
+    repository.report()
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["left_out"] == ["unheard_of.json"]
 
 
-def test_what_cannot_be_reported_is_named_with_what_to_do(house):
-    del house.result["ratios"]
-    house.file.write_text(json.dumps(house.result))
+def test_a_result_that_cannot_be_shown_is_named_with_the_remedy(repository):
+    del repository.result["ratios"]
+    repository.file.write_text(json.dumps(repository.result))
     with pytest.raises(ValueError, match="throughput.json lacks 'ratios'.*measure again"):
-        house.report()
+        repository.report()
     with pytest.raises(ValueError, match="add them"):
-        report.between_markers("no markers", "table")
+        between_markers("no markers", "table")
 
 
 SIDE = {"peak_mb": 100.0, "curve": [{"seconds": 8.0, "accuracy": 0.5, "epochs": 1}]}
@@ -152,7 +149,7 @@ OTHER_RESULTS = {
     },
     "generator": {
         "arguments": {"images": 9},
-        "sets": {name: {"distance": 0.5, "distance_std": 0.1} for name in ("other renders", "generated")},
+        "sets": {name: {"distance": 0.5, "precision": 0.8, "recall": 0.25} for name in ("other renders", "generated")},
     },
     "downstream": {
         "settings": {"backbone": "resnet18", "steps": 300, "seeds": [0, 1]},
@@ -173,17 +170,18 @@ OTHER_RESULTS = {
         ("label_head", 2, "10 members of (128, 32): label head, fast 0.5 s, 80 MB, 0.00% of labels changed"),
         ("fitting_memory", 1, "9 GB of the process"),
         ("inversion", 1, "average latent: 12 dB"),
-        ("generator", 1, "other renders: 0.5"),
+        ("generator", 1, "other renders: 0.5, 80.0%, 25.0%"),
         ("downstream", 2, "the labelled images: 31.9% ± 1.0%"),
-        ("label_agreement", 2, "at psi 0.7, mIoU with a network's 63.8%"),
+        ("label_agreement", 2, "at psi 0.7, mIoU with a teacher's 63.8%"),
     ],
 )
 def test_results_of_the_other_benchmarks_are_shown_too(name, rows, shown):
     path, result = Path(f"{name}.json"), OTHER_RESULTS[name]
-    found = report.rows_of(path, result)
+    found = rows_of(path, result)
     assert len(found) == rows
     assert shown in " ".join(f"{row.what} {row.ours} {row.other}" for row in found)
-    assert all(chart.bars for chart in report.KINDS[name].charts(result))
+    charts = KINDS[name].charts
+    assert charts is None or all(chart.bars for chart in charts(result))
 
 
 def test_the_longest_bar_is_as_wide_as_there_is_room_and_half_of_it_is_half():
@@ -192,6 +190,9 @@ def test_the_longest_bar_is_as_wide_as_there_is_room_and_half_of_it_is_half():
     assert "a &lt; b" in drawn
 
 
-def test_the_readme_shows_the_committed_results(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
-    assert report.main() == 0
+def test_the_readme_shows_the_committed_results_as_the_module_says(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks.report", "--check"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("benchmarks.report", run_name="__main__")
+    assert exit.value.code == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"stale": [], "left_out": []}

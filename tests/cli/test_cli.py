@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from handsoff_stream.checkpoint import load_checkpoint, save_checkpoint
 from handsoff_stream.cli import app
 from handsoff_stream.datasets.rendered_faces import RenderedFaces
+from handsoff_stream.geometry import Rectangle
 from handsoff_stream.synthesizer import quantize
 
 VERBS = (
@@ -120,29 +121,29 @@ def test_fit_goes_from_folders_to_a_checkpoint_that_streams(labelled, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:LPIPS has no trained backbone")
-def test_fit_learns_from_views_of_the_images_too(labelled, tmp_path):
+def test_fit_learns_from_augmented_images_too(labelled, tmp_path):
     out = tmp_path / "mine.safetensors"
-    views = {"views": 1, "any-color": "skin", "calibration-samples": 0}
-    code, text = run(*fit_arguments(labelled, out, **views), "--flip-views")
+    augmented = {"augmentations": 1, "any-color": "skin", "calibration-samples": 0}
+    code, text = run(*fit_arguments(labelled, out, **augmented), "--flip")
     assert code == 0, text
     provenance = load_checkpoint(out).provenance
-    assert provenance["views"]["any_color"] == [1] and provenance["views"]["flip"]
-    assert provenance["images"][4:] == [f"{i}.view-00" for i in range(4)]
+    assert provenance["augmentation"]["any_color"] == [1] and provenance["augmentation"]["flip"]
+    assert provenance["images"][4:] == [f"{i}.augmented-00" for i in range(4)]
     assert len(list((tmp_path / "mine.latents").iterdir())) == 8
 
 
-def test_settings_of_views_that_mean_nothing_are_refused(labelled, tmp_path):
+def test_settings_of_augmentations_that_mean_nothing_are_refused(labelled, tmp_path):
     out = tmp_path / "mine.safetensors"
-    code, text = run(*fit_arguments(labelled, out, views=2), "--any-color", "skin,hat")
-    assert code == 2 and "no class is named 'hat'; there are background, skin, rest" in " ".join(text.split())
-    code, text = run(*fit_arguments(labelled, out), "--flip-views")
-    assert code == 2 and "there are no views to mirror" in " ".join(text.split())
+    code, text = run(*fit_arguments(labelled, out, augmentations=2), "--any-color", "skin,hat")
+    assert code == 2 and "no class is named 'hat'; pass some of background, skin, rest" in " ".join(text.split())
+    code, text = run(*fit_arguments(labelled, out), "--flip")
+    assert code == 2 and "there are no augmentations to flip" in " ".join(text.split())
     assert not out.exists()
 
 
 @pytest.mark.filterwarnings("ignore:LPIPS has no trained backbone")
-def test_colour_masks_of_another_size_and_a_class_map_of_ones_own(labelled, tmp_path):
-    """Images of 24 x 20 and masks in colours, cropped to the generator's 16 x 16; one class never occurs."""
+def test_color_masks_of_another_size_and_a_class_map_of_ones_own(labelled, tmp_path):
+    """Images of 24 x 20 and masks in colors, cropped to the generator's 16 x 16; one class never occurs."""
     images, masks = tmp_path / "images", tmp_path / "masks"
     images.mkdir()
     masks.mkdir()
@@ -158,7 +159,7 @@ def test_colour_masks_of_another_size_and_a_class_map_of_ones_own(labelled, tmp_
     )
     arguments = [
         "fit", labelled / "generator.safetensors", "--images", images, "--labels", masks, "--class-map",
-        tmp_path / "map.yaml", "--fit", "crop", "--label-size", 8, "--out", tmp_path / "mine.safetensors",
+        tmp_path / "map.yaml", "--resize", "crop", "--label-size", 8, "--out", tmp_path / "mine.safetensors",
         "--steps", 1, "--epochs", 1, "--device", "cpu",
     ]  # fmt: skip
     code, text = run(*arguments)
@@ -177,18 +178,18 @@ def test_images_wider_than_the_generators_are_padded_and_their_bars_are_not_stre
         for i in range(2):
             Image.open(labelled / kind / f"{i}.png").crop((0, 2, 16, 14)).save(tmp_path / kind / f"{i}.png")
     out = tmp_path / "folder that is made" / "mine.safetensors"
-    changes = {"images": tmp_path / "images", "labels": tmp_path / "masks", "fit": "pad", "calibration-samples": 0}
-    code, text = run(*fit_arguments(labelled, out, **changes, views=1))
-    assert code == 2 and "a view of a padded image would move the bars" in " ".join(text.split())
+    changes = {"images": tmp_path / "images", "labels": tmp_path / "masks", "resize": "pad", "calibration-samples": 0}
+    code, text = run(*fit_arguments(labelled, out, **changes, augmentations=1))
+    assert code == 2 and "an augmentation of a padded image would move the bars" in " ".join(text.split())
     assert run(*fit_arguments(labelled, out, **changes))[0] == 0
     fitted = load_checkpoint(out)
-    assert fitted.crop == (2, 14, 0, 16) and fitted.size == (12, 16) and fitted.calibration is None
+    assert fitted.crop == (2, 0, 14, 16) and fitted.size == (12, 16) and fitted.calibration is None
     assert "12 x 16, rows 2:14, columns 0:16 of the image" in " ".join(run("inspect", out)[1].split())
 
 
 def test_what_was_labelled_on_samples_of_a_cropped_checkpoint_keeps_its_crop(labelled, tmp_path):
     """Latents z of two samples, in one array, as DatasetGAN kept them; the samples are whole images."""
-    source = make_checkpoint(seed=3).cropped((2, 14, 0, 16))
+    source = make_checkpoint(seed=3).cropped(Rectangle(2, 0, 14, 16))
     save_checkpoint(tmp_path / "cropped.safetensors", source)
     z_ND = torch.randn(2, source.generator.z_dim, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "z.npy", z_ND.numpy())
@@ -207,12 +208,12 @@ def test_what_was_labelled_on_samples_of_a_cropped_checkpoint_keeps_its_crop(lab
     arguments = ["fit", tmp_path / "cropped.safetensors", *(x for pair in options.items() for x in pair)]
     code, text = run(*arguments)
     assert code != 0 and "latents z, but none are given" in " ".join(text.split())
-    code, text = run(*arguments, "--given-latents", tmp_path / "z.npy", "--views", 1)
+    code, text = run(*arguments, "--given-latents", tmp_path / "z.npy", "--augmentations", 1)
     assert code == 2 and "images with given latents are not" in " ".join(text.split())
     code, text = run(*arguments, "--given-latents", tmp_path / "z.npy")
     assert code == 0, text
     fitted = load_checkpoint(tmp_path / "new" / "mine.safetensors")
-    assert fitted.crop == (2, 14, 0, 16) and fitted.size == (12, 16)
+    assert fitted.crop == (2, 0, 14, 16) and fitted.size == (12, 16)
     assert fitted.provenance["latent_space"] == {"name": "z", "truncation": 0.7, "cutoff": 1}
     assert min(fitted.provenance["given_latents"]["psnr"].values()) > 45  # 8 bits: these latents made these images
 
@@ -223,8 +224,8 @@ def test_samples_are_written_annotated_and_fitted_without_inversion(labelled, tm
     )
     assert code == 0 and "draw masks into" in text
     for image in (tmp_path / "to_annotate" / "images").iterdir():
-        grey = np.asarray(Image.open(image).convert("L"))
-        Image.fromarray((grey > np.median(grey)).astype(np.uint8)).save(tmp_path / "to_annotate" / "masks" / image.name)
+        gray = np.asarray(Image.open(image).convert("L"))
+        Image.fromarray((gray > np.median(gray)).astype(np.uint8)).save(tmp_path / "to_annotate" / "masks" / image.name)
     code, text = run(
         "fit", labelled / "generator.safetensors", "--images", tmp_path / "to_annotate" / "manifest.csv",
         "--classes", "dark,bright", "--out", tmp_path / "mine.safetensors", "--epochs", 1, "--device", "cpu",

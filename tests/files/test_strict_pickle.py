@@ -4,17 +4,11 @@ memory. Pickles are written here by the standard pickler or by hand, opcode by o
 
 import io
 import pickle
-import random
-import resource
 import struct
-import subprocess
-import sys
-import tempfile
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
-from time import process_time
 
 import numpy as np
 import pytest
@@ -23,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.budget import FEW_OPERATIONS, MAX_NESTING
 from handsoff_stream.files.containers import parse, read_content
-from handsoff_stream.files.strict_pickle import MAX_OPCODES, Record
-from handsoff_stream.generators.published import _build
+from handsoff_stream.files.strict_pickle import Record
 
 DATA = Path(__file__).parents[1] / "data"
 MIB = 2**20
@@ -138,7 +132,7 @@ def test_arrays_of_numbers_come_back(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="nothing.pkl: cannot be read"):
+    with pytest.raises(CheckpointError, match="nothing.pkl: no such file"):
         read_content(tmp_path / "nothing.pkl")
 
 
@@ -203,14 +197,15 @@ def test_a_giant_frame_and_a_giant_memo_index_cost_nothing():
 
 
 def test_doubling_structures_are_not_unfolded():
-    doubled = b"(t" + 200 * b"q\x00h\x00\x86"
+    doubled = b"(t" + 60 * b"q\x00h\x00\x86"
     assert type(parse(hand_made(doubled)).value) is tuple
+    refused(hand_made(b"(t" + 200 * b"q\x00h\x00\x86"), "nested more than")
     refused(hand_made(b"}", doubled, b"Ns"), "a tuple as a dictionary key")
     refused(hand_made(b"\x8f(", doubled, b"\x90"), "a tuple as a dictionary key")
 
 
 def test_doubling_structures_are_not_printed():
-    doubled = b"(t" + 200 * b"q\x00h\x00\x86"
+    doubled = b"(t" + 60 * b"q\x00h\x00\x86"
     refused(hand_made(doubled, doubled, b"\x93"), "blocked global '<tuple>.<tuple>'")
     refused(hand_made(called("_codecs", "encode", text("a"), doubled)), "encoded as <tuple>")
     refused(hand_made(called("numpy", "dtype", doubled)), "dtype <tuple>")
@@ -219,24 +214,34 @@ def test_doubling_structures_are_not_printed():
     assert len(repr(record)) < 200
 
 
-def test_a_hundred_thousand_nested_lists_and_a_list_of_itself_are_read():
-    assert parse(hand_made(100_000 * b"]", 99_999 * b"a")).value
-    loop = parse(hand_made(b"]q\x00h\x00a")).value
-    assert loop[0] is loop
+NAMESPACE = b"cargparse\nNamespace\n)\x81}" + text("a")
 
 
-def test_fifty_thousand_nested_objects_are_read_and_freed():
-    one = b"cargparse\nNamespace\n)\x81}" + text("a")
-    value = parse(hand_made(50_000 * one, b"N", 50_000 * b"sb")).value
-    assert type(value.state["a"].state["a"]) is Record
+def test_containers_nest_so_deep_and_not_inside_themselves():
+    for opened, closed in ((b"]", b"a"), (NAMESPACE, b"sb"), (b"}" + text("a"), b"s")):
+        assert parse(hand_made((MAX_NESTING - 1) * opened, b"]", (MAX_NESTING - 1) * closed)).value
+        for depth in (MAX_NESTING, 3_000):
+            refused(hand_made(depth * opened, b"]", depth * closed), "containers nested more than 64 deep")
+    outside_in = b"]q\x00" + 200 * b"]q\x01ah\x01" + 201 * b"0" + b"h\x00"
+    refused(hand_made(outside_in), "nested more than")
+    refused(hand_made(b"]q\x00h\x00a"), "inside themselves")
+
+
+def test_a_container_that_many_refer_to_is_walked_once():
+    shared = b"]q\x00(" + 500 * small(1) + b"e0"
+    assert len(parse(hand_made(shared, b"(", 2_000 * b"h\x00", b"t")).value) == 2_000
+    deep = (MAX_NESTING - 2) * b"]" + (MAX_NESTING - 3) * b"a" + b"q\x00"
+    assert parse(hand_made(deep, b"h\x00\x86")).value
+    refused(hand_made(deep, b"h\x00]]h\x00aa\x87"), "nested more than")  # the same one, seen first where it fits
 
 
 def test_integers_made_to_collide_are_no_keys():
     refused(hand_made(b"}", integer(2**61 - 1), b"Ns"), "a int as a dictionary key")
 
 
-def test_too_many_instructions_are_refused():
-    refused(hand_made((MAX_OPCODES + 1) // 2 * b"N0"), "pickle instructions")
+def test_more_instructions_than_the_size_of_the_file_allows_are_refused():
+    refused(hand_made(FEW_OPERATIONS * b"N0"), "more instructions and copied entries")
+    assert parse(hand_made(FEW_OPERATIONS // 4 * b"N0", b"N")).value is None
 
 
 @pytest.mark.parametrize(
@@ -256,7 +261,9 @@ def test_copies_of_one_large_thing_add_up_to_a_refusal(copy):
         loaded(nested_storage(2**14, raw=bytes(2**16))) + b"q\x030",
     )
     assert parse(hand_made(*large, copy)).value is not None
-    refused(hand_made(*large, b"(", 2_000 * copy, b"t"), "would take more than 4 times")
+    refused(
+        hand_made(*large, b"(", 2_000 * copy, b"t"), "would take more than 4 times|more instructions and copied entries"
+    )
 
 
 def nested_storage(
@@ -371,120 +378,3 @@ def test_array_headers_that_lie_are_refused(header):
     raw = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
     with pytest.raises(CheckpointError):
         parse(raw + b"\x00" * 4)
-
-
-SEEDS = [
-    "evil/evil_persistence.pkl",
-    "evil/evil_persistence.pkl",
-    "stylegan2ada_16_resnet.pkl",
-    "rosinality_train_8.pt",
-    "rosinality_32.pt",
-    "stylegan1_avg_latent.npy",
-    "label_generator/restyle_latents.npy",
-    "evil/evil_storage.pkl",
-    "evil/evil_legacy.pt",
-]
-EXTREMES = (b"\x00" * 4, b"\xff" * 4, b"\xff\xff\xff\x7f", b"\xff" * 8, b"\x00\x00\x00\x80", b"\x00" * 8)
-
-
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    """One to four changes: a bit, a byte, an extreme number, a piece removed, doubled, moved, or the end cut off."""
-    result = bytearray(data)
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        # Half of the changes go to the front, where headers and the first objects are.
-        position = rng.randrange(min(len(result), 2_000) if rng.random() < 0.5 else len(result))
-        length = rng.choice((1, 2, 4, 8, 40, 300))
-        match rng.randrange(7):
-            case 0:
-                result[position] ^= 1 << rng.randrange(8)
-            case 1:
-                result[position] = rng.randrange(256)
-            case 2:
-                extreme = rng.choice(EXTREMES)
-                result[position : position + len(extreme)] = extreme
-            case 3:
-                del result[position : position + length]
-            case 4:
-                result[position:position] = result[position : position + length] * rng.choice((1, 1, 50))
-            case 5:
-                other = rng.randrange(len(result))
-                result[position : position + length] = result[other : other + length]
-            case 6:
-                del result[max(position, 1) :]
-        if not result:
-            return b"\x80"
-    return bytes(result)
-
-
-def reads_or_refuses(data: bytes) -> bool:
-    """Whether a file loads; raises for anything but a load or a CheckpointError that is not about memory."""
-    try:
-        value = parse(data).value
-    except CheckpointError as error:
-        assert "MemoryError" not in str(error) and "allocate" not in str(error), error
-        return False
-    try:
-        generator, _ = _build(value)
-    except CheckpointError:
-        return False
-    except Exception as error:
-        # read_generator turns these into CheckpointErrors; they must be about damage, not about memory.
-        assert not isinstance(error, MemoryError) and "allocate" not in str(error), error
-        return False
-    assert all(torch.isfinite(t).all() for t in generator.state_dict().values())
-    return True
-
-
-def fuzz(count: int, seed: int) -> None:
-    """Mutate and read so many files; processor time is checked for each, peak memory for all."""
-    rng = random.Random(seed)
-    files = [(DATA / name).read_bytes() for name in SEEDS]
-    members: list[bytes] = []
-    rezipped(lambda name, raw: members.append(raw) if name.endswith("data.pkl") else raw)
-    for data in files:
-        reads_or_refuses(data)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    loads = 0
-    for _ in range(count):
-        if rng.random() < 0.1:  # behind the checksum of a zip archive
-            inner = mutated(members[0], rng)
-            data = rezipped(lambda name, raw, inner=inner: inner if name.endswith("data.pkl") else raw)
-        else:
-            data = mutated(rng.choice(files), rng)
-        started = process_time()
-        loads += reads_or_refuses(data)
-        assert process_time() - started < 20
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert grown < 150, f"peak memory grew by {grown:.0f} MiB"
-    assert 0 < loads < count
-    print(f"{count} files: {loads} loaded, {count - loads} refused, peak memory grew by {grown:.0f} MiB")
-
-
-def run_fuzz(count: int, seed: int) -> None:
-    # In a process of its own, whose peak memory is its own and whose address space is limited.
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import resource, torch; "
-        f"torch.set_num_threads(1); import test_strict_pickle as t; t.limit_memory(); t.fuzz({count}, {seed})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr[-3_000:]
-    assert not (Path(tempfile.gettempdir()) / "handsoff_pwned").exists()
-
-
-def limit_memory() -> None:
-    size = (
-        int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if sys.platform == "linux" else 0
-    )
-    if size:
-        resource.setrlimit(resource.RLIMIT_AS, (size + 2048 * MIB, size + 2048 * MIB))
-
-
-def test_mutated_files_load_or_are_refused_in_bounded_time_and_memory():
-    run_fuzz(3_000, seed=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 11))
-def test_a_hundred_thousand_mutated_files_load_or_are_refused(seed):
-    run_fuzz(10_000, seed)

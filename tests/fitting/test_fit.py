@@ -1,4 +1,4 @@
-"""Fitting: what is sampled, what is learnt, and that learning together is learning alone."""
+"""Fitting: what is sampled, what is learned, and that learning together is learning alone."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handsoff_stream.checkpoint import load_checkpoint, save_checkpoint
-from handsoff_stream.fitting import FeatureTable, FitSettings, InversionSettings, fit_checkpoint
+from handsoff_stream.fitting import FeatureTable, FitSettings, InversionSettings, calibrate, fit_checkpoint, invert
 from handsoff_stream.fitting.feature_table import MEMORY_GB_ACCELERATOR, MEMORY_GB_CPU, keep_in_memory
 from handsoff_stream.fitting.fit import fit_label_generator
 from handsoff_stream.fitting.inversion.perceptual import Perceptual
@@ -117,7 +117,7 @@ def test_feature_files_have_no_name_that_could_stay_behind(generator, w_plus, tm
 
 
 class CountingGenerator(StyleGAN2):
-    """Notes how many images are synthesised at once."""
+    """Notes how many images are synthesized at once."""
 
     batches: ClassVar[list[int]] = []
 
@@ -229,7 +229,7 @@ def test_too_few_pixels_for_the_regions_are_refused(targets):
 # Learning
 
 
-def test_a_threshold_of_a_feature_is_learnt(table, targets):
+def test_a_threshold_of_a_feature_is_learned(table, targets):
     settings = replace(SMALL, epochs=16, learning_rate=1e-2, held_out=0.1)
     label_generator, report = fit_label_generator(table, targets, segmentation(2), settings)
     assert report.accuracy is not None and report.accuracy > 0.95
@@ -245,7 +245,7 @@ def test_the_fitted_label_generator_labels_pyramids(generator, w_plus, table, ta
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
-def test_float_targets_are_learnt_without_change(table, outputs):
+def test_float_targets_are_learned_without_change(table, outputs):
     rows = table.rows(torch.arange(IMAGES * 32 * 32))
     values = rows[:, 50 : 50 + outputs].view(IMAGES, *SIZE, outputs)
     values = values.squeeze(-1) if outputs == 1 else values
@@ -355,7 +355,7 @@ def test_settings_without_sense_are_refused(wrong):
 # All of it
 
 
-class Grey(Perceptual):
+class Gray(Perceptual):
     """A perceptual distance in one line."""
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
@@ -364,21 +364,15 @@ class Grey(Perceptual):
 
 def test_images_and_labels_become_a_checkpoint_that_can_be_stored(generator, w_plus, targets, tmp_path):
     images = generator.synthesis(w_plus).images.add(1).div(2).clamp(0, 1)
-    checkpoint = fit_checkpoint(
-        generator,
-        [(f"{i}", image) for i, image in enumerate(images)],
-        targets,
-        segmentation(2),
-        tmp_path / "inversions",
-        inversion=InversionSettings(steps=2, candidates=4),
-        fit=SMALL,
-        perceptual=Grey(nn.Identity(), "grey"),
-        calibration_samples=6,
-        sources={"a.png": "00ff"},
-    )
+    named = [(f"{i}", image) for i, image in enumerate(images)]
+    distance, settings = Gray(nn.Identity(), "gray"), InversionSettings(steps=2, candidates=4)
+    latents = invert(generator, named, tmp_path / "inversions", settings, perceptual=distance)
+    about = {"sources": {"a.png": "00ff"}}
+    checkpoint = fit_checkpoint(generator, latents, targets, segmentation(2), SMALL, about=about)
+    checkpoint = calibrate(checkpoint, num_samples=6)
     save_checkpoint(tmp_path / "fitted.safetensors", checkpoint)
     loaded = load_checkpoint(tmp_path / "fitted.safetensors")
     assert json.dumps(loaded.manifest()) == json.dumps(checkpoint.manifest())
     assert loaded.calibration is not None and len(loaded.calibration.scores["sum"]) == 6
-    assert loaded.provenance["perceptual"] == "grey" and loaded.provenance["sources"] == {"a.png": "00ff"}
+    assert loaded.provenance["perceptual"] == "gray" and loaded.provenance["sources"] == {"a.png": "00ff"}
     assert len(list((tmp_path / "inversions").iterdir())) == IMAGES

@@ -82,7 +82,7 @@ def test_noise_of_the_wrong_sizes_is_refused(generator, expected):
     maps = [expected[f"ext_noise_{i}"] for i in range(7)]
     with pytest.raises(ValueError, match=r"one \[1 or B, 1, h, w\] tensor for each"):
         generator.synthesis(expected["wplus"], maps[1:])
-    with pytest.raises(ValueError, match="noise=loud fits none"):
+    with pytest.raises(ValueError, match="noise=loud does not fit"):
         generator.synthesis(expected["wplus"], "loud")
 
 

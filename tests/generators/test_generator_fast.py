@@ -1,20 +1,14 @@
 """The folded StyleGAN2 computes what the paper states, in every precision, without ever waiting for the device."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from plain_stylegan2 import filtered, plain_synthesis, zero_inserted  # noqa: E402
-
-from handsoff_stream.generators import StyleGAN1, StyleGAN2  # noqa: E402
-from handsoff_stream.generators.layers import upsample  # noqa: E402
-from handsoff_stream.generators.stylegan2.style_layers import FLOAT16_CLAMP, StyleLayer  # noqa: E402
+from benchmarks.reference.plain_stylegan2 import filtered, plain_synthesis, zero_inserted
+from handsoff_stream.generators import StyleGAN1, StyleGAN2
+from handsoff_stream.generators.layers import upsample
+from handsoff_stream.generators.stylegan2.style_layers import FLOAT16_CLAMP, StyleLayer
 
 HALVES = [torch.bfloat16, torch.float16]
 READS_ON_THE_HOST = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2")
@@ -96,7 +90,7 @@ def test_gradients_are_those_of_per_sample_weights():
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
 
 
-def test_noise_maps_can_be_optimised_while_all_else_is_frozen():
+def test_noise_maps_can_be_optimized_while_the_weights_are_frozen():
     generator = make_generator(conv_clamp=1.5)
     w_plus, maps = styles(generator), [n.clone().requires_grad_(True) for n in stored_noise(generator)]
     got = torch.autograd.grad(generator.synthesis(w_plus, maps).images.square().mean(), maps)
@@ -116,7 +110,7 @@ def test_a_style_layer_can_be_differentiated_twice(up):
     torch.autograd.gradgradcheck(lambda x, w: layer.fold(torch.float64)(x, w, noise), (x, w))
 
 
-def test_up_sampling_is_zero_insertion_and_filter():
+def test_upsampling_is_zero_insertion_and_filter():
     x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(upsample(x), filtered(zero_inserted(x), pad=(2, 1)))
 

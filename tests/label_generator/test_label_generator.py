@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from handsoff_stream.features import FeaturePyramid
-from handsoff_stream.label_generator import LabelGenerator
+from handsoff_stream.geometry import Size
+from handsoff_stream.label_generator import FoldedLabelGenerator, LabelGenerator, join
 from handsoff_stream.label_generator import rows as label_rows
-from handsoff_stream.label_generator.folded import join
 from handsoff_stream.label_generator.tiles import project_first
 from handsoff_stream.uncertainty import jensen_shannon_divergence, majority_vote
 
@@ -35,7 +35,7 @@ def published_pyramid() -> FeaturePyramid:
         return FeaturePyramid(tuple(torch.from_numpy(data[f"feat_{i:02d}"]) for i in range(8)))
 
 
-def randomised(channels: tuple[int, ...], seed: int = 0, **geometry: object) -> LabelGenerator:
+def randomized(channels: tuple[int, ...], seed: int = 0, **geometry: object) -> LabelGenerator:
     """In eval mode, with BatchNorm layers that have seen data: a forgotten term shows."""
     generator = torch.Generator().manual_seed(seed)
     label_generator = LabelGenerator(channels, generator=generator, **geometry)  # type: ignore[arg-type]
@@ -50,6 +50,15 @@ def randomised(channels: tuple[int, ...], seed: int = 0, **geometry: object) -> 
 def random_pyramid(shapes: list[tuple[int, int, int]], batch: int, seed: int = 0) -> FeaturePyramid:
     generator = torch.Generator().manual_seed(seed)
     return FeaturePyramid(tuple(torch.randn(batch, *shape, generator=generator) for shape in shapes))
+
+
+def outputs_of(folded: FoldedLabelGenerator, pyramid: FeaturePyramid, size: Size, memory: int | None = None) -> Tensor:
+    """Outputs of whole images, float32 [M, B, K, H, W], from strips."""
+    strips = [
+        outputs_MPK.unflatten(1, (pyramid.batch_size, rows.stop - rows.start, size[1]))
+        for rows, outputs_MPK in folded.tiles(pyramid, size, memory=memory)
+    ]
+    return torch.cat(strips, dim=2).permute(0, 1, 4, 2, 3)
 
 
 def plain_member(label_generator: LabelGenerator, m: int) -> nn.Sequential:
@@ -89,8 +98,9 @@ def test_every_path_matches_the_published_code(path: str) -> None:
     if path == "forward":
         outputs_MPK = label_generator(pyramid.rows_at(torch.arange(256), (16, 16))).detach()
     else:
-        run = label_generator.reference if path == "reference" else label_generator.fold().outputs
-        outputs_MPK = run(pyramid, (16, 16))[:, 0].permute(0, 2, 3, 1).flatten(1, 2)
+        fast = outputs_of(label_generator.fold(), pyramid, (16, 16))
+        outputs = label_generator.reference(pyramid, (16, 16)) if path == "reference" else fast
+        outputs_MPK = outputs[:, 0].permute(0, 2, 3, 1).flatten(1, 2)
     torch.testing.assert_close(outputs_MPK, torch.from_numpy(EXPECTED["logits"]), atol=1e-5, rtol=0)
     votes = outputs_MPK.argmax(-1)
     assert torch.equal(votes, torch.from_numpy(EXPECTED["votes"]).flatten(0, 1).T)
@@ -108,13 +118,13 @@ def test_published_members_that_do_not_fit_are_refused() -> None:
     states = published_states()
     with pytest.raises(ValueError, match=r"expected \(16, 175\)"):
         LabelGenerator.from_published_state_dicts(states, (*CHANNELS[:-1], 11))
-    with pytest.raises(ValueError, match="Member 1: module|Member 1: layers.3.bias"):
+    with pytest.raises(ValueError, match="member 1: layers.3.bias"):
         LabelGenerator.from_published_state_dicts(
             [states[0], states[1] | {"module.layers.3.bias": torch.zeros(9)}], CHANNELS
         )
-    with pytest.raises(ValueError, match=r"Member 0: missing \[\], unknown \['layers.8.weight'\]"):
+    with pytest.raises(ValueError, match=r"member 0: missing \[\], unknown \['layers.8.weight'\]"):
         LabelGenerator.from_published_state_dicts([states[0] | {"layers.8.weight": torch.zeros(1)}], CHANNELS)
-    with pytest.raises(ValueError, match="Member 0: missing .*layers.5.running_var"):
+    with pytest.raises(ValueError, match="member 0: missing .*layers.5.running_var"):
         gap = {key: value for key, value in states[0].items() if key != "module.layers.5.running_var"}
         LabelGenerator.from_published_state_dicts([gap], CHANNELS)
     with pytest.raises(ValueError, match="layers.6"):
@@ -125,7 +135,7 @@ def test_published_members_that_do_not_fit_are_refused() -> None:
 def test_training_equals_training_each_member_on_its_own(shared: bool) -> None:
     ours = LabelGenerator((3, 4), (6, 5), 4, members=3, generator=torch.Generator().manual_seed(3))
     plain = [plain_member(ours, m) for m in range(3)]
-    optimisers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (ours, *plain)]
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (ours, *plain)]
     generator = torch.Generator().manual_seed(4)
     for _ in range(3):
         rows = torch.randn(*(() if shared else (3,)), 16, 7, generator=generator)
@@ -136,10 +146,10 @@ def test_training_equals_training_each_member_on_its_own(shared: bool) -> None:
             nn.functional.cross_entropy(module(rows if shared else rows[m]), target) for m, module in enumerate(plain)
         ]
         torch.testing.assert_close(loss, sum(losses))
-        for optimiser, value in zip(optimisers, [loss, *losses], strict=True):
-            optimiser.zero_grad()
+        for optimizer, value in zip(optimizers, [loss, *losses], strict=True):
+            optimizer.zero_grad()
             value.backward()
-            optimiser.step()
+            optimizer.step()
     for m in range(3):
         expected = plain_member(ours, m).state_dict()
         for key, value in plain[m].state_dict().items():
@@ -147,7 +157,7 @@ def test_training_equals_training_each_member_on_its_own(shared: bool) -> None:
                 torch.testing.assert_close(expected[key], value, atol=1e-6, rtol=1e-5)
 
 
-def test_initialisation_is_a_function_of_the_generator() -> None:
+def test_initialization_is_a_function_of_the_generator() -> None:
     def weights(seed: int) -> Tensor:
         return LabelGenerator((5,), (4, 3), generator=torch.Generator().manual_seed(seed)).linear1.weight
 
@@ -157,7 +167,7 @@ def test_initialisation_is_a_function_of_the_generator() -> None:
 
 def test_reference_equals_plain_modules() -> None:
     pyramid = random_pyramid([(3, 4, 4), (2, 8, 8)], batch=2)
-    label_generator = randomised((3, 2), hidden=(6, 5), num_outputs=4, members=3)
+    label_generator = randomized((3, 2), hidden=(6, 5), num_outputs=4, members=3)
     rows = pyramid.hypercolumn((8, 8)).permute(0, 2, 3, 1).flatten(0, 2)
     expected = torch.stack([plain_member(label_generator, m).eval()(rows) for m in range(3)])
     outputs = label_generator.reference(pyramid, (8, 8)).permute(0, 1, 3, 4, 2).flatten(1, 3)
@@ -203,7 +213,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
 def test_tiles_equal_the_reference_for_any_geometry(case: dict) -> None:  # type: ignore[type-arg]
     pyramid = random_pyramid(case["shapes"], case["batch"], case["seed"])
     geometry = {key: case[key] for key in ("members", "hidden", "num_outputs")}
-    label_generator = randomised(pyramid.channels, case["seed"], **geometry)
+    label_generator = randomized(pyramid.channels, case["seed"], **geometry)
     constant = None
     if case["constant"]:
         constant = pyramid.maps[0][0]
@@ -211,7 +221,7 @@ def test_tiles_equal_the_reference_for_any_geometry(case: dict) -> None:  # type
     folded = label_generator.fold(constant_map=constant, dtype=case["dtype"])
     slow = label_generator.reference(pyramid, case["size"])
     with patch.object(label_rows, "_PROJECTED_PIXELS", case["projected_pixels"]):
-        fast = folded.outputs(pyramid, case["size"], memory=case["memory"])
+        fast = outputs_of(folded, pyramid, case["size"], memory=case["memory"])
     if case["dtype"] == torch.float32:
         assert_equivalent(fast, slow)
     else:
@@ -229,20 +239,20 @@ def test_the_narrowest_and_the_widest_published_members_are_exact(
     hidden: tuple[int, int], members: int, classes: int
 ) -> None:
     pyramid = random_pyramid([(40, 4, 6), (120, 8, 12), (20, 16, 24)], batch=1)
-    label_generator = randomised(pyramid.channels, hidden=hidden, num_outputs=classes, members=members)
+    label_generator = randomized(pyramid.channels, hidden=hidden, num_outputs=classes, members=members)
     slow = label_generator.reference(pyramid, (16, 24))
-    assert_equivalent(label_generator.fold().outputs(pyramid, (16, 24)), slow)
+    assert_equivalent(outputs_of(label_generator.fold(), pyramid, (16, 24)), slow)
 
 
 def test_float16_does_not_overflow_where_activations_leave_its_range() -> None:
     pyramid = random_pyramid([(40, 4, 4), (30, 8, 8), (6, 16, 16)], batch=1)
-    label_generator = randomised(pyramid.channels, hidden=(16, 8), num_outputs=5, members=4)
+    label_generator = randomized(pyramid.channels, hidden=(16, 8), num_outputs=5, members=4)
     with torch.no_grad():
         label_generator.linear1.weight.mul_(1e6)
         label_generator.norm1.running_mean.mul_(1e6)
         label_generator.norm1.running_var.mul_(1e12)
     slow = label_generator.reference(pyramid, (16, 16))
-    fast = label_generator.fold(dtype=torch.float16).outputs(pyramid, (16, 16))
+    fast = outputs_of(label_generator.fold(dtype=torch.float16), pyramid, (16, 16))
     assert (label_generator.linear1(pyramid.rows_at(torch.arange(256), (16, 16))).max() > 65504).item()
     assert_close_in_16_bits(fast, slow, torch.float16)
 
@@ -251,21 +261,21 @@ def test_float16_does_not_overflow_where_activations_leave_its_range() -> None:
 @pytest.mark.parametrize("layer", ["linear1", "linear2", "linear3"])
 def test_nan_reaches_the_outputs_from_every_layer(layer: str, dtype: torch.dtype) -> None:
     pyramid = random_pyramid([(40, 4, 4), (6, 16, 16)], batch=1)
-    label_generator = randomised(pyramid.channels, hidden=(16, 8), num_outputs=5, members=2)
+    label_generator = randomized(pyramid.channels, hidden=(16, 8), num_outputs=5, members=2)
     with torch.no_grad():
         getattr(label_generator, layer).weight.fill_(float("nan"))
-    assert label_generator.fold(dtype=dtype).outputs(pyramid, (16, 16)).isnan().all()
+    assert outputs_of(label_generator.fold(dtype=dtype), pyramid, (16, 16)).isnan().all()
 
 
 def test_weights_beyond_float16_are_refused_and_exact_in_float32() -> None:
     pyramid = random_pyramid([(5, 4, 4), (3, 8, 8)], batch=1)
-    label_generator = randomised(pyramid.channels, hidden=(6, 5), num_outputs=4, members=2)
+    label_generator = randomized(pyramid.channels, hidden=(6, 5), num_outputs=4, members=2)
     with torch.no_grad():
         label_generator.linear3.weight.mul_(1e6)
     with pytest.raises(ValueError, match='precision="exact"'):
         label_generator.fold(dtype=torch.float16)
     slow = label_generator.reference(pyramid, (8, 8))
-    torch.testing.assert_close(label_generator.fold().outputs(pyramid, (8, 8)), slow, rtol=1e-4, atol=1.0)
+    torch.testing.assert_close(outputs_of(label_generator.fold(), pyramid, (8, 8)), slow, rtol=1e-4, atol=1.0)
 
 
 @pytest.mark.parametrize("memory", [1, 300_000, None])
@@ -273,7 +283,7 @@ def test_heads_that_share_their_first_product_give_what_each_gives_alone(memory:
     pyramid = random_pyramid([(5, 4, 4), (4, 8, 8), (3, 32, 32)], batch=3)
     geometries = [((16, 8), 3, 4), ((7, 5), 10, 1), ((32, 16), 1, 10)]
     heads = [
-        randomised(pyramid.channels, seed, hidden=hidden, num_outputs=outputs, members=members)
+        randomized(pyramid.channels, seed, hidden=hidden, num_outputs=outputs, members=members)
         for seed, (hidden, outputs, members) in enumerate(geometries)
     ]
     joined = join([head.fold() for head in heads])
@@ -286,7 +296,7 @@ def test_heads_that_share_their_first_product_give_what_each_gives_alone(memory:
 
 
 def test_heads_of_different_generators_are_not_joined() -> None:
-    one, other = (randomised(channels).fold() for channels in ((5, 4, 3), (5, 3, 4)))
+    one, other = (randomized(channels).fold() for channels in ((5, 4, 3), (5, 3, 4)))
     with pytest.raises(ValueError, match="read the same maps"):
         join([one, other])
 
@@ -294,21 +304,21 @@ def test_heads_of_different_generators_are_not_joined() -> None:
 @pytest.mark.parametrize("size", [(24, 32), (48, 64), (12, 16)])
 def test_tiles_of_a_crop_equal_the_region_of_the_uncropped_reference(size: tuple[int, int]) -> None:
     pyramid = random_pyramid([(40, 4, 4), (40, 8, 8), (30, 16, 16), (6, 32, 32)], batch=2)
-    label_generator = randomised(pyramid.channels, hidden=(16, 8), num_outputs=5, members=4)
+    label_generator = randomized(pyramid.channels, hidden=(16, 8), num_outputs=5, members=4)
     cropped = pyramid.crop((4, 28), (0, 32))
     scale = size[1] // 16
     whole = label_generator.reference(pyramid, (16 * scale, 16 * scale))
     expected = whole[..., 2 * scale : 14 * scale, :]
-    assert_equivalent(label_generator.fold().outputs(cropped, size), expected)
-    narrow = label_generator.fold().outputs(pyramid.crop((0, 32), (4, 28)), (size[1], size[0]))
+    assert_equivalent(outputs_of(label_generator.fold(), cropped, size), expected)
+    narrow = outputs_of(label_generator.fold(), pyramid.crop((0, 32), (4, 28)), (size[1], size[0]))
     assert_equivalent(narrow, whole[..., 2 * scale : 14 * scale])
 
 
 def test_tiles_cover_the_rows_once_from_top_to_bottom_in_the_promised_order() -> None:
     pyramid = random_pyramid([(40, 4, 4), (8, 16, 16)], batch=3)
-    label_generator = randomised(pyramid.channels, hidden=(16, 8), num_outputs=5, members=4)
+    label_generator = randomized(pyramid.channels, hidden=(16, 8), num_outputs=5, members=4)
     slow = label_generator.reference(pyramid, (32, 32))
-    tiles = list(label_generator.tiles(pyramid, (32, 32), memory=200_000))
+    tiles = list(label_generator.fold().tiles(pyramid, (32, 32), memory=200_000))
     assert len(tiles) > 1 and [row for rows, _ in tiles for row in range(rows.start, rows.stop)] == list(range(32))
     for rows, outputs_MPK in tiles:
         expected = slow[:, :, :, rows].permute(0, 1, 3, 4, 2).flatten(1, 3)
@@ -317,9 +327,9 @@ def test_tiles_cover_the_rows_once_from_top_to_bottom_in_the_promised_order() ->
 
 def test_yielded_tiles_stay_valid_while_later_ones_are_computed() -> None:
     pyramid = random_pyramid([(40, 4, 4), (8, 16, 16)], batch=2)
-    label_generator = randomised(pyramid.channels, hidden=(16, 8), num_outputs=5, members=4)
+    label_generator = randomized(pyramid.channels, hidden=(16, 8), num_outputs=5, members=4)
     kept, copied = [], []
-    for rows, outputs in label_generator.tiles(pyramid, (32, 32), memory=1):
+    for rows, outputs in label_generator.fold().tiles(pyramid, (32, 32), memory=1):
         assert rows.stop - rows.start == 1
         kept.append(outputs)
         copied.append(outputs.clone())
@@ -328,43 +338,45 @@ def test_yielded_tiles_stay_valid_while_later_ones_are_computed() -> None:
 
 def test_a_folded_label_generator_is_a_snapshot() -> None:
     pyramid = random_pyramid([(5, 4, 4), (3, 8, 8)], batch=1)
-    label_generator = randomised(pyramid.channels, hidden=(6, 5), num_outputs=4, members=2)
+    label_generator = randomized(pyramid.channels, hidden=(6, 5), num_outputs=4, members=2)
     before = label_generator.reference(pyramid, (8, 8))
     folded, original = label_generator.fold(), copy.deepcopy(label_generator)
     with torch.no_grad():
         for tensor in (*label_generator.parameters(), *label_generator.buffers()):
             tensor.add_(0.5)
-    torch.testing.assert_close(folded.outputs(pyramid, (8, 8)), before, atol=1e-5, rtol=0)
-    refolded = label_generator.fold().outputs(pyramid, (8, 8))
+    torch.testing.assert_close(outputs_of(folded, pyramid, (8, 8)), before, atol=1e-5, rtol=0)
+    refolded = outputs_of(label_generator.fold(), pyramid, (8, 8))
     assert_equivalent(refolded, label_generator.reference(pyramid, (8, 8)))
     assert not torch.allclose(refolded, original.reference(pyramid, (8, 8)), atol=1e-2)
 
 
 def test_training_mode_does_not_change_how_images_are_labelled() -> None:
     pyramid = random_pyramid([(5, 4, 4), (3, 8, 8)], batch=2)
-    label_generator = randomised(pyramid.channels, hidden=(6, 5), num_outputs=4, members=2)
+    label_generator = randomized(pyramid.channels, hidden=(6, 5), num_outputs=4, members=2)
     expected = label_generator.reference(pyramid, (8, 8))
     label_generator.train()
     assert torch.equal(label_generator.reference(pyramid, (8, 8)), expected)
-    assert_equivalent(label_generator.fold().outputs(pyramid, (8, 8)), expected)
+    assert_equivalent(outputs_of(label_generator.fold(), pyramid, (8, 8)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_features_are_labelled_in_float32(dtype: torch.dtype) -> None:
     pyramid = random_pyramid([(40, 4, 4), (30, 8, 8), (6, 16, 16), (4, 32, 32)], batch=2).to(dtype=dtype)
-    label_generator = randomised(pyramid.channels, hidden=(16, 8), num_outputs=5, members=4)
-    assert_equivalent(label_generator.fold().outputs(pyramid, (16, 16)), label_generator.reference(pyramid, (16, 16)))
+    label_generator = randomized(pyramid.channels, hidden=(16, 8), num_outputs=5, members=4)
+    assert_equivalent(
+        outputs_of(label_generator.fold(), pyramid, (16, 16)), label_generator.reference(pyramid, (16, 16))
+    )
 
 
 def test_pyramids_of_another_generator_are_refused() -> None:
-    label_generator = randomised((5, 3), hidden=(6, 5), num_outputs=4, members=2)
+    label_generator = randomized((5, 3), hidden=(6, 5), num_outputs=4, members=2)
     with pytest.raises(ValueError, match="another generator"):
-        label_generator.fold().outputs(random_pyramid([(5, 4, 4), (4, 8, 8)], batch=1), (8, 8))
+        outputs_of(label_generator.fold(), random_pyramid([(5, 4, 4), (4, 8, 8)], batch=1), (8, 8))
     with pytest.raises(ValueError, match="constant_map"):
         label_generator.fold(constant_map=torch.zeros(4, 4, 4))
     with pytest.raises(ValueError, match="fold it for this generator"):
         folded = label_generator.fold(constant_map=torch.zeros(5, 2, 2))
-        folded.outputs(random_pyramid([(5, 4, 4), (3, 8, 8)], batch=1), (8, 8))
+        outputs_of(folded, random_pyramid([(5, 4, 4), (3, 8, 8)], batch=1), (8, 8))
 
 
 def test_cost_model_projects_wide_coarse_maps_first_and_never_fine_ones() -> None:

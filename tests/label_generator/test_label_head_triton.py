@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,9 +30,9 @@ CASES: dict[str, tuple[Any, ...]] = {
 
 def compare(name: str, constant: bool, dtype: torch.dtype) -> dict[str, float]:
     """Share of changed labels and largest change of the divergence; runs where Triton interprets."""
-    from test_label_generator import random_pyramid, randomised
+    from test_label_generator import random_pyramid, randomized
 
-    from handsoff_stream.label_generator.triton_head import label_images
+    from handsoff_stream.label_generator.triton_head import FusedLabelHead
     from handsoff_stream.uncertainty import jensen_shannon_divergence, majority_vote
 
     shapes, size, hidden, classes, members, images, crop = CASES[name]
@@ -39,9 +41,9 @@ def compare(name: str, constant: bool, dtype: torch.dtype) -> dict[str, float]:
     if constant:
         pyramid = type(pyramid)((first.expand_as(pyramid.maps[0]), *pyramid.maps[1:]))
     pyramid = pyramid.crop(*crop) if crop else pyramid
-    label_generator = randomised(pyramid.channels, hidden=hidden, num_outputs=classes, members=members)
+    label_generator = randomized(pyramid.channels, hidden=hidden, num_outputs=classes, members=members)
     folded = label_generator.fold(constant_map=first if constant else None, dtype=dtype)
-    labels, divergences = label_images(folded, pyramid, size)
+    labels, divergences = FusedLabelHead(folded, pyramid, size)(pyramid)
     outputs_MPK = label_generator.reference(pyramid, size).permute(0, 1, 3, 4, 2).flatten(1, 3)
     wanted = majority_vote(outputs_MPK.argmax(-1), classes).view(labels.shape)
     error = (jensen_shannon_divergence(outputs_MPK).view(divergences.shape) - divergences).abs().max()
@@ -50,15 +52,16 @@ def compare(name: str, constant: bool, dtype: torch.dtype) -> dict[str, float]:
 
 def divergences_of_nan() -> list[bool]:
     """Whether every divergence is NaN, for NaN in each layer."""
-    from test_label_generator import random_pyramid, randomised
+    from test_label_generator import random_pyramid, randomized
 
-    from handsoff_stream.label_generator.triton_head import label_images
+    from handsoff_stream.label_generator.triton_head import FusedLabelHead
 
     found = []
     for layer in ("linear1", "linear2", "linear3"):
-        label_generator = randomised((3,), hidden=(16, 8), num_outputs=3, members=1).requires_grad_(False)
+        label_generator = randomized((3,), hidden=(16, 8), num_outputs=3, members=1).requires_grad_(False)
         getattr(label_generator, layer).weight.fill_(float("nan"))
-        _, divergences = label_images(label_generator.fold(), random_pyramid([(3, 8, 8)], 1), (8, 16))
+        pyramid = random_pyramid([(3, 8, 8)], 1)
+        _, divergences = FusedLabelHead(label_generator.fold(), pyramid, (8, 16))(pyramid)
         found.append(bool(divergences.isnan().all()))
     return found
 
@@ -67,19 +70,20 @@ def streamed() -> dict[str, Any]:
     """A synthesizer with the kernel against one without it, over chunks of two sizes, two heads that vote and one that
     does not."""
     from conftest import make_checkpoint
-    from test_label_generator import randomised
+    from test_label_generator import randomized
 
     from handsoff_stream.checkpoint import Head
+    from handsoff_stream.geometry import Rectangle
     from handsoff_stream.options import SynthesisOptions
     from handsoff_stream.synthesizer import Synthesizer
     from handsoff_stream.tasks import Depth
 
-    checkpoint = make_checkpoint(num_calibration=1).cropped((2, 14, 0, 16))
+    checkpoint = make_checkpoint(num_calibration=1).cropped(Rectangle(2, 0, 14, 16))
     channels, task = checkpoint.generator.feature_channels, checkpoint.heads["segmentation"].task
     checkpoint.heads.clear()
     for seed, name in enumerate(("parts", "others")):
-        checkpoint.heads[name] = Head(task, randomised(channels, seed, hidden=(16, 8), num_outputs=3, members=3))
-    checkpoint.heads["depth"] = Head(Depth(), randomised(channels, 2, hidden=(16, 8), num_outputs=1, members=3))
+        checkpoint.heads[name] = Head(task, randomized(channels, seed, hidden=(16, 8), num_outputs=3, members=3))
+    checkpoint.heads["depth"] = Head(Depth(), randomized(channels, 2, hidden=(16, 8), num_outputs=1, members=3))
     kernels, plain = (
         Synthesizer(checkpoint, SynthesisOptions(kernel=kernel), torch.device("cpu")) for kernel in ("triton", "torch")
     )
@@ -131,7 +135,7 @@ def test_in_float16_the_kernel_moves_near_ties_only(results: dict[str, Any], nam
 
 
 def reasons() -> list[str | None]:
-    from test_label_generator import random_pyramid, randomised
+    from test_label_generator import random_pyramid, randomized
 
     from handsoff_stream.label_generator.triton_head import unsupported
 
@@ -145,7 +149,7 @@ def reasons() -> list[str | None]:
         ([(3, 8, 8)], {"hidden": (16, 8), "num_outputs": 3}, torch.float16),
     ]:
         pyramid = random_pyramid(shapes, 1)
-        folded = randomised(pyramid.channels, members=2, **geometry).fold(dtype=dtype)
+        folded = randomized(pyramid.channels, members=2, **geometry).fold(dtype=dtype)
         found.append(unsupported(folded, pyramid, (8, 8)))
     return found
 
@@ -167,14 +171,42 @@ def test_nan_in_any_layer_is_not_hidden(results: dict[str, Any]) -> None:
 
 
 def test_without_a_gpu_the_kernel_is_refused_by_name() -> None:
-    from test_label_generator import random_pyramid, randomised
+    from test_label_generator import random_pyramid, randomized
 
-    from handsoff_stream.label_generator.triton_head import label_images
+    from handsoff_stream.label_generator.triton_head import FusedLabelHead
 
     pyramid = random_pyramid([(3, 8, 8)], 1)
-    folded = randomised((3,), hidden=(16, 8), num_outputs=3, members=1).fold()
+    folded = randomized((3,), hidden=(16, 8), num_outputs=3, members=1).fold()
     with pytest.raises(ValueError, match='device is cpu.*kernel="torch"'):
-        label_images(folded, pyramid, (8, 8))
+        FusedLabelHead(folded, pyramid, (8, 8))
+
+
+@pytest.mark.parametrize(("kib", "problem"), [(227, None), (99, "it takes 224 KiB .* the device has 99")])
+def test_a_device_needs_the_shared_memory_that_tritons_driver_names(kib: int, problem: str | None) -> None:
+    from triton.runtime import driver
+
+    from handsoff_stream.label_generator.triton_head import _unsuitable
+
+    class Device:  # what the driver answers for compute capability 9.0 and 8.9, without such a device
+        utils = SimpleNamespace(get_device_properties=lambda index: [{"max_shared_mem": kib << 10}][index])
+
+    before = dict(vars(driver))  # reset_active would look for a GPU
+    driver.set_active(Device())
+    try:
+        reason = _unsuitable(torch.device("cuda", 0))
+    finally:
+        vars(driver).update(before)
+    assert reason is None if problem is None else re.search(problem, reason or "")
+
+
+@pytest.mark.gpu
+def test_triton_and_torch_name_the_same_shared_memory() -> None:
+    from handsoff_stream.label_generator.triton_head import shared_memory
+
+    properties = torch.cuda.get_device_properties(0)
+    if not hasattr(properties, "shared_memory_per_block_optin"):
+        pytest.skip("this version of PyTorch does not give it")
+    assert shared_memory(torch.device("cuda")) == properties.shared_memory_per_block_optin
 
 
 def test_importing_the_package_and_a_synthesizer_does_not_import_triton() -> None:

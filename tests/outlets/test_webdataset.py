@@ -1,5 +1,6 @@
 """An export is what was streamed, in whole shards, and an interrupted one ends with the same bytes."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -11,6 +12,7 @@ import webdataset
 from conftest import take
 from PIL import Image
 
+from handsoff_stream.errors import CheckpointError, OutputError
 from handsoff_stream.outlets import webdataset as outlet
 from handsoff_stream.outlets.webdataset import write_shards
 from handsoff_stream.stream import HandsOffStream
@@ -57,7 +59,7 @@ def test_an_interrupted_export_continues_and_ends_with_the_same_bytes(make, tmp_
         write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6)
     assert [p.name for p in sorted((tmp_path / "cut").glob("*.tar"))] == ["shard-000000.tar"]
 
-    (tmp_path / "cut" / ".shard-000001.tar.k1ll3d").write_bytes(b"half a shard")  # as SIGKILL leaves it
+    (tmp_path / "cut" / ".shard-000001.tar.k1ll3d.partial").write_bytes(b"half a shard")  # as SIGKILL leaves it
     monkeypatch.setattr(outlet, "_fields", original)
     resumed = write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6)
     assert [p.read_bytes() for p in resumed] == [p.read_bytes() for p in whole]
@@ -87,6 +89,91 @@ def test_another_streams_export_in_the_folder_is_not_continued(make, tmp_path):
         write_shards(make(seed=1), tmp_path, num_samples=4, shard_size=2)
     with pytest.raises(ValueError, match="an export with other counts"):
         write_shards(make(), tmp_path, num_samples=8, shard_size=2)
+
+
+def test_an_export_says_what_its_shards_hold(make, tmp_path):
+    paths = write_shards(make(), tmp_path, num_samples=5, shard_size=2)
+    record = json.loads((tmp_path / "export.json").read_text())
+    assert [shard["samples"] for shard in record["shards"]] == [2, 2, 1]
+    for path, shard in zip(paths, record["shards"], strict=True):
+        content = path.read_bytes()
+        assert shard["file"] == path.name and shard["bytes"] == len(content)
+        assert shard["sha256"] == hashlib.sha256(content).hexdigest()
+
+
+DAMAGE = {
+    "deleted": lambda path: path.unlink(),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1024]),
+    "empty": lambda path: path.write_bytes(b""),
+    "exchanged": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(("number", "finished"), [(0, True), (1, True), (1, False)])
+def test_a_damaged_shard_is_found_and_made_again(make, tmp_path, damage, number, finished):
+    paths = write_shards(make(), tmp_path, num_samples=8, shard_size=3)
+    whole = [path.read_bytes() for path in paths]
+    if not finished:
+        _forget_last_shard(tmp_path, make(), paths)
+    DAMAGE[damage](paths[number])
+    with pytest.warns(UserWarning, match=f"shard-00000{number}.tar is missing or not as it was written"):
+        write_shards(make(), tmp_path, num_samples=8, shard_size=3)
+    assert [path.read_bytes() for path in paths] == whole
+
+
+def _forget_last_shard(folder, stream, paths) -> None:
+    """As if the run had been killed while it wrote the last shard."""
+    write_shards(stream, folder / "shorter", num_samples=6, shard_size=3)
+    record = json.loads((folder / "shorter" / "export.json").read_text())
+    (folder / "export.json").write_text(json.dumps({**record, "num_samples": 8}))
+    paths[-1].unlink()
+
+
+def test_a_shard_that_comes_out_differently_is_refused(make, tmp_path):
+    paths = write_shards(make(), tmp_path, num_samples=4, shard_size=2)
+    record = json.loads((tmp_path / "export.json").read_text())
+    record["shards"][0]["sha256"] = "0" * 64
+    (tmp_path / "export.json").write_text(json.dumps(record))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="made again, but not with the bytes"):
+        write_shards(make(), tmp_path, num_samples=4, shard_size=2)
+    assert paths[1].exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 9000, '{"shards": 3}', '{"format_version": 1, "shards": 1}'])
+def test_a_damaged_record_is_named(make, tmp_path, content):
+    write_shards(make(), tmp_path, num_samples=2, shard_size=2)
+    (tmp_path / "export.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"export\.json"):
+        write_shards(make(), tmp_path, num_samples=2, shard_size=2)
+
+
+def test_shards_of_another_origin_are_left_alone(make, tmp_path):
+    (tmp_path / "shard-000000.tar").write_bytes(b"somebody's")
+    with pytest.raises(ValueError, match="shard-000000.tar is not of this export"):
+        write_shards(make(), tmp_path, num_samples=2, shard_size=2)
+    (tmp_path / "shard-000000.tar").rename(tmp_path / "shard-000007.tar")
+    with pytest.raises(ValueError, match="shard-000007.tar is not of this export"):
+        write_shards(make(), tmp_path, num_samples=2, shard_size=2)
+    assert [p.read_bytes() for p in tmp_path.glob("*.tar")] == [b"somebody's"]
+
+
+def test_a_run_killed_between_a_shard_and_its_record_goes_on(make, tmp_path):
+    paths = write_shards(make(), tmp_path, num_samples=6, shard_size=3)
+    whole = [path.read_bytes() for path in paths]
+    write_shards(make(), tmp_path / "shorter", num_samples=3, shard_size=3)
+    record = json.loads((tmp_path / "shorter" / "export.json").read_text())
+    (tmp_path / "export.json").write_text(json.dumps({**record, "num_samples": 6}))
+    write_shards(make(), tmp_path, num_samples=6, shard_size=3)
+    assert [path.read_bytes() for path in paths] == whole
+
+
+def test_more_than_the_disk_holds_is_refused_after_one_sample(make, tmp_path):
+    with pytest.raises(OutputError, match="GB free, about .* GB needed"):
+        write_shards(make(), tmp_path, num_samples=10**12, shard_size=10**9)
+    assert not list(tmp_path.glob("*.tar"))
+    with pytest.raises(ValueError, match="at most 1000000 shards"):
+        write_shards(make(), tmp_path, num_samples=10**12, shard_size=1)
 
 
 def test_streams_of_samples_and_empty_exports_are_refused(checkpoint, make, tmp_path):

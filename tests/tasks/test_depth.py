@@ -1,4 +1,4 @@
-"""Depth: one number a pixel, learnt where it is known, from images to a stream."""
+"""Depth: one number a pixel, learned where it is known, from images to a stream."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from handsoff_stream import HandsOffStream
 from handsoff_stream.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from handsoff_stream.datasets.rendered_faces import RenderedFaces
-from handsoff_stream.fitting import FitSettings, InversionSettings, fit_checkpoint, read_latent
+from handsoff_stream.fitting import FitSettings, InversionSettings, calibrate, fit_checkpoint, invert, read_latent
 from handsoff_stream.fitting.inversion.perceptual import Perceptual
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.synthesizer import Synthesizer
@@ -21,11 +21,11 @@ from handsoff_stream.tasks import Depth, task_from_config
 NUM_FACES, SIZE = 6, 16
 
 
-class Grey(Perceptual):
+class Gray(Perceptual):
     """A perceptual distance in one line."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Identity(), "grey")
+        super().__init__(nn.Identity(), "gray")
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         return F.avg_pool2d(images_BCHW.mean(dim=1, keepdim=True), 2).flatten(1) / 16
@@ -55,7 +55,7 @@ def test_a_minibatch_of_invalid_pixels_has_loss_and_gradient_zero():
 
 
 def test_a_row_of_targets_is_not_taken_for_a_column_of_another_length():
-    with pytest.raises(ValueError, match="as many numbers a pixel"):
+    with pytest.raises(ValueError, match="as many numbers per pixel"):
         Depth().loss(torch.zeros(3, 1), torch.zeros(4))
 
 
@@ -67,7 +67,7 @@ def test_members_are_averaged_and_their_variance_is_the_disagreement():
 
 def test_the_task_survives_json_and_refuses_other_entries():
     assert task_from_config(json.loads(json.dumps(Depth().config()))) == Depth()
-    with pytest.raises(ValueError, match="described by"):
+    with pytest.raises(ValueError, match="does not describe a 'depth' task"):
         Depth.from_config({"name": "depth", "unit": "m"})
 
 
@@ -85,22 +85,18 @@ def inversions(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def fitted(checkpoint, depths, inversions) -> Checkpoint:
-    """Renders inverted, in a few steps, and their depth learnt."""
+    """Renders inverted, in a few steps, and their depth learned."""
     faces = RenderedFaces("train", num_images=NUM_FACES, size=SIZE)
-    return fit_checkpoint(
-        checkpoint.generator,
-        [(str(i), faces[i][0]) for i in range(NUM_FACES)],
-        depths,
-        Depth(),
-        inversions,
-        inversion=InversionSettings(steps=3, candidates=8),
-        fit=FitSettings(hidden=(16, 8), members=3, epochs=40, pixels_per_image=256, learning_rate=1e-2, held_out=0.05),
-        perceptual=Grey(),
-        calibration_samples=8,
+    images = [(str(i), faces[i][0]) for i in range(NUM_FACES)]
+    inversion = InversionSettings(steps=3, candidates=8)
+    latents = invert(checkpoint.generator, images, inversions, inversion, perceptual=Gray())
+    settings = FitSettings(
+        hidden=(16, 8), members=3, epochs=40, pixels_per_image=256, learning_rate=1e-2, held_out=0.05
     )
+    return calibrate(fit_checkpoint(checkpoint.generator, latents, depths, Depth(), settings), num_samples=8)
 
 
-def test_depth_of_rendered_faces_is_learnt_where_it_is_known(fitted, depths, inversions):
+def test_depth_of_rendered_faces_is_learned_where_it_is_known(fitted, depths, inversions):
     valid = depths.isfinite()
     assert 0.2 < valid.float().mean() < 0.9
     w_plus = torch.stack([read_latent(inversions / f"{i}.safetensors") for i in range(NUM_FACES)])

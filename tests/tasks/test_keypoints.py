@@ -112,7 +112,7 @@ def test_a_minibatch_without_labels_has_loss_and_gradient_zero():
 
 def test_targets_of_another_shape_are_refused_instead_of_broadcast():
     for shape in ((4,), (4, 1), (3, 4)):
-        with pytest.raises(ValueError, match="as many numbers a pixel"):
+        with pytest.raises(ValueError, match="as many numbers per pixel"):
             TASK.loss(torch.zeros(4, 3), torch.zeros(shape))
 
 
@@ -132,8 +132,8 @@ def test_the_task_survives_json():
 @pytest.mark.parametrize(
     ("names", "variance_", "message"),
     [
-        ((), 5.0, "told apart"),
-        (("a", "a"), 5.0, "told apart"),
+        ((), 5.0, "tell the points apart"),
+        (("a", "a"), 5.0, "tell the points apart"),
         (("a",), 0.0, "no Gaussian"),
         (("a",), math.nan, "no Gaussian"),
     ],
@@ -205,7 +205,7 @@ def test_several_heads_survive_a_file_and_resume_exactly(several, tmp_path):
 # Learning
 
 
-def test_landmarks_of_rendered_faces_are_learnt_and_streamed(checkpoint):
+def test_landmarks_of_rendered_faces_are_learned_and_streamed(checkpoint):
     generator = checkpoint.generator
     faces = [RenderedFaces("train", num_images=6, size=16).scene(i) for i in range(6)]
     points = torch.stack([torch.from_numpy(face.landmarks) for face in faces])

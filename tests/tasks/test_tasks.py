@@ -63,7 +63,7 @@ def test_unknown_task_is_refused_with_the_known_names() -> None:
 
 @pytest.mark.parametrize("change", [{"extra": 1}, {"name": "depth"}])
 def test_description_with_other_entries_is_refused(change: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="described by"):
+    with pytest.raises(ValueError, match="does not describe"):
         Segmentation.from_config({**segmentation().config(), **change})
 
 

@@ -1,6 +1,6 @@
-"""Class maps: which ids or colours of somebody's masks become which of our classes, as data.
+"""Class maps: which ids or colors of a user's masks become which classes, as data.
 
-Knows ids, colours and names. Does not know files (`pictures`, `config`) or what is learned from the classes.
+Knows ids, colors and names. Does not know files (`pictures`, `config`) or what is learned from the classes.
 
 Shape letters: H W mask size.
 """
@@ -14,30 +14,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from handsoff_stream.class_ids import IGNORE_INDEX, Color
 from handsoff_stream.datasets.labelled_images.pictures import RawMask
 
-IGNORE_INDEX = 255
-"""Class id of unlabelled pixels: not learned from, never predicted."""
-PALETTE_HUE_STEP = 0.618034  # golden ratio: neighbouring ids get distant hues
+PALETTE_HUE_STEP = 0.618034  # golden ratio: neighboring ids get distant hues
 
-Color = tuple[int, int, int]
 SourceValue = int | Color
-"""What a mask holds at a pixel: an id, or a colour."""
+"""What a mask holds at a pixel: an id, or a color."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Ids and colours of somebody's masks."""
+    """Ids and colors of a user's masks."""
 
     from_ids: tuple[int, ...] = ()
-    """As in a grey, indexed or `.npy` mask."""
+    """As in a gray, indexed or `.npy` mask."""
     from_colors: tuple[Color, ...] = ()
-    """RGB, 0 to 255, as in a colour mask."""
+    """RGB, 0 to 255, as in a color mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MappedClass(Sources):
-    """One of our classes, and what becomes it."""
+    """One class, and the sources that become it."""
 
     name: str
     color: Color | None = None
@@ -46,18 +44,18 @@ class MappedClass(Sources):
 
 @dataclass(frozen=True)
 class ClassMap:
-    """Our classes, in the order of their ids, and the source ids and colours that each is made of.
+    """The classes in the order of their ids, and the source ids and colors that each is made of.
 
     Raises:
         ValueError: everything that is wrong with the map, one line each.
     """
 
     classes: tuple[MappedClass, ...]
-    """If none of them names a source, masks hold our ids already: class i is source id i."""
+    """If none of them names a source, masks hold class ids already: class i is source id i."""
     ignore: Sources | None = None
     """What is unlabelled in the masks. None: id 255, unless a class is made of it."""
     others: str | None = None
-    """Name of the class that all remaining ids and colours become, or "ignore"; None: they are errors."""
+    """Name of the class that all remaining ids and colors become, or "ignore"; None: they are errors."""
 
     def __post_init__(self) -> None:
         problems = [*self._class_problems(), *self._source_problems()]
@@ -71,15 +69,17 @@ class ClassMap:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes, without the unlabelled id."""
         return len(self.classes)
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """Names in the order of the ids."""
         return tuple(c.name for c in self.classes)
 
     @property
     def palette(self) -> tuple[Color, ...]:
-        """Display colour of each class."""
+        """Display color of each class."""
         chosen = distinct_colors(len(self.classes))
         return tuple(c.color or chosen[i] for i, c in enumerate(self.classes))
 
@@ -90,21 +90,21 @@ class ClassMap:
 
     @property
     def colors(self) -> dict[Color, int]:
-        """Source colour => class id, or 255 for unlabelled."""
+        """Source color => class id, or 255 for unlabelled."""
         return dict(self._pairs("from_colors"))
 
     def apply(self, mask: RawMask) -> tuple[NDArray[np.uint8], dict[SourceValue, int]]:
-        """Source ids or colours => class ids.
+        """Source ids or colors => class ids.
 
-        Colours decide where a mask has nothing else and the map lists some, or where the map lists nothing
-        else; ids decide everywhere else. An indexed picture has both.
+        Colors decide if the map lists colors, and the mask holds nothing else or the map lists nothing else. Otherwise
+        ids decide. An indexed picture has both.
 
         Returns:
-            uint8 [H, W], class ids, 255 where unlabelled or unmapped; and of the values that the map does not know
-            the number of pixels of each, most frequent first.
+            uint8 [H, W], class ids, 255 where unlabelled or unmapped; and the values that the map does not know, each
+            with its number of pixels, most frequent first.
 
         Raises:
-            ValueError: a mask of colours and a map of ids, or the other way round.
+            ValueError: a mask of colors and a map of ids, or the other way round.
         """
         if self._lists("from_colors") and (mask.is_colored or not self._lists("from_ids")):
             packed = _pack(mask.colors())
@@ -114,7 +114,7 @@ class ClassMap:
         return classes, dict(unknown)
 
     def config(self) -> dict[str, Any]:
-        """JSON-able: what a checkpoint's provenance needs to say which labels it was fitted on."""
+        """JSON-able; for the provenance of a checkpoint that was fitted on such labels."""
         return {
             "class_names": list(self.class_names),
             "from_ids": [list(pair) for pair in self.ids.items()],
@@ -165,7 +165,7 @@ class ClassMap:
             if listed and not (c.from_ids or c.from_colors or c.name == self.others):
                 problems.append(f"class {i} ({c.name}) is made of nothing; give it from_ids or from_colors")
         if self.others not in (None, "ignore", *self.class_names):
-            problems.append(f"others: {self.others!r} is no class; name one, or write ignore")
+            problems.append(f"others: {self.others!r} is not a class; name a class, or write ignore")
         return problems
 
     def _source_problems(self) -> list[str]:
@@ -179,7 +179,7 @@ class ClassMap:
         drawn = [c.color for c in self.classes if c.color is not None]
         for color in dict.fromkeys([*drawn, *self.colors]):
             if len(color) != 3 or not all(0 <= channel <= 255 for channel in color):
-                problems.append(f"{list(color)} is no colour; it takes three integers from 0 to 255")
+                problems.append(f"{list(color)} is not a color; pass three integers from 0 to 255")
         problems += [f"id {i} is out of range; ids are at most 32 bits" for i in self.ids if not -(2**31) <= i < 2**31]
         return problems
 
@@ -188,14 +188,14 @@ class ClassMap:
 
 
 def distinct_colors(count: int) -> list[Color]:
-    """Display colours of so many classes: black, then hues far apart."""
+    """Display colors of `count` classes, RGB, 0 to 255: black, then hues far apart."""
     colors = [colorsys.hsv_to_rgb(i * PALETTE_HUE_STEP % 1.0, 0.65, 0.95) for i in range(count - 1)]
     return [(0, 0, 0), *((round(r * 255), round(g * 255), round(b * 255)) for r, g, b in colors)]
 
 
 def source_text(value: SourceValue) -> str:
-    """For messages; a colour as one writes it in a class map."""
-    return f"id {value}" if isinstance(value, int) else f"colour {list(value)}"
+    """An id or color as messages write it; a color as in a class map."""
+    return f"id {value}" if isinstance(value, int) else f"color {list(value)}"
 
 
 def _pack(colors: NDArray[np.generic]) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """Sets of real images, with masks or without: read, mapped to classes, brought to the generator's size.
 
-Everything is read and checked once, when the set is opened, and all problems are reported together: an hour
-of inversion does not end at image 37. Knows how the parts fit together: `listing`, `pictures`, `class_maps`,
+Everything is read and checked once, when the set is opened, and all problems are reported together, before an
+hour of inversion has been spent. Knows how the parts fit together: `listing`, `pictures`, `class_maps`,
 `geometry`, `cleanup`. Does not know what is learned from the images.
 
 Shape letters: H W image size, h w label size.
@@ -18,15 +18,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from handsoff_stream.datasets.labelled_images.class_maps import IGNORE_INDEX, ClassMap, SourceValue, source_text
+from handsoff_stream.class_ids import IGNORE_INDEX
+from handsoff_stream.datasets.labelled_images.class_maps import ClassMap, SourceValue, source_text
 from handsoff_stream.datasets.labelled_images.cleanup import erase_small_regions
-from handsoff_stream.datasets.labelled_images.geometry import Geometry, Size, same_shape, size_text
+from handsoff_stream.datasets.labelled_images.geometry import Geometry, same_shape, size_text
 from handsoff_stream.datasets.labelled_images.listing import Listing, files_by_name, list_labelled
 from handsoff_stream.datasets.labelled_images.pictures import IMAGE_SUFFIXES, RawMask, read_image, read_mask
+from handsoff_stream.errors import printable
+from handsoff_stream.geometry import Size
 
-__all__ = ["ImageFolder", "LabelledImages", "LabelledImagesError", "list_labelled"]
+__all__ = ["LabelledImages", "LabelledImagesError", "UnlabelledImages", "list_labelled"]
 
 NUM_NAMED = 8  # unmapped values that a message lists
+MAX_LINES = 100  # problems that a message lists
 Read = TypeVar("Read", NDArray[np.uint8], RawMask)
 
 
@@ -37,12 +41,16 @@ class LabelledImagesError(ValueError):
         self.problems = problems
         """One line each."""
         self.unmapped = dict(unmapped or {})
-        """Of the ids and colours that the class map does not know: the number of pixels in each mask that has any."""
-        lines = [*problems, _unmapped_summary(self.unmapped)] if self.unmapped else problems
+        """Id or color that the class map does not know => its number of pixels in each mask that has any."""
+        lines = [printable(problem) for problem in problems[:MAX_LINES]]
+        if len(problems) > MAX_LINES:
+            lines.append(f"and {len(problems) - MAX_LINES} more")
+        if self.unmapped:
+            lines.append(printable(_unmapped_summary(self.unmapped)))
         super().__init__(f"{len(problems)} problem(s) with the labelled images:\n  " + "\n  ".join(lines))
 
 
-class ImageFolder(Dataset[tuple[str, Tensor]]):
+class UnlabelledImages(Dataset[tuple[str, Tensor]]):
     """Images without labels as (name, image), sorted by name; see `LabelledImages`.
 
     Raises:
@@ -84,20 +92,20 @@ class LabelledImages(Dataset[tuple[str, Tensor, Tensor]]):
 
     Args:
         listing: which image goes with which mask; `list_labelled`.
-        class_map: what the ids or colours of the masks mean.
+        class_map: what the ids or colors of the masks mean.
         geometry: how images and masks get their size; by default all keep their own.
-        smallest_region: connected regions of fewer pixels, at label size, become unlabelled. HandsOff: 30; see
+        smallest_region: connected components of fewer pixels, at label size, become unlabelled. HandsOff: 30; see
             `erase_small_regions`.
 
     Attributes:
         entries: names and files, in order; `entries[i].latent` may name a file with the image's latent.
-        pixels_per_class: labelled pixels of each class in the whole set. What has none cannot be learned.
+        pixels_per_class: labelled pixels of each class in the whole set. A class without any cannot be learned.
         covered: the smallest part of the generator's image that holds every image of the set, whole label pixels; None
             if that is everything, as it is unless the geometry pads.
 
     Raises:
         LabelledImagesError: all problems of the listing; a file that is not what it should be; a mask of another
-            shape than its image; ids or colours without a class; a mask without a labelled pixel; a size that the
+            shape than its image; ids or colors without a class; a mask without a labelled pixel; a size that the
             geometry cannot use; a set in which only one class occurs.
     """
 
@@ -111,7 +119,7 @@ class LabelledImages(Dataset[tuple[str, Tensor, Tensor]]):
             self._check(image, label, found)
         if not found.problems and (found.pixels > 0).sum() == 1:
             name = class_map.class_names[int(found.pixels.argmax())]
-            found.problems.append(f"all labelled pixels are {name}; one class teaches nothing, check the class map")
+            found.problems.append(f"all labelled pixels are {name}, so there is nothing to learn; check the class map")
         if found.problems:
             raise LabelledImagesError(found.problems, found.unmapped)
         self.pixels_per_class: tuple[int, ...] = tuple(found.pixels.tolist())
@@ -119,6 +127,7 @@ class LabelledImages(Dataset[tuple[str, Tensor, Tensor]]):
 
     @property
     def names(self) -> list[str]:
+        """Of the images, in order."""
         return [entry.name for entry in self.entries]
 
     @property
@@ -140,7 +149,7 @@ class LabelledImages(Dataset[tuple[str, Tensor, Tensor]]):
         return (self[i] for i in range(len(self)))
 
     def _finish(self, classes_HW: NDArray[np.uint8], image: Size) -> NDArray[np.uint8]:
-        """Class ids at label size, specks erased."""
+        """Class ids at label size; small connected components become unlabelled."""
         ids_hw = self.geometry.mask(classes_HW, image)
         return erase_small_regions(ids_hw, self.smallest_region, IGNORE_INDEX) if self.smallest_region > 1 else ids_hw
 
@@ -185,7 +194,7 @@ class LabelledImages(Dataset[tuple[str, Tensor, Tensor]]):
 
 @dataclass
 class _Findings:
-    """What checking a set has brought up so far; see `LabelledImagesError` and `LabelledImages`."""
+    """What checking a set has found so far; see `LabelledImagesError` and `LabelledImages`."""
 
     problems: list[str]
     pixels: NDArray[np.int64]
@@ -211,7 +220,7 @@ def _tensor(image_HW3: NDArray[np.uint8]) -> Tensor:
 
 
 def _most_frequent(pixels: Mapping[SourceValue, int]) -> str:
-    """The first few of some ids or colours, and how many more there are."""
+    """The first few of some ids or colors, and how many more there are."""
     named = [f"{source_text(value)} ({count} pixels)" for value, count in list(pixels.items())[:NUM_NAMED]]
     more = len(pixels) - len(named)
     return ", ".join(named) + (f" and {more} more, as smoothed or lossy pictures have" if more else "")

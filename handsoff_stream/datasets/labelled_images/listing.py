@@ -22,6 +22,7 @@ from handsoff_stream.datasets.labelled_images.pictures import IMAGE_SUFFIXES, MA
 
 LATENT_SUFFIXES = (".npy", ".pt", ".safetensors")
 COLUMNS = ("image", "label", "latent", "name")
+MAX_MANIFEST_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Entry:
     image: Path
     label: Path
     latent: Path | None = None
-    """A file with the image's latent, to be read by whoever wants it."""
+    """A file with the image's latent, which is not read here."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,17 @@ class Listing:
     entries: tuple[Entry, ...]
     problems: tuple[str, ...]
     unpaired: tuple[tuple[Path | None, Path | None], ...] = ()
-    """(image, mask) without the other; a problem each, and to be checked like all the rest."""
+    """(image, None) and (None, mask) of files without a partner. Each is a problem, and is checked like the others."""
 
 
 def list_labelled(images: str | Path, labels: str | Path | None = None) -> Listing:
-    """A folder of images and a folder of masks, or a manifest alone; what is wrong is in the listing."""
+    """A folder of images and a folder of masks, or a manifest alone => which belong together, and what is wrong."""
     if labels is not None:
         return pair_folders(Path(images), Path(labels))
     if Path(images).suffix.lower() in (".csv", ".json"):
-        return read_manifest(Path(images))
+        return read_labelled_manifest(Path(images))
     return Listing(
-        (), (f"{images}: no manifest (.csv, .json); if it is a folder of images, name that of the masks too",)
+        (), (f"{images}: not a manifest (.csv, .json); if it is a folder of images, pass the folder of the masks too",)
     )
 
 
@@ -92,8 +93,8 @@ def files_by_name(folder: Path, suffixes: tuple[str, ...], kind: str, problems: 
     return named
 
 
-def read_manifest(manifest: Path) -> Listing:
-    """See the module."""
+def read_labelled_manifest(manifest: Path) -> Listing:
+    """A CSV or JSON manifest, see the module."""
     problems: list[str] = []
     entries: dict[str, Entry] = {}
     unpaired: list[tuple[Path | None, Path | None]] = []
@@ -106,7 +107,7 @@ def read_manifest(manifest: Path) -> Listing:
                 entries[name] = Entry(name, image, label, latent)
             else:
                 unpaired.append((image, label))
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         problems.append(f"{manifest}: cannot be read ({error})")
     if not entries and not problems:
         problems.append(f"{manifest}: no labelled image; one is needed")
@@ -115,6 +116,8 @@ def read_manifest(manifest: Path) -> Listing:
 
 def _rows(manifest: Path) -> Iterator[tuple[str, dict[str, object]]]:
     """(where, column => value) of every row that is not empty."""
+    if manifest.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ValueError(f"more than {MAX_MANIFEST_BYTES} bytes, which no list of labelled images has")
     # Excel writes a byte order mark.
     content = manifest.read_text(encoding="utf-8-sig")
     if manifest.suffix.lower() == ".json":

@@ -85,12 +85,25 @@ class Canvas:
         linear = np.clip(colour + background * (1 - cover)[..., None], 0, 1)
         return np.asarray(np.sqrt(linear) * 255 + 0.5).astype(np.uint8)
 
-    def mask(self) -> NDArray[np.uint8]:
-        """uint8 [H, W]: the most frequent label of each pixel's four samples, ties to the larger id."""
-        first, second, third, last = np.sort(pool(self.label, self.camera.size), axis=0)
+    def mask(self, class_of_label: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """uint8 [H, W]: the most frequent class of each pixel's four samples, ties to the larger id.
+
+        `class_of_label` uint8 [labels] names the class of each label.
+        """
+        first, second, third, last = np.sort(pool(class_of_label[self.label], self.camera.size), axis=0)
         pair = np.where(first == second, first, last)
         mode = np.where(third == last, last, np.where(second == third, second, pair))
         return mode.astype(np.uint8)
+
+    def parts(self, class_of_label: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """uint8 [H, W]: the most frequent label among each pixel's samples that have the pixel's class in `mask`.
+
+        Ties go to the larger id. So the class of a pixel's label is the pixel's class.
+        """
+        labels = pool(self.label, self.camera.size).astype(np.uint16)
+        votes = (labels[:, None] == labels[None]).sum(0, dtype=np.uint16)
+        votes[class_of_label[labels] != self.mask(class_of_label)] = 0
+        return ((votes << 8) + labels).max(0).astype(np.uint8)
 
     def nearest(self) -> Array:
         """float32 [H, W]: the largest z of each pixel's samples, -inf where all of them miss."""

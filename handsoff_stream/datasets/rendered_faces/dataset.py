@@ -1,13 +1,12 @@
 """Rendered faces: labelled images of 3-D heads that need no download, each a pure function of (seed, index).
 
-Knows: the classes, the splits, the ground truth, and the torch Dataset. It does not know anatomy
-(`parts`), what heads wear (`wear`), distributions (`scene`), ray casting (`raycast`) or
-shading (`canvas`).
+Knows: the splits, the ground truth, and the torch Dataset. It does not know anatomy (`parts`), class names
+(`labels`), what heads wear (`wear`), distributions (`scene`), ray casting (`raycast`) or shading (`canvas`).
 
 The mask has the eight classes of CelebAMask-HQ-8 and two rare ones, glasses and hat. As there, neck and
 clothing are background. Glasses are rims, bridge and temples; behind the lenses the face's classes go on.
-The image is the mean of 2 x 2 samples a pixel; the mask is hard-edged, the most frequent label of the four,
-ties to the larger id.
+A second mask tells the parts of these ten classes apart. The image is the mean of 2 x 2 samples a pixel;
+masks are hard-edged, the most frequent label of the four, ties to the larger id.
 """
 
 from collections.abc import Callable
@@ -21,34 +20,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from handsoff_stream.datasets.rendered_faces import parts, wear
+from handsoff_stream.datasets.rendered_faces.labels import CLASS_NAMES, CLASS_OF_PART, FINE_CLASS_NAMES
 from handsoff_stream.datasets.rendered_faces.parts import EYE_Y, MOUTH_Y, Stage
 from handsoff_stream.datasets.rendered_faces.raycast import Array
 from handsoff_stream.datasets.rendered_faces.scene import FaceScene, sample_scene
+from handsoff_stream.datasets.rendered_faces.variety import sample_varied_scene
 
-CLASS_NAMES: tuple[str, ...] = (
-    "background",
-    "skin",
-    "nose",
-    "eyes",
-    "brows",
-    "ears",
-    "mouth",
-    "hair",
-    "glasses",
-    "hat",
-)
-PALETTE: tuple[tuple[int, int, int], ...] = (
-    (0, 0, 0),
-    (240, 190, 150),
-    (230, 130, 60),
-    (70, 140, 240),
-    (130, 80, 40),
-    (190, 90, 200),
-    (220, 50, 70),
-    (110, 200, 90),
-    (250, 230, 70),
-    (60, 210, 210),
-)
 LANDMARK_NAMES: tuple[str, ...] = (
     "left_eye",
     "right_eye",
@@ -58,6 +35,7 @@ LANDMARK_NAMES: tuple[str, ...] = (
 )
 SPLIT_SIZE = 2**32
 SPLITS: dict[str, int] = {name: i * SPLIT_SIZE for i, name in enumerate(("train", "validation", "test", "generator"))}
+NATURAL_RATE, VARIED_RATE = 0.05, 0.10  # of faces that wear glasses, and of those that wear a hat
 CAMERA_DISTANCE = 4.0  # from the camera's plane to the centre of the head, in head radii
 
 Transforms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -82,7 +60,8 @@ class Attributes:
 class RenderedFace:
     """One image with its ground truth.
 
-    image: uint8 [H, W, 3]. mask: uint8 [H, W], ids into `CLASS_NAMES`.
+    image: uint8 [H, W, 3]. mask: uint8 [H, W], ids into `CLASS_NAMES`. parts: uint8 [H, W], ids into
+    `FINE_CLASS_NAMES`; `CLASS_OF_PART[parts]` is the mask.
     landmarks: float32 [5, 2], pixel (x, y), pixel centres at integers; left and right are those of the
     image, in a frontal view.
     visible: bool [5], false where a landmark is outside the picture or turned away behind the head itself;
@@ -94,6 +73,7 @@ class RenderedFace:
 
     image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
+    parts: NDArray[np.uint8]
     landmarks: Array
     visible: NDArray[np.bool_]
     depth: Array
@@ -151,7 +131,8 @@ def render_scene(scene: FaceScene, size: int) -> RenderedFace:
     wear.draw_glasses(stage)
     return RenderedFace(
         image=stage.canvas.image(_background(scene, size)),
-        mask=stage.canvas.mask(),
+        mask=stage.canvas.mask(CLASS_OF_PART),
+        parts=stage.canvas.parts(CLASS_OF_PART),
         landmarks=pixels,
         visible=visible,
         depth=np.float32(CAMERA_DISTANCE) - stage.canvas.nearest(),
@@ -166,19 +147,29 @@ def render_scene(scene: FaceScene, size: int) -> RenderedFace:
     )
 
 
-def _check(size: int, glasses: float, hat: float) -> None:
+def _check(size: int, glasses: float | None, hat: float | None) -> None:
     if size < 1:
         raise ValueError(f"size is {size}, so there is nothing to render; give a positive number of pixels")
     for name, probability in (("glasses", glasses), ("hat", hat)):
-        if not 0 <= probability <= 1:
+        if probability is not None and not 0 <= probability <= 1:
             raise ValueError(f"{name} is {probability}, which is no probability; give a number in [0, 1]")
 
 
-def render_face(seed: int, index: int, *, size: int = 128, glasses: float = 0.05, hat: float = 0.05) -> RenderedFace:
+def render_face(
+    seed: int,
+    index: int,
+    *,
+    size: int = 128,
+    glasses: float | None = None,
+    hat: float | None = None,
+    varied: bool = False,
+) -> RenderedFace:
     """The face of (seed, index): same bits for the same arguments.
 
     `index` runs over all splits, `SPLITS` gives where each begins. `size` scales the picture and changes
-    nothing else. `glasses` and `hat` are the probabilities of being worn and change nothing else.
+    nothing else. `glasses` and `hat` are the probabilities of being worn and change nothing else; None means
+    `NATURAL_RATE`, of varied faces `VARIED_RATE`. `varied` draws pose, light, colours and shape from wider
+    distributions, and beards and patterns beside them (`variety`).
 
     Raises ValueError for a size below 1, a probability outside [0, 1] or a negative seed, IndexError for an
     index outside all splits.
@@ -189,16 +180,20 @@ def render_face(seed: int, index: int, *, size: int = 128, glasses: float = 0.05
     end = len(SPLITS) * SPLIT_SIZE
     if not 0 <= index < end:
         raise IndexError(f"index is {index}, outside every split; give one in [0, {end})")
-    return render_scene(sample_scene(seed, index, glasses=glasses, hat=hat), size)
+    rate = VARIED_RATE if varied else NATURAL_RATE
+    worn = {"glasses": rate if glasses is None else glasses, "hat": rate if hat is None else hat}
+    return render_scene((sample_varied_scene if varied else sample_scene)(seed, index, **worn), size)
 
 
 class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
     """`num_images` faces of one split, as (image, mask) pairs.
 
-    image: float32 [3, H, W] in [0, 1] on 8-bit levels. mask: int64 [H, W], ids into `CLASS_NAMES`.
+    image: float32 [3, H, W] in [0, 1] on 8-bit levels. mask: int64 [H, W], ids into `class_names`, which are
+    `CLASS_NAMES`, or with `fine` the names of the parts that these are made of, `FINE_CLASS_NAMES`.
 
     The splits `train`, `validation`, `test` and `generator` (unlabelled images for training a generator)
-    share no scene. `transforms` is called as `transforms(image, mask)` and returns both.
+    share no scene. `glasses`, `hat` and `varied` are those of `render_face`. `transforms` is called as
+    `transforms(image, mask)` and returns both.
 
     Raises ValueError for an unknown split, a size below 1, a probability outside [0, 1] or more images than a
     split holds, IndexError for an index outside [0, num_images).
@@ -211,8 +206,10 @@ class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
         num_images: int,
         size: int = 128,
         seed: int = 0,
-        glasses: float = 0.05,
-        hat: float = 0.05,
+        glasses: float | None = None,
+        hat: float | None = None,
+        fine: bool = False,
+        varied: bool = False,
         transforms: Transforms | None = None,
     ) -> None:
         if split not in SPLITS:
@@ -221,7 +218,8 @@ class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError(f"num_images is {num_images}; a split holds between 1 and {SPLIT_SIZE} images")
         _check(size, glasses, hat)
         self.split, self.num_images, self.size, self.seed = split, num_images, size, seed
-        self.glasses, self.hat, self.transforms = glasses, hat, transforms
+        self.glasses, self.hat, self.fine, self.varied, self.transforms = glasses, hat, fine, varied, transforms
+        self.class_names = FINE_CLASS_NAMES if fine else CLASS_NAMES
 
     def __len__(self) -> int:
         return self.num_images
@@ -231,10 +229,10 @@ class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
         if not 0 <= index < self.num_images:
             raise IndexError(f"index is {index}, but {self.split} has {self.num_images} images; start at 0")
         position = SPLITS[self.split] + index
-        return render_face(self.seed, position, size=self.size, glasses=self.glasses, hat=self.hat)
+        return render_face(self.seed, position, size=self.size, glasses=self.glasses, hat=self.hat, varied=self.varied)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         face = self.scene(index)
         image = torch.from_numpy(face.image).permute(2, 0, 1).contiguous().float() / 255
-        mask = torch.from_numpy(face.mask).long()
+        mask = torch.from_numpy(face.parts if self.fine else face.mask).long()
         return (image, mask) if self.transforms is None else self.transforms(image, mask)

@@ -6,10 +6,17 @@ Knows which rendered faces those are. Does not know what they are used for.
 from handsoff_stream.datasets.rendered_faces.dataset import RenderedFaces, Transforms
 
 GLASSES = HAT = 0.15
-"""Probability that a labelled face wears them, three times that of other faces."""
+"""Probability that a labelled face wears them, three times that of other plain faces."""
 
 
-def labelled_faces(num_images: int = 16, *, size: int = 128, transforms: Transforms | None = None) -> RenderedFaces:
+def labelled_faces(
+    num_images: int = 16,
+    *,
+    size: int = 128,
+    fine: bool = False,
+    varied: bool = False,
+    transforms: Transforms | None = None,
+) -> RenderedFaces:
     """The first `num_images` faces of the train split, glasses and hats over-represented.
 
     At the natural 5 %, 16 images are likely to show neither, and a class without an example cannot be learned; HandsOff
@@ -19,6 +26,17 @@ def labelled_faces(num_images: int = 16, *, size: int = 128, transforms: Transfo
     Args:
         num_images: how many; a smaller set is a prefix of a larger one.
         size: pixels a side.
+        fine: label the parts of the ten classes.
+        varied: of the varied faces.
         transforms: called as `transforms(image, mask)`.
     """
-    return RenderedFaces("train", num_images=num_images, size=size, glasses=GLASSES, hat=HAT, transforms=transforms)
+    return RenderedFaces(
+        "train",
+        num_images=num_images,
+        size=size,
+        glasses=GLASSES,
+        hat=HAT,
+        fine=fine,
+        varied=varied,
+        transforms=transforms,
+    )

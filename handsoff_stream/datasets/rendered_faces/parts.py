@@ -1,4 +1,4 @@
-"""Head, ears and body, each drawn onto a canvas, and the field that says where hair grows.
+"""Head, ears and body, each drawn onto a canvas.
 
 Knows: the anatomy in the head's local frame and which class each part carries. It does not know what is worn
 on the head (`wear`), how a scene is drawn at random, nor files, datasets or torch.
@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from handsoff_stream.datasets.rendered_faces.canvas import Canvas, Light
+from handsoff_stream.datasets.rendered_faces.hairline import hairness, tucked
+from handsoff_stream.datasets.rendered_faces.labels import Part
 from handsoff_stream.datasets.rendered_faces.raycast import (
     Array,
     Blob,
@@ -28,9 +30,7 @@ from handsoff_stream.datasets.rendered_faces.raycast import (
     smoothstep,
     soft_shadow,
 )
-from handsoff_stream.datasets.rendered_faces.scene import FaceScene, Hair, linear
-
-BACKGROUND, SKIN, NOSE, EYES, BROWS, EARS, MOUTH, HAIR, GLASSES, HAT = range(10)
+from handsoff_stream.datasets.rendered_faces.scene import FaceScene, linear
 
 EYE_Y, MOUTH_Y, HAT_LINE = -0.02, -0.71, 0.50
 _WHITE = np.array([0.86, 0.86, 0.88], np.float32)
@@ -102,10 +102,12 @@ def draw_head(stage: Stage) -> None:
     local = stage.head.to_local(hits.points)
     paint = _Paint(hits, local, scene, stage.head)
     paint.skin()
+    paint.regions()
     paint.nose()
     for side in (-1, 1):
         paint.brow(side)
         paint.eye(side)
+    paint.beard()
     paint.mouth()
     tip = Ellipsoid.at(stage.head, nose_tip(scene), (0.15, 0.15, 0.15))
     behind = smoothstep(0.55, 0.35, hits.share)
@@ -122,12 +124,12 @@ class _Paint:
         self.x, self.y, self.z = local_3P
         self.front = self.z > 0.2
         count = len(hits.index)
-        self.label = np.full(count, SKIN, np.uint8)
+        self.label = np.full(count, Part.SKIN, np.uint8)
         self.albedo = np.repeat(scene.skin[:, None], count, 1)
         self.gloss = np.full(count, 0.10, np.float32)
         self.exposure = np.ones(count, np.float32)
 
-    def _set(self, where: NDArray[Any], label: int, albedo: Array, gloss: float) -> None:
+    def _set(self, where: NDArray[Any], label: int | NDArray[np.uint8], albedo: Array, gloss: float) -> None:
         self.label[where] = label
         self.albedo[:, where] = albedo[:, None] if albedo.ndim == 1 else albedo
         self.gloss[where] = gloss
@@ -148,6 +150,25 @@ class _Paint:
         if scene.hat is not None:
             self.exposure *= 1 - 0.5 * smoothstep(HAT_LINE - 0.30, HAT_LINE, self.y + 0.15 * self.z)
 
+    def regions(self) -> None:
+        """Labels of the skin's regions, which nothing but their place on the face tells apart."""
+        scene, x, y = self.scene, self.x, self.y
+        across = np.abs(x)
+        tip = nose_tip(scene)[1]
+
+        def mark(where: NDArray[np.bool_], name: str) -> None:
+            self.label[where & self.front] = Part[name]
+
+        def mark_sides(where: NDArray[np.bool_], name: str) -> None:
+            mark(where & (x < 0), f"{name}_LEFT")
+            mark(where & (x >= 0), f"{name}_RIGHT")
+
+        mark((y > scene.brow_height) & (across < 0.62), "FOREHEAD")
+        mark_sides(((across - 0.44) / 0.24) ** 2 + ((y + 0.42) / 0.22) ** 2 < 1, "CHEEK")
+        mark_sides(((across - scene.eye_spacing) / 0.28) ** 2 + ((y - EYE_Y - 0.04) / 0.24) ** 2 < 1, "EYELID")
+        mark((across < 0.20) & (y < tip) & (y > MOUTH_Y), "PHILTRUM")
+        mark((x / 0.30) ** 2 + ((y + 1.0 - scene.chin) / 0.18) ** 2 < 1, "CHIN")
+
     def nose(self) -> None:
         """The class nose, a little rosier than the skin; nostrils."""
         _, tip, _ = nose_tip(self.scene)
@@ -155,7 +176,11 @@ class _Paint:
         share = self.hits.share
         warm = smoothstep(0.2, 0.9, share) * smoothstep(0.25, -0.15, self.y - tip)
         self.albedo *= 1 + warm * (rosy - 1)[:, None]
-        self.label[(share > 0.5) & self.front] = NOSE
+        part = np.where(self.y > tip + 0.13, Part.NOSE_BRIDGE, Part.NOSE_TIP)
+        wing = (np.abs(self.x) > 0.10 * self.scene.nose) & (self.y < tip + 0.07)
+        part = np.where(wing, np.where(self.x < 0, Part.NOSTRIL_LEFT, Part.NOSTRIL_RIGHT), part)
+        inside = (share > 0.5) & self.front
+        self.label[inside] = part[inside]
         self.gloss += 0.06 * share
         across = (np.abs(self.x) - 0.085 * self.scene.nose) / 0.05
         under = across**2 + ((self.y - tip + 0.115) / 0.035) ** 2
@@ -168,10 +193,10 @@ class _Paint:
         thickness = scene.brow_thickness * np.clip(1.05 - 0.40 * np.clip(u, 0, 1) ** 2, 0, 1)
         v = (self.y - middle) / thickness
         where = (u * u * u * u + v * v < 1) & self.front
-        self._set(where, BROWS, scene.brow_colour, 0.03)
+        self._set(where, Part.of_side("BROW", side), scene.brow_colour, 0.03)
 
     def eye(self, side: int) -> None:
-        """Sclera, iris, pupil, catchlight and upper lid line: all of class eyes."""
+        """Sclera, iris, pupil, catchlight and upper lid line, the lashes: all of class eyes."""
         scene = self.scene
         x, y = self.x - side * scene.eye_spacing, self.y - EYE_Y
         u = side * x / scene.eye_width
@@ -196,10 +221,32 @@ class _Paint:
         glint = np.hypot(x[inside] - gx - 0.045 * np.sign(scene.light_direction[0]), y[inside] - gy - 0.05)
         albedo = np.where(glint < 0.036, np.float32(1.0), albedo)
         albedo = np.where(depth < 0, scene.brow_colour[:, None] * 0.35, albedo)
-        self._set(inside, EYES, albedo, 0.0)
+        part = np.where(distance < radius, Part.of_side("IRIS", side), Part.of_side("SCLERA", side))
+        part = np.where(distance < 0.52 * radius, Part.of_side("PUPIL", side), part)
+        part = np.where(depth < 0, Part.of_side("LASHES", side), part)
+        self._set(inside, part.astype(np.uint8), albedo, 0.0)
         self.exposure[inside] = 1 - 0.5 * smoothstep(0.55, 0.0, depth)
         ball = np.stack([x[inside], y[inside], np.full(len(inside), 0.26, np.float32)])
         self.hits.normals[:, inside] = self.head.axes @ (ball / np.linalg.norm(ball, axis=0))
+
+    def beard(self) -> None:
+        """Hair around the mouth and on the jaw, painted onto the skin."""
+        beard = self.scene.beard
+        if beard is None:
+            return
+        x, y, size = np.abs(self.x), self.y, beard.size
+        lip = MOUTH_Y + 0.10 + 0.5 * self.scene.mouth_open
+        moustache = (x < 0.30 * size) & (np.abs(y - lip - 0.05 + 0.25 * x) < 0.065 * size)
+        chin = (x / (0.26 * size)) ** 2 + ((y + 0.95 - self.scene.chin) / 0.20) ** 2 < 1
+        cheeks = y < -0.42 - 0.30 * np.clip(1 - (x / 0.55) ** 2, 0, 1) + 0.1 * (size - 1)
+        where = {"moustache": moustache, "goatee": moustache | chin}.get(beard.style, moustache | chin | cheeks)
+        where = where & (self.z > 0.0) & (self.hits.share < 0.5)
+        colour = beard.colour[:, None]
+        if beard.style == "stubble":
+            colour = 0.55 * self.albedo[:, where] + 0.45 * colour
+        else:
+            colour = colour * (1 + 0.18 * np.sin(38 * self.x[where] + 9 * y[where]))
+        self._set(where, Part.BEARD, colour.astype(np.float32) * np.ones(int(where.sum()), np.float32), 0.03)
 
     def mouth(self) -> None:
         """Two lips along a smile; when open, the dark inside with teeth and tongue: all of class mouth."""
@@ -225,7 +272,9 @@ class _Paint:
         albedo = np.where(teeth, _WHITE[:, None], albedo)
         seam = (scene.mouth_open == 0) & (np.abs(y) < 0.022)
         albedo = np.where(seam, scene.lip_colour[:, None] * 0.25, albedo)
-        self._set(where, MOUTH, albedo, 0.0)
+        part = np.where(inner, Part.MOUTH_INSIDE, np.where(above, Part.UPPER_LIP, Part.LOWER_LIP))
+        part = np.where(teeth, Part.TEETH, part)
+        self._set(where, part.astype(np.uint8), albedo, 0.0)
         self.gloss[where] = np.where(inner, 0.0, 0.07)
         self.exposure[where] = np.where(inner, 1 - 0.25 * smoothstep(0.05, 0.0, half - y), 1.0)
         bulge = np.where(inner, 0, np.where(above, 0.55, -0.65) * (2 * profile - 0.9)).astype(np.float32)
@@ -247,17 +296,18 @@ def draw_ears(stage: Stage) -> None:
         inner = smoothstep(1.0, 0.35, ((u - side * 0.05) / 0.62) ** 2 + ((v - 0.08) / 0.66) ** 2)
         rosy = np.array([1.02, 0.84, 0.80], np.float32)
         albedo = (scene.skin * rosy)[:, None] * (1 - 0.35 * inner)
-        stage.canvas.draw(hits, EARS, albedo, gloss=0.08, exposure=1 - 0.45 * inner)
+        part = np.where(inner > 0.5, Part.of_side("CONCHA", side), Part.of_side("EAR", side)).astype(np.uint8)
+        stage.canvas.draw(hits, part, albedo, gloss=0.08, exposure=1 - 0.45 * inner)
 
 
 def draw_body(stage: Stage) -> None:
-    """Neck and clothing: they hide what is behind them and are labelled background."""
+    """Neck and clothing: they hide what is behind them and are of class background."""
     scene, light = stage.scene, stage.scene.light_direction
     head = Ellipsoid.at(stage.head, (0, -0.25, 0.05), (0.80, 0.95, 0.85))
     neck = cast_ellipsoids(stage.camera, [Ellipsoid.at(stage.body, (0, -1.35, -0.20), (0.40, 1.10, 0.40))])
     shadow = soft_shadow(neck.points, light, head, strength=0.55, softness=0.5)
     fold = 1 - 0.45 * smoothstep(-1.5, -1.0, neck.points[1])
-    stage.canvas.draw(neck, BACKGROUND, scene.skin * 0.92, gloss=0.05, exposure=shadow * fold)
+    stage.canvas.draw(neck, Part.NECK, scene.skin * 0.92, gloss=0.05, exposure=shadow * fold)
     torso = Ellipsoid.at(stage.body, (0, -2.50, -0.30), (1.60, 1.0, 0.75))
     collar = Ellipsoid.at(stage.body, (0, -1.58, -0.20), (0.54, 0.16 + scene.collar_width, 0.53))
     surface = Surface(stage.camera, [torso, collar])
@@ -265,32 +315,20 @@ def draw_body(stage: Stage) -> None:
     surface.add(collar, blend=0.05, share=1.0)
     hits = surface.hits()
     mix = smoothstep(0.4, 0.6, hits.share)
-    albedo = scene.cloth[:, None] * (1 - mix) + scene.collar[:, None] * mix
+    albedo = _cloth(stage, hits) * (1 - mix) + scene.collar[:, None] * mix
     shadow = soft_shadow(hits.points, light, head, strength=0.4, softness=0.5)
-    stage.canvas.draw(hits, BACKGROUND, albedo, gloss=0.02, exposure=shadow)
+    part = np.where(mix > 0.5, Part.COLLAR, Part.CLOTHING).astype(np.uint8)
+    stage.canvas.draw(hits, part, albedo, gloss=0.02, exposure=shadow)
 
 
-def tucked(hair: Hair) -> bool:
-    """Whether long hair goes behind the ears."""
-    return hair.opening < 0.4
-
-
-def hairness(hair: Hair, x: Array, y: Array, z: Array) -> Array:
-    """Signed distance-like field in the head frame, positive where the scalp is covered."""
-    forward = np.asarray(z / np.sqrt(x * x + z * z + np.float32(1e-4)), np.float32)
-    lean = hair.line + 0.10 * hair.part * x - 0.16 * x * x
-    if hair.style in ("bob", "long") and not tucked(hair):
-        edge = 0.30 + 0.30 * hair.opening - 0.12 * smoothstep(0.3, -0.7, y)
-        fringe = lean - 0.10 * (hair.part > 0) + 0.05 * np.cos(4 * x + hair.part)
-        return np.minimum(np.maximum(y - fringe, edge - forward), y + _bottom(hair))
-    side = 0.10 + 0.10 * smoothstep(0.45, 0.1, np.abs(forward - 0.1))
-    line = lean + (side - lean) * smoothstep(0.75, 0.25, forward)
-    line = line + (-0.45 - side) * smoothstep(-0.12, -0.5, forward)
-    if hair.style in ("bob", "long"):
-        return np.minimum(np.maximum(y - line, -0.25 - forward), y + _bottom(hair))
-    return y - line
-
-
-def _bottom(hair: Hair) -> float:
-    """How far below the head's centre bobbed hair is cut."""
-    return 0.75 + 0.25 * hair.length
+def _cloth(stage: Stage, hits: Hits) -> Array:
+    """Colour of the clothing, with its pattern: linear [3, P] or [3, 1]."""
+    scene, pattern = stage.scene, stage.scene.pattern
+    if pattern is None:
+        return scene.cloth[:, None]
+    u, v, _ = stage.body.to_local(hits.points) * pattern.frequency
+    along, across = np.cos(pattern.angle), np.sin(pattern.angle)
+    first, second = np.sin(along * u + across * v), np.sin(along * v - across * u)
+    field = {"stripes": first, "checks": first * second, "dots": first + second - 0.9}[pattern.style]
+    share = smoothstep(-0.15, 0.15, field.astype(np.float32))
+    return np.asarray(scene.cloth[:, None] * (1 - share) + pattern.colour[:, None] * share, np.float32)

@@ -26,7 +26,7 @@ _BACK = ("dfe7ec", "c9d8c5", "f0dfc8", "d8cfe3", "a9c3d6", "8fa7a0", "e7c3b8", "
 _HAT = ("b5403a", "2c4a6e", "d9a441", "3f6b4f", "5b4a6b", "3a3a3f", "c9c2b4", "c46f8a")
 _RIM = ("1b1b1f", "5a2e1a", "23395b", "7a1f2b", "3d4a3a")
 
-_STREAM_FACE, _STREAM_GLASSES, _STREAM_HAT = range(3)
+_STREAM_FACE, _STREAM_GLASSES, _STREAM_HAT, STREAM_VARIETY = range(4)
 
 
 def linear(code: str) -> Array:
@@ -48,6 +48,23 @@ class Hat:
     tilt: float
     colour: Array
     band: Array
+
+
+@dataclass(frozen=True)
+class Beard:
+    style: str
+    size: float
+    colour: Array
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Of clothing."""
+
+    style: str
+    frequency: float  # periods in 2 pi head radii
+    angle: float
+    colour: Array
 
 
 @dataclass(frozen=True)
@@ -109,9 +126,11 @@ class FaceScene:
     ambient: Array
     glasses: Glasses | None
     hat: Hat | None
+    beard: Beard | None = None
+    pattern: Pattern | None = None
 
 
-def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
+def random_stream(seed: int, index: int, stream: int) -> np.random.Generator:
     """A random stream of (seed, index): index and stream are the counter's upper words, so none overlap."""
     counter = np.array([0, 0, stream, index], np.uint64)
     return np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64), counter=counter))
@@ -228,7 +247,7 @@ def sample_scene(seed: int, index: int, *, glasses: float, hat: float) -> FaceSc
     Glasses and hat have random streams of their own: their probabilities decide whether they are worn, and
     nothing else.
     """
-    rng = _generator(seed, index, _STREAM_FACE)
+    rng = random_stream(seed, index, _STREAM_FACE)
     pose: dict[str, Any] = {
         "yaw": radians(rng.uniform(-35, 35)),
         "pitch": radians(rng.uniform(-15, 15)),
@@ -242,6 +261,6 @@ def sample_scene(seed: int, index: int, *, glasses: float, hat: float) -> FaceSc
         **_face(rng),
         **_background(rng),
         **_light(rng),
-        glasses=_glasses(_generator(seed, index, _STREAM_GLASSES), glasses),
-        hat=_hat(_generator(seed, index, _STREAM_HAT), hat),
+        glasses=_glasses(random_stream(seed, index, _STREAM_GLASSES), glasses),
+        hat=_hat(random_stream(seed, index, _STREAM_HAT), hat),
     )

@@ -8,16 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from handsoff_stream.datasets.rendered_faces.hairline import hairness, tucked
+from handsoff_stream.datasets.rendered_faces.labels import Part
 from handsoff_stream.datasets.rendered_faces.parts import (
     EYE_Y,
-    GLASSES,
-    HAIR,
-    HAT,
     HAT_LINE,
     Stage,
-    hairness,
     skull,
-    tucked,
 )
 from handsoff_stream.datasets.rendered_faces.raycast import (
     Array,
@@ -31,6 +28,8 @@ from handsoff_stream.datasets.rendered_faces.raycast import (
     smoothstep,
 )
 from handsoff_stream.datasets.rendered_faces.scene import FaceScene, Glasses, Hair, Hat
+
+HAIR_MIDDLE = 0.10  # z that parts hair in front from hair behind
 
 
 def _hair_bodies(hair: Hair, scene: FaceScene, frame: Frame) -> list[Ellipsoid]:
@@ -128,7 +127,9 @@ def _draw_strands(stage: Stage, hits: Hits) -> None:
     exposure = 0.78 + 0.22 * smoothstep(-1.0, 0.3, y)
     if scene.hat is not None:
         hits, albedo, exposure = _under_hat(stage, hits, albedo, exposure)
-    stage.canvas.draw(hits, HAIR, albedo, gloss=0.16, exposure=exposure)
+    z = stage.head.to_local(hits.points)[2]
+    part = np.where(z > HAIR_MIDDLE, Part.HAIR_FRONT, Part.HAIR_BEHIND).astype(np.uint8)
+    stage.canvas.draw(hits, part, albedo, gloss=0.16, exposure=exposure)
 
 
 def _under_hat(stage: Stage, hits: Hits, albedo: Array, exposure: Array) -> tuple[Hits, Array, Array]:
@@ -155,7 +156,7 @@ def draw_glasses(stage: Stage) -> None:
     bridge = (np.abs(u) < spacing - radius + 0.01) & (np.abs(v - 0.06 - 0.05 * np.cos(12 * u)) < thick)
     normals = hits.normals + stage.head.axes[:, 1:2] * ((length - radius) / thick * np.sign(v) * 0.5)
     hits = replace(hits, normals=normals / np.linalg.norm(normals, axis=0))
-    stage.canvas.draw(hits.where(rim | bridge), GLASSES, glasses.colour, gloss=0.2)
+    stage.canvas.draw(hits.where(rim | bridge), Part.GLASSES, glasses.colour, gloss=0.2)
     for side in (-1, 1):
         # The far temple would show through its own lens.
         if side * stage.head.axes[2, 0] > -0.15:
@@ -169,7 +170,7 @@ def _draw_temple(stage: Stage, glasses: Glasses, side: int, hinge: float) -> Non
     turn = rotation(float(np.arctan2(along[0], along[2])), 0, 0)
     radii = (0.045, 0.05, float(np.linalg.norm(along)) / 2)
     bar = Ellipsoid.at(stage.head, (float(middle[0]), float(middle[1]), float(middle[2])), radii, turn)
-    stage.canvas.draw(cast_ellipsoids(stage.camera, [bar]), GLASSES, glasses.colour, gloss=0.2)
+    stage.canvas.draw(cast_ellipsoids(stage.camera, [bar]), Part.GLASSES, glasses.colour, gloss=0.2)
 
 
 def draw_hat(stage: Stage) -> None:
@@ -185,13 +186,13 @@ def draw_hat(stage: Stage) -> None:
     band = smoothstep(0.0, 0.02, HAT_LINE + 0.22 - y) * (hat.style == "brimmed")
     albedo = hat.colour[:, None] * (1 - band) + hat.band[:, None] * band
     keep = y > HAT_LINE - 0.02
-    stage.canvas.draw(hits.where(keep), HAT, albedo[:, keep], gloss=0.04)
+    stage.canvas.draw(hits.where(keep), Part.HAT, albedo[:, keep], gloss=0.04)
     if hat.style == "beanie":
         _draw_cuff(stage, hat, frame, dome)
     else:
         brim = _visor(scene, frame) if hat.style == "cap" else _brim(frame)
         colour = hat.band if hat.style == "cap" else hat.colour
-        stage.canvas.draw(cast_ellipsoids(stage.camera, [brim]), HAT, colour, gloss=0.04)
+        stage.canvas.draw(cast_ellipsoids(stage.camera, [brim]), Part.HAT, colour, gloss=0.04)
 
 
 def _draw_cuff(stage: Stage, hat: Hat, frame: Frame, dome: Ellipsoid) -> None:
@@ -202,9 +203,9 @@ def _draw_cuff(stage: Stage, hat: Hat, frame: Frame, dome: Ellipsoid) -> None:
     hits, v = hits.where(np.abs(v) < 1), v[np.abs(v) < 1]
     normals = hits.normals + frame.axes[:, 1:2] * (v * np.abs(v))
     hits = replace(hits, normals=normals / np.linalg.norm(normals, axis=0))
-    stage.canvas.draw(hits, HAT, colour, gloss=0.02)
+    stage.canvas.draw(hits, Part.HAT, colour, gloss=0.02)
     bobble = Ellipsoid.at(frame, (0, 1.42, -0.15), (0.24, 0.24, 0.24))
-    stage.canvas.draw(cast_ellipsoids(stage.camera, [bobble]), HAT, colour, gloss=0.02)
+    stage.canvas.draw(cast_ellipsoids(stage.camera, [bobble]), Part.HAT, colour, gloss=0.02)
 
 
 def _visor(scene: FaceScene, frame: Frame) -> Ellipsoid:

@@ -1,14 +1,14 @@
 """Which samples of a generator are worth annotating: DatasetGAN's active selection (section 5.1).
 
-    scores of many samples => those among them that are uncertain, but not broken => a few that cover these
+    scores of many samples => the uncertain ones, without the most uncertain tenth => a few that cover these
 
 The first step needs a label generator, fitted on whatever is annotated so far. The second is the coreset of Sener and
-Savarese, "Active learning for convolutional neural networks: a core-set approach" (ICLR 2018), by greedy k-centre.
+Savarese, "Active learning for convolutional neural networks: a core-set approach" (ICLR 2018), by greedy k-center.
 
-The distance of two samples is that of their mean hypercolumns. DatasetGAN names no feature space. The bound behind the
-coreset (theorem 1) holds for distances in the space that the classifier reads, and what a label generator reads are
-hypercolumns (DatasetGAN, section 3.2; HandsOff, section 3.2): one a pixel, in no order, so that an image is the
-distribution of its hypercolumns, and their mean is the first thing to say about it.
+The distance of two samples is that of their mean hypercolumns. DatasetGAN does not name a feature space. The bound
+behind the coreset (theorem 1) holds for distances in the space that the classifier reads, and a label generator reads
+hypercolumns, one per pixel and without regard to their order (DatasetGAN, section 3.2; HandsOff, section 3.2). An image
+is therefore a distribution of hypercolumns to it, which the mean summarizes.
 
 Knows scores, features, and where a synthesizer gets them. Does not know files.
 
@@ -33,51 +33,53 @@ BAND_PERCENT = 10
 def uncertainty_band(scores_N: Tensor) -> Tensor:
     """Indices int64 of the samples between the 10 % and the 20 % most uncertain, most uncertain first.
 
-    Of equal scores the earlier sample counts as more uncertain. Raises ValueError for scores that are not finite.
+    Of equal scores the earlier sample counts as more uncertain.
+
+    Raises:
+        ValueError: scores that are not finite.
     """
     if not scores_N.isfinite().all():
-        raise ValueError("some scores are NaN or infinite, so nothing can be ranked by them; check the checkpoint")
+        raise ValueError("some scores are NaN or infinite, so samples cannot be ranked; check the checkpoint")
     order_N = scores_N.argsort(descending=True, stable=True)
     first = len(order_N) * DROPPED_PERCENT // 100
     return order_N[first : len(order_N) * (DROPPED_PERCENT + BAND_PERCENT) // 100]
 
 
 def k_center_greedy(features_NC: Tensor, num_centers: int) -> Tensor:
-    """Indices int64 [num_centers] of different samples that cover all: no sample is far from the nearest of them.
+    """Indices int64 [num_centers] of different samples that cover all of them: none is far from its nearest center.
 
-    The first centre is the sample nearest to the mean of all, every further one the sample farthest from its nearest
-    centre, the first of equally far ones. The largest distance of a sample to the nearest centre is at most twice what
-    the best choice reaches (Sener and Savarese, algorithm 1).
+    The first center is the sample nearest to the mean of all. Each further one is the sample that is farthest from its
+    nearest center, the first of equally far ones. The largest distance of a sample to its nearest center is at most
+    twice that of the best choice (Sener and Savarese, algorithm 1).
 
     Raises:
-        ValueError: more centres than samples, or none.
+        ValueError: more centers than samples, or none.
     """
     if not 1 <= num_centers <= len(features_NC):
         raise ValueError(
-            f"{num_centers} centres among {len(features_NC)} samples; ask for at least one, and for no more than there "
-            "are samples"
+            f"{num_centers} centers among {len(features_NC)} samples cannot be chosen; pass 1 to {len(features_NC)}"
         )
     features_NC = features_NC.double()
     chosen = [int(_squared_distance(features_NC, features_NC.mean(dim=0)).argmin())]
     nearest_N = _squared_distance(features_NC, features_NC[chosen[0]])
     while len(chosen) < num_centers:
-        nearest_N[chosen[-1]] = -1.0  # below every distance: even of equal samples none is chosen twice
+        nearest_N[chosen[-1]] = -1.0  # below every distance, so that no sample is chosen twice, not even of equal ones
         chosen.append(int(nearest_N.argmax()))
         nearest_N = torch.minimum(nearest_N, _squared_distance(features_NC, features_NC[chosen[-1]]))
     return torch.tensor(chosen)
 
 
 def _squared_distance(features_NC: Tensor, center_C: Tensor) -> Tensor:
-    # Differences, not |a|^2 - 2ab + |b|^2: what is equal is at distance zero.
+    # Differences instead of |a|^2 - 2ab + |b|^2, so that the distance of equal samples is exactly zero.
     return (features_NC - center_C).square().sum(dim=1)
 
 
 def mean_hypercolumn(pyramid: FeaturePyramid) -> Tensor:
-    """float32 [B, C]: the mean of every feature map, which enlarging it by a whole factor would not change.
+    """The mean of every feature map, float32 [B, C]; enlarging the maps by a whole factor would not change it.
 
-    Of a cropped pyramid, the mean of the native pixels that the crop touches.
+    Of a cropped pyramid it is the mean of the native pixels that the crop touches.
     """
-    (top, bottom, left, right), (height, width) = pyramid.part, pyramid.finest
+    (top, left, bottom, right), (height, width) = pyramid.part, pyramid.finest
     means = []
     for map_BChw in pyramid.maps:
         h, w = map_BChw.shape[2:]
@@ -102,7 +104,7 @@ def select_actively(
         (indices in the order of their selection, their scores).
 
     Raises:
-        ValueError: no head, or fewer than 10 candidates a sample.
+        ValueError: no head, or fewer than 10 candidates per selected sample.
     """
     if not synthesizer.labeller.tasks:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Samples of a generator to draw labels on, with their latents: DatasetGAN's way to labelled images.
+"""Samples of a generator to draw labels on, with their latents (DatasetGAN).
 
     FOLDER/images/0-000007.png            seed and index of the sample
     FOLDER/latents/0-000007.safetensors   w_plus, float32 [L, D]
@@ -7,7 +7,7 @@
     FOLDER/manifest.csv                   image,label,latent; written last: once it is there, everything is
 
 Every file is written whole or not at all. The selection is stored before the first image, so that an interrupted run
-continues with it, and ends with the same files, byte for byte.
+continues with it and ends with the same files, byte for byte.
 
 Knows files and which sample is which. Does not know what makes a sample worth annotating (`active_selection`).
 
@@ -17,7 +17,6 @@ Shape letters: L number of style inputs, D latent size.
 import csv
 import io
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,17 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from handsoff_stream.checkpoint import Checkpoint, import_generator, load_checkpoint
-from handsoff_stream.device import check_device, default_chunk_size, resolve_device
-from handsoff_stream.files.atomic import whole_file
-from handsoff_stream.files.tensors import is_safetensors
+from handsoff_stream.checkpoint import Checkpoint, open_checkpoint
+from handsoff_stream.device import default_chunk_size, usable_device
+from handsoff_stream.files.atomic import check_folder, locked_folder, write_file
+from handsoff_stream.files.schema import read_json
 from handsoff_stream.fitting.annotation.active_selection import select_actively
 from handsoff_stream.generators import Generator
 from handsoff_stream.isolation import isolated
 from handsoff_stream.labeller import on_device
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.progress import progress_bar
+from handsoff_stream.provenance import versions
 from handsoff_stream.seeding import check_seed, latents
 from handsoff_stream.synthesizer import Synthesizer, in_chunks, quantize
 
@@ -43,6 +43,7 @@ FORMAT_VERSION = 1
 SAMPLE_KEY = "handsoff_stream_sample"
 RECORD, MANIFEST = "samples.json", "manifest.csv"
 IMAGES, LATENTS, MASKS = "images", "latents", "masks"
+MAX_SAMPLES, MAX_CANDIDATES = 100_000, 1_000_000
 
 
 def write_samples(
@@ -60,13 +61,13 @@ def write_samples(
 
     Args:
         source: checkpoint or published generator file, or a name that ships.
-        folder: created if missing. A finished run of the same request is left as it is, masks and all.
+        folder: created if missing. The files of a finished run of the same request are left as they are, masks too.
         num: samples to write. DatasetGAN selects 12, of which an expert annotates the 6 most realistic.
         candidates: select actively among so many samples, see `active_selection`; needs a checkpoint with a head. None
             takes the first `num` samples, which are random.
-        seed: which samples; another one than of images that are annotated already.
+        seed: decides the samples. Pass another seed than that of images that are annotated already.
         truncation: psi; None means the checkpoint's own.
-        device: where to synthesise; None means CUDA if there is one.
+        device: where to synthesize; None means CUDA if there is one.
         progress: show bars.
 
     Returns:
@@ -74,37 +75,31 @@ def write_samples(
 
     Raises:
         CheckpointError: a source that cannot be read.
-        ValueError: nothing to write, a folder that holds anything else, candidates without a head or too few.
+        OutputError: another process writes to the folder, or it cannot be written.
+        ValueError: too few or too many samples, a folder that holds anything else, too few candidates, or candidates
+            without a head to score them.
     """
     if num < 1:
         raise ValueError(f"num={num} samples leave nothing to annotate; pass at least 1")
-    checkpoint = source if isinstance(source, Checkpoint) else open_source(source)
-    chosen_device = resolve_device(device)
-    check_device(chosen_device, in_worker=False)
+    if num > MAX_SAMPLES or (candidates or 0) > MAX_CANDIDATES:
+        raise ValueError(
+            f"num={num}, candidates={candidates}: nobody annotates as many; pass up to {MAX_SAMPLES} samples of up to "
+            f"{MAX_CANDIDATES} candidates"
+        )
+    chosen_device = usable_device(device)
+    check_folder(folder)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     psi = checkpoint.truncation if truncation is None else truncation
     options = SynthesisOptions(seed=check_seed(seed), truncation=psi, score="sum")
     request = _request(checkpoint, options, num, candidates)
-    folder = Path(folder)
-    record = _stored(folder, request)
-    if record is None:
-        record = {**request, **_selection(checkpoint, options, num, candidates, chosen_device, progress)}
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / RECORD, json.dumps(record, indent=1).encode())
-    if not (folder / MANIFEST).exists():
-        _write_all(on_device(checkpoint.generator, chosen_device), folder, record, progress)
-    return folder / MANIFEST
-
-
-def open_source(name_or_path: str | Path) -> Checkpoint:
-    """A checkpoint, or a published generator file as a checkpoint without heads.
-
-    Raises:
-        CheckpointError: neither.
-    """
-    path = Path(name_or_path)
-    if path.is_file() and not is_safetensors(path):
-        return import_generator(path)
-    return load_checkpoint(name_or_path)
+    with locked_folder(folder) as locked:
+        record = _stored(locked, request)
+        if record is None:
+            record = {**request, **_selection(checkpoint, options, num, candidates, chosen_device, progress)}
+            write_file(locked / RECORD, json.dumps(record, indent=1).encode())
+        if not (locked / MANIFEST).exists():
+            _write_all(on_device(checkpoint.generator, chosen_device), locked, record, progress)
+        return locked / MANIFEST
 
 
 def regenerate(generator: Generator, seed: int, index: int, truncation: float) -> tuple[Tensor, Tensor]:
@@ -125,7 +120,7 @@ def _chunk(generator: Generator, seed: int, chunk: range, truncation: float) -> 
 
 
 def _request(checkpoint: Checkpoint, options: SynthesisOptions, num: int, candidates: int | None) -> dict[str, Any]:
-    """What decides the samples, JSON-able."""
+    """Everything that decides the samples, JSON-able."""
     return {
         "format_version": FORMAT_VERSION,
         "generator": Checkpoint(checkpoint.generator).manifest()["fingerprint"],
@@ -142,10 +137,14 @@ def _stored(folder: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     if not folder.exists() or all(entry.name.startswith(".") for entry in folder.iterdir()):
         return None
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        record: dict[str, Any] = read_json(folder / RECORD, "a record of samples")
         differing = sorted(key for key, value in request.items() if record[key] != value)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: not empty, and not of an earlier run ({error!r}); choose another folder") from None
+        if not differing and not all(type(index) is int and index >= 0 for index in record["indices"]):
+            raise ValueError("its indices are no numbers")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: not empty, and not the folder of an earlier run ({error!r}); choose another folder"
+        ) from None
     if differing:
         raise ValueError(
             f"{folder}: holds samples of another request, it differs in {', '.join(differing)}; nothing was written. "
@@ -162,13 +161,12 @@ def _selection(
     device: torch.device,
     progress: bool,
 ) -> dict[str, Any]:
-    """What is found out about a request: indices, their scores if they were selected by them."""
-    versions = {"handsoff_stream": version("handsoff_stream"), "torch": torch.__version__}
+    """Indices of the samples of a request, and their scores if they were selected by these."""
     if candidates is None:
-        return {"indices": list(range(num)), "scores": None, "versions": versions}
+        return {"indices": list(range(num)), "scores": None, "versions": versions()}
     synthesizer = Synthesizer(checkpoint, options, device)
     indices, scores = select_actively(synthesizer, num, candidates=candidates, progress=progress)
-    return {"indices": indices, "scores": scores, "versions": versions}
+    return {"indices": indices, "scores": scores, "versions": versions()}
 
 
 def _write_all(generator: Generator, folder: Path, record: dict[str, Any], progress: bool) -> None:
@@ -186,7 +184,7 @@ def _write_all(generator: Generator, folder: Path, record: dict[str, Any], progr
                 _write_sample(generator, folder / image, folder / latent, record, index)
             manifest.writerow([image, f"{MASKS}/{name}.png", latent])
             update(done, "")
-    _write(folder / MANIFEST, rows.getvalue().encode())
+    write_file(folder / MANIFEST, rows.getvalue().encode())
 
 
 def _write_sample(generator: Generator, image: Path, latent: Path, record: dict[str, Any], index: int) -> None:
@@ -197,14 +195,9 @@ def _write_sample(generator: Generator, image: Path, latent: Path, record: dict[
         "index": index,
         "truncation": record["truncation"],
     }
-    # One entry: safetensors stores several in an order of its own, never the same twice.
-    _write(latent, save({"w_plus": w_plus_LD.cpu()}, {SAMPLE_KEY: json.dumps(about)}))
+    # One metadata entry: safetensors writes several in an order that changes from run to run.
+    write_file(latent, save({"w_plus": w_plus_LD.cpu()}, {SAMPLE_KEY: json.dumps(about)}))
     pixels = image_3HW.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
-    _write(image, buffer.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    with whole_file(path) as partial:
-        partial.write_bytes(content)
+    write_file(image, buffer.getvalue())

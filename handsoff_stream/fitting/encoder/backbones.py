@@ -30,7 +30,11 @@ COARSE_STYLES, MIDDLE_STYLES = 3, 7  # with a pyramid: styles below read the dee
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Geometry of an encoder; all but the weights."""
+    """Geometry of an encoder: everything but the weights.
+
+    Raises:
+        ValueError: a geometry that no encoder has.
+    """
 
     backbone: str
     """"ir_se50" or "resnet34"."""
@@ -58,8 +62,8 @@ class EncoderConfig:
         if self.backbone not in STAGE_STRIDES or len(self.widths) != 5 or len(self.units) != 4 or min(sizes) < 1:
             raise ValueError(
                 f"backbone={self.backbone!r}, widths={self.widths}, units={self.units}, num_ws={self.num_ws}, "
-                f"w_dim={self.w_dim}, iterations={self.iterations} describe no encoder; a backbone is one of "
-                f"{sorted(STAGE_STRIDES)}, with 5 widths and 4 counts of units, all positive"
+                f"w_dim={self.w_dim}, iterations={self.iterations} describe no encoder; pass a backbone of "
+                f"{sorted(STAGE_STRIDES)}, 5 widths and 4 counts of units, all positive"
             )
         if not 32 <= min(self.image_size) <= max(self.image_size) <= 1024 or self.input_channels not in (3, 6):
             raise ValueError(
@@ -67,7 +71,9 @@ class EncoderConfig:
                 "pixels a side, in 3 channels (the image) or 6 (the image and its reconstruction)"
             )
         if self.input_channels == 3 and self.iterations != 1:
-            raise ValueError(f"iterations={self.iterations}, but without its reconstruction an image needs one pass")
+            raise ValueError(
+                f"iterations={self.iterations}, but an encoder that sees no reconstruction makes 1 pass; pass 1"
+            )
 
     def config(self) -> dict[str, Any]:
         """JSON-able."""
@@ -151,11 +157,12 @@ class StyleHead(nn.Module):
         self.linear = EqualizedLinear(w_dim, w_dim)
 
     def forward(self, x_BChw: Tensor) -> Tensor:
+        """Floating point [B, C, h, w] => [B, D]."""
         return self.linear(self.convs(x_BChw).flatten(1))
 
 
 class SqueezeExcitation(nn.Module):
-    """Channels scaled by what their means say (Hu et al., CVPR 2018)."""
+    """Channels scaled by a function of their means (Hu et al., CVPR 2018)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -163,11 +170,12 @@ class SqueezeExcitation(nn.Module):
         self.fc2 = nn.Conv2d(max(1, channels // SQUEEZE), channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] => the same shape."""
         return x * torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean(dim=(2, 3), keepdim=True)))))
 
 
 class ImprovedResidual(nn.Module):
-    """Residual unit of IR-SE50 (ArcFace, Deng et al., CVPR 2019): normalisation first, no activation after the sum."""
+    """Residual unit of IR-SE50 (ArcFace, Deng et al., CVPR 2019): normalization first, no activation after the sum."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -183,6 +191,7 @@ class ImprovedResidual(nn.Module):
         self.shortcut_layer = None if in_channels == channels else _projection(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] => [B, channels, h / stride, w / stride]."""
         shortcut = x[:, :, :: self.stride, :: self.stride] if self.shortcut_layer is None else self.shortcut_layer(x)
         return self.res_layer(x) + shortcut
 
@@ -200,6 +209,7 @@ class BasicBlock(nn.Module):
         self.downsample = None if same else _projection(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] => [B, channels, h / stride, w / stride]."""
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(out + (x if self.downsample is None else self.downsample(x)))
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handsoff_stream.errors import CheckpointError
+from handsoff_stream.errors import CheckpointError, printable
+from handsoff_stream.files.budget import MAX_LEVELS, MAX_SIDE, check_count
 from handsoff_stream.files.containers import read_content
+from handsoff_stream.files.schema import arguments_of, validated
 from handsoff_stream.files.strict_pickle import shown
 from handsoff_stream.files.tensors import is_safetensors, read_tensors, write_tensors
 from handsoff_stream.files.weights import build, tensor
@@ -67,7 +69,7 @@ def load_restyle(path: str | Path) -> StyleEncoder:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # a damaged file may hold anything where a size or a tensor is expected
         raise CheckpointError(
-            f"{path}: damaged encoder ({type(error).__name__}: {str(error)[:200]}); copy or download it again"
+            f"{path}: damaged encoder ({type(error).__name__}: {printable(str(error), 100)}); copy or download it again"
         ) from error
     return encoder.eval().requires_grad_(False)
 
@@ -82,11 +84,14 @@ def save_encoder(path: str | Path, encoder: StyleEncoder, provenance: Mapping[st
 
 
 def _own(manifest: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[EncoderConfig, dict[str, Tensor]]:
+    if type(manifest.get("format_version")) is not int or type(manifest.get("config")) is not dict:
+        raise CheckpointError("a manifest without format_version and config; encoders are written by train-encoder")
     if manifest["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
             f"format version {manifest['format_version']}, this release reads up to {FORMAT_VERSION}; upgrade"
         )
-    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in manifest["config"].items()}
+    given = validated(arguments_of(EncoderConfig), manifest["config"], "its geometry").model_dump(exclude_unset=True)
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     return EncoderConfig(**fields), tensors
 
 
@@ -151,6 +156,8 @@ def _renamed(name: str) -> str:
 
 def _assemble(config: EncoderConfig, state: Mapping[str, Tensor]) -> StyleEncoder:
     """Encoder of this geometry with these weights, allocated only when all shapes are right."""
+    check_count(config.num_ws, 2 * MAX_LEVELS, "style inputs")
+    check_count(max(config.image_size), MAX_SIDE, "pixels a side")
     if config.num_ws + sum(config.units) > len(state):
         raise CheckpointError(f"a geometry of {config.num_ws} heads and {config.units} units in {len(state)} tensors")
     with torch.device("meta"):

@@ -3,8 +3,8 @@
 ReStyle (Alaluf et al., ICCV 2021, section 3): starting from the average latent, each pass shows the encoder the image
 and what the generator makes of the current latent, and adds the step that it predicts.
 
-Knows the iteration and what an encoder sees. Does not know files (`restyle_files`), how encoders are trained
-(`train_encoder`), or how latents are refined (`inversion`).
+Knows the iteration and what an encoder sees. Does not know files (`files`), how encoders are trained (`train`),
+or how latents are refined (`inversion`).
 
 Shape letters: B batch, H W image size, L number of style inputs, D latent size.
 """
@@ -32,13 +32,14 @@ class NamedImages(Protocol):
 def encode_images(
     encoder: StyleEncoder, generator: Generator, images: NamedImages, *, batch_size: int = 1, progress: bool = False
 ) -> dict[str, Tensor]:
-    """Name => w+, float32 [L, D] on the CPU: the `encodings` of `invert_images` and `fit_checkpoint`.
+    """Name => w+, float32 [L, D] on the CPU: the `encodings` of `invert_images`.
 
     Args:
         encoder: moved to the generator's device.
-        generator, images: see `encode`.
-        batch_size: images encoded together. With more than one, the last bits depend on which images share a batch,
-            and a list that grows makes `invert_images` do its finished images again.
+        generator: see `encode`.
+        images: see `encode`; with names.
+        batch_size: images encoded together. With more than one, the last bits depend on which images share a batch, so
+            that `invert_images` inverts finished images again when the list has changed.
         progress: show a bar.
 
     Raises:
@@ -72,7 +73,7 @@ def encode(
         float32 [B, L, D].
 
     Raises:
-        ValueError: a generator or images that are not the encoder's.
+        ValueError: a generator or images that the encoder was not made for.
     """
     *_, (w_plus_BLD, _) = iterate(encoder, generator, images_BCHW, iterations=iterations)
     return w_plus_BLD
@@ -91,29 +92,41 @@ def iterate(
     with torch.no_grad():
         average_1CHW = generator.synthesis(encoder.latent_avg[None], "const").images
     w_plus_BLD = encoder.latent_avg.expand(len(images_BCHW), -1, -1)
-    shown_BCHW = view_of(encoder, average_1CHW).expand_as(target_BCHW)
+    shown_BCHW = resize_generated(encoder, average_1CHW).expand_as(target_BCHW)
     for _ in range(passes):
         step_BLD = encoder(torch.cat([target_BCHW, shown_BCHW], dim=1)[:, : encoder.config.input_channels])
         w_plus_BLD = w_plus_BLD + step_BLD
         made_BCHW = generator.synthesis(w_plus_BLD, "const").images
         yield w_plus_BLD, made_BCHW
-        w_plus_BLD, shown_BCHW = w_plus_BLD.detach(), view_of(encoder, made_BCHW.detach())
+        w_plus_BLD, shown_BCHW = w_plus_BLD.detach(), resize_generated(encoder, made_BCHW.detach())
 
 
 def crop_rows(images_BCHW: Tensor) -> Tensor:
-    """The middle three quarters of the rows: where square generators of cars have their 4:3 picture."""
+    """The middle three quarters of the rows, [B, C, 3 H / 4, W], which square generators of cars fill."""
     height = images_BCHW.shape[2]
     return images_BCHW[:, :, height // 8 : height - height // 8]
 
 
-def view_of(encoder: StyleEncoder, made_BCHW: Tensor) -> Tensor:
-    """Generated images as the encoder sees them: cropped, then resized to its size by averaging areas."""
+def resize_generated(encoder: StyleEncoder, made_BCHW: Tensor) -> Tensor:
+    """Generated images [B, 3, H, W] as the encoder sees them: cropped, then resized to its size by averaging areas."""
     cropped_BCHW = crop_rows(made_BCHW) if encoder.config.crop else made_BCHW
     return F.adaptive_avg_pool2d(cropped_BCHW, encoder.config.image_size)
 
 
 def to_working_size(encoder: StyleEncoder, generator: Generator, images_BCHW: Tensor) -> Tensor:
-    """[0, 1] => [-1, 1], as the encoder sees real images: cropped if whole, resized bilinearly with antialiasing."""
+    """Real images as the encoder sees them: cropped if whole, then resized bilinearly with antialiasing.
+
+    Args:
+        encoder: decides the size and the crop.
+        generator: decides the proportions.
+        images_BCHW: float32 [B, 3, H, W] in [0, 1].
+
+    Returns:
+        float32 [B, 3, *encoder.config.image_size] in [-1, 1].
+
+    Raises:
+        ValueError: images of another shape or range.
+    """
     if images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3 or images_BCHW.min() < 0 or images_BCHW.max() > 1:
         raise ValueError(f"images are {list(images_BCHW.shape)}; pass [B, 3, H, W] with values in [0, 1]")
     height, width = generator.resolution

@@ -2,10 +2,10 @@
 
 ReStyle's training (Alaluf et al., ICCV 2021, section 3.2): an image goes through all passes, each pass's
 reconstruction is compared with the image (L2 + LPIPS), and the weights are updated once for all passes. HandsOff
-trains on the very images that it will invert (appendix A.2), since nothing else is asked of the encoder.
+trains on the same images that it inverts afterwards (appendix A.2); the encoder is not used for others.
 
 An interrupted run continues to the same bits: which images a step sees is a function of (seed, step), everything else
-is in the state file. Knows losses and steps. Does not know networks (`restyle_backbones`) or folders.
+is in the state file. Knows losses and steps. Does not know networks (`backbones`) or folders.
 
 Shape letters: B batch, H W image size.
 """
@@ -14,7 +14,6 @@ import hashlib
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,21 @@ from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.tensors import read_tensors, write_tensors
 from handsoff_stream.fitting.encoder.backbones import PUBLISHED_UNITS, EncoderConfig, StyleEncoder
-from handsoff_stream.fitting.encoder.files import FORMAT_VERSION, read_tensors, save_encoder, write_tensors
-from handsoff_stream.fitting.encoder.restyle import NamedImages, iterate, to_working_size, view_of
+from handsoff_stream.fitting.encoder.files import FORMAT_VERSION, save_encoder
+from handsoff_stream.fitting.encoder.restyle import NamedImages, iterate, resize_generated, to_working_size
 from handsoff_stream.fitting.inversion.descent import learning_rate_at
 from handsoff_stream.fitting.inversion.perceptual import Perceptual
 from handsoff_stream.generators import Generator
 from handsoff_stream.progress import progress_bar
+from handsoff_stream.provenance import versions
 from handsoff_stream.seeding import transform_seed
 
 STATE_KEY = "handsoff_stream_encoder_training"
 ENCODER, OPTIMIZER = "encoder.", "optimizer."
 # Size => (backbone, widths, units, longest side of its images). "small" is for CPUs and some hundred images.
-ARCHITECTURES: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], int]] = {
+ENCODER_ARCHITECTURES: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], int]] = {
     "small": ("resnet34", (32, 32, 64, 96, 128), (1, 1, 1, 1), 128),
     "resnet34": ("resnet34", (64, 64, 128, 256, 512), PUBLISHED_UNITS["resnet34"], 256),
     "ir_se50": ("ir_se50", (64, 64, 128, 256, 512), PUBLISHED_UNITS["ir_se50"], 256),
@@ -45,18 +46,22 @@ MIN_SIDE = 32
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
-    """How to train."""
+    """How to train.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
 
     architecture: str = "small"
-    """One of `ARCHITECTURES`; the larger ones are those of ReStyle, of some 200 million weights, for a GPU."""
+    """One of `ENCODER_ARCHITECTURES`; the larger ones are those of ReStyle, of some 200 million weights, for a GPU."""
     offsets: bool = True
     """Whether codes are offsets from the first (e4e) or independent (pSp)."""
     steps: int = 500
     batch_size: int = 8
     iterations: int = 3
-    """Passes a step; ReStyle has 5."""
+    """Passes per step; ReStyle has 5."""
     learning_rate: float = 1e-3
-    """Peak of Adam's, see `inversion.learning_rate_at`; ReStyle has 1e-4 and half a million steps."""
+    """Peak of Adam's, see `learning_rate_at`; ReStyle has 1e-4 and half a million steps."""
     pixel_weight: float = 1.0
     """Of the mean squared error of pixels in [-1, 1]; as in ReStyle."""
     perceptual_weight: float = 0.8
@@ -65,15 +70,17 @@ class EncoderSettings:
     """Of the first weights and of the order of the images."""
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture={self.architecture!r} is unknown; pass one of {sorted(ARCHITECTURES)}")
+        if self.architecture not in ENCODER_ARCHITECTURES:
+            raise ValueError(
+                f"architecture={self.architecture!r} is unknown; pass one of {sorted(ENCODER_ARCHITECTURES)}"
+            )
         for name in ("steps", "batch_size", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} trains nothing; pass 1 or more")
         if not self.learning_rate > 0 or min(self.pixel_weight, self.perceptual_weight) < 0:
             raise ValueError(
                 f"learning_rate={self.learning_rate}, pixel_weight={self.pixel_weight}, perceptual_weight="
-                f"{self.perceptual_weight}: the rate must be positive, and no weight may reward difference"
+                f"{self.perceptual_weight}: pass a positive rate, and weights of at least 0"
             )
 
     def config(self) -> dict[str, Any]:
@@ -95,7 +102,7 @@ def train_encoder(
 
     Args:
         generator: its weights are left alone; computes where they are.
-        images: real images of the generator's proportions; read anew at every step.
+        images: real images of the generator's proportions; read again at every step.
         perceptual: the image distance; moved to the generator's device.
         out: `.safetensors` file to write. While training, the state is in `state_path(out)`: the same call continues
             from there.
@@ -110,7 +117,7 @@ def train_encoder(
         ValueError: no images, or images of another shape than the generator's.
         FileNotFoundError: there is no folder to write to.
         CheckpointError: a state file that is damaged, or of a training with other arguments.
-        FloatingPointError: the loss is not finite any more.
+        FloatingPointError: the loss has become infinite or NaN.
     """
     settings = settings or EncoderSettings()
     if len(images) == 0:
@@ -127,8 +134,7 @@ def train_encoder(
             update(step + 1, f"loss {loss:.4f}")
             if (step + 1) % save_every == 0:
                 training.save_state(state_path(out), identity, step + 1)
-    versions = {"handsoff_stream": version("handsoff_stream"), "torch": torch.__version__}
-    save_encoder(out, training.encoder, {**identity, "versions": versions})
+    save_encoder(out, training.encoder, {**identity, "versions": versions()})
     state_path(out).unlink(missing_ok=True)
     return training.encoder.eval().requires_grad_(False)
 
@@ -140,7 +146,7 @@ def state_path(out: str | Path) -> Path:
 
 def encoder_config(generator: Generator, settings: EncoderSettings) -> EncoderConfig:
     """Geometry of an encoder for a generator: its latents, its proportions."""
-    backbone, widths, units, longest = ARCHITECTURES[settings.architecture]
+    backbone, widths, units, longest = ENCODER_ARCHITECTURES[settings.architecture]
     scale = max(min(1.0, longest / max(generator.resolution)), MIN_SIDE / min(generator.resolution))
     height, width = (round(side * scale) for side in generator.resolution)
     return EncoderConfig(
@@ -156,7 +162,7 @@ def encoder_config(generator: Generator, settings: EncoderSettings) -> EncoderCo
 
 
 class _Training:
-    """Encoder and optimiser; everything that changes from step to step."""
+    """Encoder and optimizer: everything that changes from step to step."""
 
     def __init__(self, generator: Generator, perceptual: Perceptual, settings: EncoderSettings) -> None:
         self.generator, self.perceptual, self.settings = generator, perceptual, settings
@@ -168,7 +174,7 @@ class _Training:
         self.optimizer = torch.optim.Adam(self.encoder.parameters(), lr=settings.learning_rate)
 
     def step(self, step: int, images_BCHW: Tensor) -> float:
-        """One update; the mean loss of its passes."""
+        """One update; returns the mean loss of its passes."""
         settings = self.settings
         images_BCHW = images_BCHW.to(self.generator.w_avg.device)
         target_BCHW = to_working_size(self.encoder, self.generator, images_BCHW)
@@ -177,7 +183,7 @@ class _Training:
         self.optimizer.zero_grad()
         total = torch.zeros((), device=images_BCHW.device)
         for _, made_BCHW in iterate(self.encoder, self.generator, images_BCHW):
-            seen_BCHW = view_of(self.encoder, made_BCHW)
+            seen_BCHW = resize_generated(self.encoder, made_BCHW)
             perceptual = (self.perceptual.embed(seen_BCHW) - embedding_BN).square().sum(dim=1).mean()
             pixel = (seen_BCHW - target_BCHW).square().mean()
             loss = settings.pixel_weight * pixel + settings.perceptual_weight * perceptual
@@ -194,6 +200,7 @@ class _Training:
         return value
 
     def save_state(self, path: Path, identity: dict[str, Any], steps_done: int) -> None:
+        """Write weights and optimizer state, whole or not at all."""
         tensors = {f"{ENCODER}{name}": t for name, t in self.encoder.state_dict().items()}
         for number, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"{OPTIMIZER}{number}.{name}": t for name, t in moments.items()}
@@ -201,13 +208,23 @@ class _Training:
         write_tensors(path, tensors, key=STATE_KEY, manifest=manifest)
 
     def load_state(self, path: Path, identity: dict[str, Any]) -> int:
-        """Steps done."""
+        """Continue from a state; returns the number of steps done."""
         manifest, tensors = read_tensors(path, STATE_KEY)
+        try:
+            return self._load(path, manifest, tensors, identity)
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged file may hold anything where a number or a tensor is expected
+            raise CheckpointError(
+                f"{path}: the state of a training is damaged ({type(error).__name__}); delete it to start again"
+            ) from error
+
+    def _load(self, path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor], identity: dict[str, Any]) -> int:
         stored = manifest.get("identity", {})
         differing = sorted(name for name in identity if stored.get(name) != identity[name])
         if differing:
             raise CheckpointError(
-                f"{path}: the state of a training with another {', '.join(differing)}; delete it to begin anew, or "
+                f"{path}: the state of a training with another {', '.join(differing)}; delete it to start again, or "
                 "write to another file"
             )
         moments: dict[int, dict[str, Tensor]] = {}
@@ -226,7 +243,7 @@ class _Training:
 def _identity(
     generator: Generator, images: NamedImages, perceptual: Perceptual, settings: EncoderSettings
 ) -> dict[str, Any]:
-    """What a training depends on; of the images their number and the first one."""
+    """Everything that a training depends on; of the images only their number and the first one."""
     name, image = images[0]
     return {
         "generator": Checkpoint(generator).manifest()["fingerprint"],
@@ -237,7 +254,7 @@ def _identity(
 
 
 def _batch(images: NamedImages, step: int, settings: EncoderSettings) -> Tensor:
-    """The images of a step [B, 3, H, W]: consecutive ones of an endless row of shuffled epochs."""
+    """The images of a step [B, 3, H, W]: the next ones in an endless sequence of shuffled epochs."""
     count = len(images)
     places = range(step * settings.batch_size, (step + 1) * settings.batch_size)
     chosen = [_shuffled(settings.seed, place // count, count)[place % count] for place in places]

@@ -1,13 +1,12 @@
-"""Real image => the latent that the generator makes it from, by gradient descent in W+ (HandsOff, 3.1).
+"""Real image => the latent that the generator makes it from, by gradient descent in W+ (HandsOff, section 3.1).
 
     min over w, |w - w_e|^2 <= radius, of LPIPS(x, G(w)) + pixel_weight * MSE(x, G(w))
 
-Every image has its own optimiser state, learning curve and best iterate, and its gradient does not depend on
-the images that share its batch. The generator's weights and noise maps stay as they are, so that it can go on
-making new images.
+Every image has its own optimizer state, learning curve and best iterate, and its gradient does not depend on the images
+that share its batch. The generator's weights and noise maps stay as they are, so that it can go on making new images.
 
-Knows generators and a perceptual distance. Does not know labels, nor where images come from;
-`inversion_store` keeps results on disk.
+Knows generators and a perceptual distance. Does not know labels, or where images come from; `store` keeps results on
+disk.
 
 Shape letters: B batch, N images, S candidates, L number of style inputs, D latent size, H W image size.
 """
@@ -32,7 +31,11 @@ PUBLISHED_STEPS = {"cars": 300, "faces": 500, "full-bodies": 2000, "streets": 50
 
 @dataclass(frozen=True, kw_only=True)
 class InversionSettings:
-    """How to descend. The defaults are the published code's, where it has them."""
+    """How to descend. The defaults are the published code's, where it has them.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
 
     steps: int = 500
     """See `PUBLISHED_STEPS`; there are no other differences between the published domains."""
@@ -43,7 +46,7 @@ class InversionSettings:
     radius: float | None = 0.5
     """c_reg of HandsOff, section 3.1: bound on |w - w_e|^2 over all of a w+, if there is an encoding w_e. So small a
     ball is crossed in a few steps at any learning rate: peaks of 0.003 to 0.1 end within 0.1 % of each other's loss.
-    None: w_e is where the descent starts, and nothing more."""
+    None: the descent starts at w_e and may go anywhere."""
     candidates: int = 256
     """Without an encoding: descend from the best of this many random latents; 0 for the average latent."""
     candidate_truncation: float = 0.7
@@ -53,17 +56,21 @@ class InversionSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "candidates"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is no count; pass 0 or more")
+                raise ValueError(f"{name}={getattr(self, name)} is not a count; pass 0 or more")
         if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate={self.learning_rate} is no step; pass a positive number")
+            raise ValueError(f"learning_rate={self.learning_rate} makes no step; pass a positive number")
         if self.radius is not None and not 0 < self.radius < math.inf:
-            raise ValueError(f"radius={self.radius} is no bound; pass a positive number, or None for none")
+            raise ValueError(f"radius={self.radius} is not a bound; pass a positive number, or None for no bound")
         if self.pixel_weight < 0:
             raise ValueError(f"pixel_weight={self.pixel_weight} rewards difference; pass 0 or more")
 
     @classmethod
     def for_domain(cls, domain: str) -> "InversionSettings":
-        """Those of the paper; ValueError for a domain without `PUBLISHED_STEPS`."""
+        """The settings of the paper for a domain.
+
+        Raises:
+            ValueError: a domain that `PUBLISHED_STEPS` does not have.
+        """
         if domain not in PUBLISHED_STEPS:
             raise ValueError(f"no steps were published for {domain!r}; pass one of {sorted(PUBLISHED_STEPS)}, or steps")
         return cls(steps=PUBLISHED_STEPS[domain])
@@ -75,7 +82,7 @@ class InversionSettings:
 
 @dataclass(frozen=True)
 class Inversion:
-    """Latents of N images, each the best iterate of its descent, and how near they come; on the CPU."""
+    """Latents of N images, each the best iterate of its descent, and how near they come to their images; on the CPU."""
 
     w_plus: Tensor
     """float32 [N, L, D]."""
@@ -88,7 +95,7 @@ class Inversion:
 
     @property
     def psnr(self) -> Tensor:
-        """float32 [N], in dB; the range of pixels is 2."""
+        """Peak signal-to-noise ratio, float32 [N], in dB; the range of pixels is 2."""
         return 10 * torch.log10(4 / self.mse)
 
     def __len__(self) -> int:
@@ -102,16 +109,16 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
     return peak * (0.5 - 0.5 * math.cos(fall * math.pi)) * min(1.0, done / 0.05)
 
 
-def project_to_ball(w_plus_BLD: Tensor, centre_BLD: Tensor, radius: float) -> Tensor:
-    """Nearest w+ with |w+ - centre|^2 <= radius, each image for itself."""
-    offset_BLD = w_plus_BLD - centre_BLD
+def project_to_ball(w_plus_BLD: Tensor, center_BLD: Tensor, radius: float) -> Tensor:
+    """The nearest w+ with |w+ - center|^2 <= radius, of each image by itself; float32 [B, L, D] like both arguments."""
+    offset_BLD = w_plus_BLD - center_BLD
     length_B11 = offset_BLD.flatten(1).norm(dim=1)[:, None, None]
-    # A hair inside, so that the bound holds after rounding too.
+    # Slightly inside, so that the bound holds after rounding too.
     scale_B11 = (math.sqrt(radius) * (1 - 1e-6) / length_B11.clamp(min=1e-12)).clamp(max=1.0)
-    return centre_BLD + offset_BLD * scale_B11
+    return center_BLD + offset_BLD * scale_B11
 
 
-def invert(
+def invert_batch(
     generator: Generator,
     images_BCHW: Tensor,
     perceptual: Perceptual,
@@ -127,8 +134,8 @@ def invert(
         images_BCHW: float32 [B, 3, H, W] in [0, 1], of the generator's resolution.
         perceptual: the image distance; moved to the generator's device.
         settings: how to descend.
-        encoding: w_e, float32 [B, L, D]: an encoder's guess, to start from and to stay near (|w - w_e|^2 <=
-            `settings.radius`). Without one, the descent starts at the best of random candidates and is free.
+        encoding: w_e, float32 [B, L, D], predicted by an encoder, to start from and to stay near (|w - w_e|^2 <=
+            `settings.radius`). Without one, the descent starts at the best of random candidates and is not bounded.
         progress: called at every step.
 
     Raises:
@@ -180,8 +187,7 @@ class _Objective:
 
     @torch.no_grad()
     def best_candidate(self, settings: InversionSettings) -> Tensor:
-        """Of the average and random latents the one of least loss, [B, L, D]; all images choose from the
-        same."""
+        """Of the average and random latents the one of least loss, [B, L, D]; all images choose from the same ones."""
         w_avg = self.generator.w_avg
         random = torch.Generator().manual_seed(settings.seed)
         z_SD = torch.randn(settings.candidates, self.generator.z_dim, generator=random).to(w_avg.device)
@@ -225,7 +231,7 @@ def _descend(
 
 
 def _better(best: Inversion | None, now: Inversion) -> Inversion:
-    """Per image the one of lower loss; a copy, because the optimiser goes on writing to the iterate."""
+    """Of each image the iterate of lower loss; copied, because the optimizer goes on writing to the current one."""
     now = Inversion(*(t.detach().clone() for t in (now.w_plus, now.loss, now.perceptual, now.mse)))
     if best is None:
         return now

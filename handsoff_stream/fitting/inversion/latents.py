@@ -1,8 +1,8 @@
 """The latent of every labelled image: given with the image, or found by inversion.
 
-An image that the generator made comes with its latent (`sample_for_annotation`), an image inverted elsewhere may. What
-is given is used as it is; how well it regenerates its image is measured, because a latent of another generator would
-otherwise pass unnoticed.
+An image that the generator made comes with its latent (`annotation.sample`), and an image inverted elsewhere may. A
+given latent is used as it is. How well it makes its image is measured, because a mismatched latent, such as one of
+another generator, would pass unnoticed otherwise.
 
 Knows latents and images. Does not know labels.
 
@@ -10,7 +10,7 @@ Shape letters: N images, L number of style inputs, D latent size, H W image size
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,17 @@ from handsoff_stream.files.containers import read_content
 from handsoff_stream.files.tensors import is_safetensors, read_tensors
 from handsoff_stream.fitting.inversion.descent import InversionSettings
 from handsoff_stream.fitting.inversion.perceptual import Perceptual, load_perceptual
-from handsoff_stream.fitting.inversion.store import invert_images
+from handsoff_stream.fitting.inversion.store import ImageList, invert_images
 from handsoff_stream.generators import Generator
 
 SPACES = ("w+", "w", "z")
+Encode = Callable[[ImageList], Mapping[str, Tensor]]
+"""Images => an encoder's latent of each, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpace:
-    """What given latents are, and so how they become w+.
+    """Which space given latents belong to, and so how they become w+.
 
     DatasetGAN annotated samples of z, truncated by 0.7 on the first 8 (cars, faces) or 7 (cats, bedrooms) style inputs
     (published code); HandsOff's and ReStyle's latents are w+ as they are.
@@ -52,7 +54,7 @@ class LatentSpace:
         if self.name not in SPACES:
             raise ValueError(f"latent space {self.name!r} is unknown; pass one of {', '.join(SPACES)}")
         if self.cutoff is not None and self.cutoff < 0:
-            raise ValueError(f"cutoff={self.cutoff}; it counts style inputs")
+            raise ValueError(f"cutoff={self.cutoff} is not a number of style inputs; pass 0 or more, or None for all")
         if self.name == "w+" and (self.truncation != 1.0 or self.cutoff is not None):
             raise ValueError("latents w+ are used as they are; truncation and cutoff are for z and w")
 
@@ -73,8 +75,8 @@ class LatentSpace:
         for name, latent in latents.items():
             if latent.numel() != size:
                 raise ValueError(
-                    f"latent {name!r} is {list(latent.shape)}, {self.name} of this generator has {size} numbers; say "
-                    "which space the latents are of, and pass their generator"
+                    f"latent {name!r} is {list(latent.shape)}, {self.name} of this generator has {size} numbers; "
+                    "pass the space that the latents are of, and their generator"
                 )
             latent_1D = latent.to(generator.w_avg).view(1, size)
             w_1D = generator.mapping(latent_1D) if self.name == "z" else latent_1D
@@ -86,6 +88,8 @@ class LatentSpace:
 class FoundLatents:
     """Latents of N images, and where they come from."""
 
+    names: tuple[str, ...]
+    """Of the images, in their order."""
     w_plus: Tensor
     """float32 [N, L, D] on the CPU."""
     provenance: dict[str, Any]
@@ -100,21 +104,24 @@ def read_latent(path: str | Path) -> Tensor:
             [D], [L, D] or [1, L, D]. Nothing in a file is executed.
 
     Raises:
-        ValueError: no such file, or one that holds anything else.
+        CheckpointError: no such file, or one that holds anything else.
     """
     path = Path(path)
     try:
         w_plus = _stored_w_plus(path) if is_safetensors(path) else read_content(path).value
     except (CheckpointError, OSError) as error:
-        raise ValueError(f"{path}: no readable latent ({error}); write w_plus to a safetensors file") from error
+        raise CheckpointError(f"{path}: no readable latent ({error}); write w_plus to a safetensors file") from error
     if isinstance(w_plus, np.ndarray) and w_plus.dtype.kind == "f":
         w_plus = torch.from_numpy(np.array(w_plus, dtype=np.float32))
     if not isinstance(w_plus, Tensor) or w_plus.ndim not in (1, 2, 3) or w_plus.shape[:-2].numel() != 1:
         found = f"{w_plus.dtype} {list(w_plus.shape)}" if hasattr(w_plus, "shape") else type(w_plus).__name__
-        raise ValueError(
+        raise CheckpointError(
             f"{path}: holds {found}, not the float latent [L, D] or [D] of one image; keep one latent a file"
         )
-    return w_plus.float().reshape(w_plus.shape[-2:])
+    latent = w_plus.float().reshape(w_plus.shape[-2:])
+    if not latent.isfinite().all():
+        raise CheckpointError(f"{path}: holds NaN or infinite values, which make no image; invert that image again")
+    return latent
 
 
 def _stored_w_plus(path: Path) -> Tensor:
@@ -124,51 +131,58 @@ def _stored_w_plus(path: Path) -> Tensor:
     return tensors["w_plus"]
 
 
-def find_latents(
+def invert(
     generator: Generator,
-    images: Sequence[tuple[str, Tensor]],
-    given: Mapping[str, Tensor],
-    out_dir: str | Path,
+    images: ImageList,
+    folder: str | Path,
+    settings: InversionSettings | None = None,
     *,
-    inversion: InversionSettings,
-    perceptual: Perceptual | None = None,
-    encodings: Mapping[str, Tensor] | None = None,
+    given: Mapping[str, Tensor] | None = None,
+    perceptual: Perceptual | str | None = None,
+    encode: Encode | None = None,
     progress: bool = False,
 ) -> FoundLatents:
-    """Latents of all images, in their order; those that are not given are inverted.
+    """Latents of all images, in their order: the given ones as they are, the others by inversion.
 
     Args:
         generator: its device does the work.
         images: (name, float32 [3, H, W] in [0, 1]) of the generator's resolution.
-        given: name => w+ [L, D] of some of them, or of all: then neither `perceptual` nor `out_dir` is used.
-        out_dir, inversion, encodings, progress: see `invert_images`.
-        perceptual: image distance of the inversion; `load_perceptual()` if None.
+        folder: where inversions are kept, see `invert_images`; not used if all latents are given.
+        settings: how to descend.
+        given: name => w+ [L, D] of the images that need no inversion, because this generator made them or because they
+            were inverted elsewhere.
+        perceptual: image distance of the inversion, or the name of its backbone, see `load_perceptual`; not loaded if
+            all latents are given.
+        encode: the images to be inverted => name => w_e [L, D], to start from and stay near, such as `encode_images`
+            of a ReStyle encoder. None: each descent starts at the best of random candidates.
+        progress: show bars.
 
     Raises:
-        ValueError: a latent of no image, of another shape or not finite, and whatever `invert_images` refuses.
+        ValueError: a given latent without an image, of another shape or not finite; whatever `invert_images` refuses.
     """
+    given, settings = given or {}, settings or InversionSettings()
     _check(generator, images, given)
     psnr = _fidelity(generator, images, given)
     latents = {name: w_plus_LD.float().cpu() for name, w_plus_LD in given.items()}
     provenance: dict[str, Any] = {"given_latents": {"psnr": psnr}} if given else {}
     pending = [(name, image) for name, image in images if name not in given]
-    if pending or not images:
-        perceptual = perceptual or load_perceptual()
-        found = invert_images(
-            generator, pending, out_dir, perceptual, inversion, encodings=encodings, progress=progress
-        )
+    if pending:
+        distance = perceptual if isinstance(perceptual, Perceptual) else load_perceptual(perceptual)
+        encodings = None if encode is None else encode(pending)
+        found = invert_images(generator, pending, folder, distance, settings, encodings=encodings, progress=progress)
         latents |= {name: found.w_plus[i] for i, (name, _) in enumerate(pending)}
-        provenance["perceptual"] = perceptual.description
+        provenance["perceptual"] = distance.description
         provenance["inversion"] = {
-            **inversion.config(),
+            **settings.config(),
             "images": [name for name, _ in pending],
             "psnr": found.psnr.tolist(),
             "lpips": found.perceptual.tolist(),
         }
-    return FoundLatents(torch.stack([latents[name] for name, _ in images]), provenance)
+    names = tuple(name for name, _ in images)
+    return FoundLatents(names, torch.stack([latents[name] for name in names]), provenance)
 
 
-def _check(generator: Generator, images: Sequence[tuple[str, Tensor]], given: Mapping[str, Tensor]) -> None:
+def _check(generator: Generator, images: ImageList, given: Mapping[str, Tensor]) -> None:
     names = [name for name, _ in images]
     stray, twice = sorted(set(given) - set(names)), sorted({name for name in names if names.count(name) > 1})
     if not names or stray or twice:
@@ -191,24 +205,23 @@ def _check(generator: Generator, images: Sequence[tuple[str, Tensor]], given: Ma
             )
 
 
-def _fidelity(
-    generator: Generator, images: Sequence[tuple[str, Tensor]], given: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """Name => PSNR in dB of the image that the given latent makes; warns of latents that do not make their images."""
+def _fidelity(generator: Generator, images: ImageList, given: Mapping[str, Tensor]) -> dict[str, float]:
+    """Name => PSNR in dB of the image that the given latent makes; warns of latents that do not match their images."""
     average_LD = generator.w_avg.expand(generator.num_ws, -1)
     psnr: dict[str, float] = {}
-    strangers: list[str] = []
+    mismatched: list[str] = []
     for name, image in images:
         if name in given:
             psnr[name], average = _psnr(generator, given[name], image), _psnr(generator, average_LD, image)
-            # No threshold in dB tells inversions from strangers everywhere; the average image is the better stranger.
+            # No threshold in dB separates inversions from mismatched latents in every domain. The average latent does:
+            # an inversion comes closer to its image than the average image does, a mismatched latent usually does not.
             if psnr[name] < average:
-                strangers.append(f"{name} ({psnr[name]:.1f} dB, the average latent {average:.1f} dB)")
-    if strangers:
+                mismatched.append(f"{name} ({psnr[name]:.1f} dB, the average latent {average:.1f} dB)")
+    if mismatched:
         warnings.warn(
-            f"latents that make their images worse than the average latent does: {', '.join(strangers)}. Labels would "
-            "be learnt at the wrong places; check that the latents belong to these images and to this generator",
-            stacklevel=4,
+            f"latents that make their images worse than the average latent does: {', '.join(mismatched)}. Labels would "
+            "be learned at the wrong places; check that the latents belong to these images and to this generator",
+            stacklevel=3,
         )
     return psnr
 

@@ -1,8 +1,8 @@
 """LPIPS as a squared distance of embeddings; the only importer of `lpips`, and only when it is called.
 
 LPIPS (Zhang et al., CVPR 2018, equation 1) is sum_l mean_hw sum_c v_lc (a_lchw - b_lchw)^2 over
-unit-normalised activations. With sqrt(v / hw) multiplied in it is |embed(a) - embed(b)|^2, so that what is
-compared again and again is embedded once.
+unit-normalized activations. With sqrt(v / hw) multiplied in it is |embed(a) - embed(b)|^2, so that an image that is
+compared many times is embedded once.
 
 Knows where torchvision keeps backbone weights, and never downloads them: without weights it takes a random
 backbone, warns, and says so in `description`. Does not know generators or latents.
@@ -10,7 +10,6 @@ backbone, warns, and says so in `description`. Does not know generators or laten
 Shape letters: B batch, N size of an embedding, C channels, H W map size.
 """
 
-import hashlib
 import re
 import warnings
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from handsoff_stream.provenance import sha256
 
 WEIGHTS = {
     "vgg": "VGG16_Weights",
@@ -68,8 +69,8 @@ def load_perceptual(net: str | None = None) -> Perceptual:
     """LPIPS with a backbone of torchvision's cache, `torch.hub.get_dir()`/checkpoints; on the CPU.
 
     Without backbone weights there, a backbone of random weights and a fixed seed stands in, with a warning. It sees
-    edges and colours at all scales but no meaning. Of the random ones "squeeze" inverts best in a given time: on 16
-    renders of 32 x 32, 60 steps with "vgg" gave 21.8 dB in 80 s, 200 steps with "squeeze" 23.2 dB in 56 s.
+    edges and colors at all scales, but not what they belong to. Of the random ones "squeeze" inverts best in a given
+    time: on 16 renders of 32 x 32, 60 steps with "vgg" gave 21.8 dB in 80 s, 200 steps with "squeeze" 23.2 dB in 56 s.
 
     Args:
         net: "vgg" (what the paper uses), "alex" or "squeeze". None: "vgg" where its weights are, else
@@ -90,8 +91,8 @@ def load_perceptual(net: str | None = None) -> Perceptual:
     chosen = net or SUBSTITUTE_NET
     warnings.warn(
         f"LPIPS has no trained backbone: {file} does not exist and nothing is downloaded here. A random "
-        f"backbone (net={chosen}, seed {SUBSTITUTE_SEED}) stands in; inversions follow edges and colours, not "
-        "meaning. Put torchvision's file there for the published loss.",
+        f"backbone (net={chosen}, seed {SUBSTITUTE_SEED}) stands in; inversions follow edges and colors only. "
+        "Put torchvision's file there for the published loss.",
         stacklevel=2,
     )
     return Perceptual(_network(chosen), f"lpips 0.1, net={chosen}, RANDOM backbone, seed {SUBSTITUTE_SEED}")
@@ -125,7 +126,7 @@ def _network(net: str) -> Any:
 
 def _load_backbone(backbone: nn.Module, file: Path) -> None:
     """torchvision's `features.*` into the slices that lpips cuts them into; the positions are kept."""
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = sha256(file)
     promised = re.search(r"-([0-9a-f]{8})\.", file.name)
     if promised is not None and not digest.startswith(promised[1]):
         raise ValueError(f"{file} is damaged: its sha256 begins with {digest[:8]}; delete it and copy it again")

@@ -1,7 +1,7 @@
-"""Geometry and weights => generator: the last step of every adapter, and the one that allocates.
+"""Geometry and weights => generator: the last step of every adapter, and the one that allocates memory.
 
-Knows what a generator needs in order to be built. Does not know files or anybody's names. Sizes come from untrusted
-files, so shapes are compared on the meta device, which allocates nothing, before the generator is made.
+Sizes come from untrusted files. Shapes are therefore compared on the meta device, which allocates nothing, before the
+generator is built. Knows what a family needs to be built. Does not know files or the names that other projects use.
 """
 
 from collections.abc import Mapping
@@ -11,48 +11,73 @@ import torch
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.budget import MAX_LAYERS, MAX_LEVELS, MAX_SIDE, check_count
+from handsoff_stream.files.schema import arguments_of, validated
 from handsoff_stream.files.weights import build
 from handsoff_stream.generators.base import Generator
 
-MAX_SIDE = 4096  # pixels; the largest published generator has 1024
-MAX_WIDTH = 8192  # of anything in a geometry; published ones have at most 512, and some thousand classes
-# Latents averaged for the truncation centre when the file stores none, as the published sampling scripts do.
 NUM_MEAN_LATENTS = 4096
+"""Latents that are averaged for the center of truncation of a file that stores none, as published scripts do."""
 MEAN_LATENT_SEED = 0
 
 G = TypeVar("G", bound=Generator)
 
 
 def assemble(family: type[G], config: Mapping[str, Any], state: Mapping[str, Tensor]) -> G:
-    """A generator of this geometry with these weights (in the family's names), float32 on the CPU.
+    """Build a generator, float32 on the CPU.
+
+    Args:
+        family: its class.
+        config: keyword arguments of the class.
+        state: weights under the names of the class.
 
     Raises:
-        CheckpointError: a geometry that cannot be built or is absurdly large; weights that are missing, superfluous,
-            of another shape, NaN or infinite.
+        CheckpointError: the geometry cannot be built or is absurdly large; weights are missing, unknown, of another
+            shape, NaN or infinite.
     """
+    config = validated(arguments_of(family), dict(config), "its geometry").model_dump(exclude_unset=True)
     _check_sizes(config)
     try:
         with torch.device("meta"):
             expected = family(**config)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"its geometry describes no {family.family} generator ({error})") from error
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"its geometry describes no {family.family} generator ({error}); use another copy of the file"
+        ) from error
     if max(expected.resolution) > MAX_SIDE:
-        raise CheckpointError(f"images of {expected.resolution}; up to {MAX_SIDE} pixels a side are supported")
+        raise CheckpointError(
+            f"it makes images of {expected.resolution}, which are too large; use a generator with at most {MAX_SIDE} "
+            "pixels per side"
+        )
     return build(lambda: family(**config), expected, state)
 
 
-def centre(w_avg: Tensor, w_dim: int) -> Tensor:
-    """Average latent as files store it, [D], [L, D] or [1, L, D] with equal rows => [D]."""
+def center_of_truncation(w_avg: Tensor, w_dim: int) -> Tensor:
+    """The center of truncation, float32 [D], from an average latent as files store it.
+
+    Args:
+        w_avg: [D], or [L, D] or [1, L, D] with equal rows.
+        w_dim: D.
+
+    Raises:
+        CheckpointError: another shape, or rows that differ.
+    """
     rows = w_avg.reshape(-1, w_avg.shape[-1]).float()
-    if not len(rows) or rows.shape[1] != w_dim:
-        raise CheckpointError(f"an average latent {list(w_avg.shape)} for a generator whose w has {w_dim} numbers")
+    if not len(rows) or rows.shape[1] != w_dim or not rows.isfinite().all():
+        raise CheckpointError(
+            f"its average latent has shape {list(w_avg.shape)}, but the generator's w has {w_dim} finite numbers; use "
+            "the average latent of this generator"
+        )
     if (rows - rows[0]).abs().max() > 1e-3:
-        raise CheckpointError("an average latent that differs between style inputs, but the mapping gives one for all")
+        raise CheckpointError(
+            "its average latent differs between style inputs, but the mapping network gives one w for all; use a mean "
+            "of w"
+        )
     return rows[0]
 
 
-def estimate_centre(generator: Generator) -> None:
-    """Set w_avg to the mean of `NUM_MEAN_LATENTS` mapped latents of a fixed seed, for files that store none."""
+def estimate_center(generator: Generator) -> None:
+    """Set `w_avg` to the mean of `NUM_MEAN_LATENTS` mapped latents of a fixed seed, for files that store none."""
     random = torch.Generator().manual_seed(MEAN_LATENT_SEED)
     with torch.no_grad():
         z = torch.randn(NUM_MEAN_LATENTS, generator.z_dim, generator=random)
@@ -60,7 +85,9 @@ def estimate_centre(generator: Generator) -> None:
 
 
 def _check_sizes(config: Mapping[str, Any]) -> None:
+    """Numbers of modules, which take memory and time of their own even on the meta device."""
     for name, value in config.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if len(values) > MAX_WIDTH or any(isinstance(v, int) and abs(v) > MAX_WIDTH for v in values):
-            raise CheckpointError(f"its geometry has {name} beyond {MAX_WIDTH}, which no StyleGAN has")
+        if isinstance(value, list):
+            check_count(len(value), MAX_LEVELS, f"{name} in its geometry")
+        elif name.endswith("layers"):
+            check_count(value, MAX_LAYERS, f"{name} in its geometry")

@@ -1,7 +1,7 @@
-"""StyleGAN as DatasetGAN, EditGAN and HandsOff read it: a state dict of `g_mapping.*` and `g_synthesis.*`.
+"""Adapter of the StyleGAN files of DatasetGAN, EditGAN and HandsOff: a state dict of `g_mapping.*`, `g_synthesis.*`.
 
-The files store neither noise maps (the maps are zero) nor an average latent: that is a separate `.npy` file, or is
-estimated.
+The files store no noise maps, so the maps are zero, and no average latent, which is in a separate `.npy` file or is
+estimated. Knows the names in these files. Does not know containers or arithmetic.
 """
 
 import re
@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from handsoff_stream.files.budget import MAX_LAYERS, MAX_LEVELS, check_count
 from handsoff_stream.files.weights import tensor
 from handsoff_stream.generators.base import Generator
-from handsoff_stream.generators.published.assemble import assemble, estimate_centre
+from handsoff_stream.generators.published.assemble import assemble, estimate_center
 from handsoff_stream.generators.stylegan1 import StyleGAN1
 
 SOURCE = "DatasetGAN's StyleGAN"
 
 
 def build(content: Any) -> tuple[Generator, str] | None:
-    """Content of a file => generator and source format; None if it is of another format.
+    """Content of a file => generator and its source; None if the content is of another format.
 
     Raises:
-        CheckpointError: tensors that make no StyleGAN.
+        CheckpointError: the tensors do not make a StyleGAN.
     """
     if not isinstance(content, Mapping) or not isinstance(content.get("g_synthesis.blocks.4x4.const"), Tensor):
         return None
@@ -31,7 +32,11 @@ def build(content: Any) -> tuple[Generator, str] | None:
 
 
 def convert(state: Mapping[str, Tensor]) -> StyleGAN1:
-    """State dict in DatasetGAN's names => generator, its average latent estimated."""
+    """State dict with DatasetGAN's names => generator with an estimated average latent.
+
+    Raises:
+        CheckpointError: the tensors do not make a StyleGAN.
+    """
     config = geometry(state)
     renamed = {
         "constant": tensor(state, "g_synthesis.blocks.4x4.const", ndim=4)[0],
@@ -46,19 +51,26 @@ def convert(state: Mapping[str, Tensor]) -> StyleGAN1:
     for i in range(len(config["channels"])):
         renamed |= _block(state, f"blocks.{i}", i)
     generator = assemble(StyleGAN1, config, renamed)
-    estimate_centre(generator)
+    estimate_center(generator)
     return generator
 
 
 def geometry(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Constructor arguments of `StyleGAN1`, from the shapes alone."""
+    """Keyword arguments of `StyleGAN1`, from the shapes of the tensors.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another number of dimensions.
+    """
     keys = [key for key in state if isinstance(key, str)]
     num_blocks = sum(re.fullmatch(r"g_synthesis\.blocks\.\d+x\d+\.conv1?\.bias", key) is not None for key in keys)
+    mapping_layers = sum(re.fullmatch(r"g_mapping\.dense\d+\.weight", key) is not None for key in keys)
+    check_count(num_blocks, MAX_LEVELS, "resolutions in its state dict")
+    check_count(mapping_layers, MAX_LAYERS, "layers in its mapping network")
     return {
         "channels": [tensor(state, f"{_name(i)}.{_second(i)}.weight", ndim=4).shape[0] for i in range(num_blocks)],
         "z_dim": tensor(state, "g_mapping.dense0.weight", ndim=2).shape[1],
         "w_dim": tensor(state, f"{_name(0)}.epi1.style_mod.lin.weight", ndim=2).shape[1],
-        "mapping_layers": sum(re.fullmatch(r"g_mapping\.dense\d+\.weight", key) is not None for key in keys),
+        "mapping_layers": mapping_layers,
         "image_channels": tensor(state, "g_synthesis.torgb.weight", ndim=4).shape[0],
     }
 
@@ -68,7 +80,7 @@ def _name(i: int) -> str:
 
 
 def _second(i: int) -> str:
-    """Name of a block's second convolution; at the constant it is the only one."""
+    """Name of the second convolution of a block; the block of the constant has no other."""
     return "conv1" if i else "conv"
 
 

@@ -1,8 +1,10 @@
-"""NVlabs pickles of StyleGAN2: stylegan2-ada-pytorch, the stylegan3 repository, StyleGAN-Human.
+"""Adapter of NVlabs pickles of StyleGAN2: stylegan2-ada-pytorch, the stylegan3 repository, StyleGAN-Human.
 
-The file is a dictionary of networks; each network, layer by layer, is a `Record`: class name and attributes. The
-architecture is read from the attributes of the layers, since the code bases disagree on names and defaults of their
-constructor arguments. Everything is evaluated in float32, blocks flagged as float16 too.
+A file is a dictionary of networks. Each network, and each of its layers, is a `Record` of class name and attributes.
+The architecture is read from the attributes of the layers, because the code bases differ in the names and defaults of
+their constructor arguments. All blocks become float32, including those that are marked as float16.
+
+Knows the names in these files. Does not know pickles or arithmetic.
 """
 
 import re
@@ -13,27 +15,29 @@ import torch
 from torch import Tensor
 
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.budget import MAX_LAYERS, MAX_LEVELS, check_count
 from handsoff_stream.files.strict_pickle import Record, shown
 from handsoff_stream.files.weights import tensor
 from handsoff_stream.generators.base import Generator
 from handsoff_stream.generators.layers import fir_kernel
-from handsoff_stream.generators.published.assemble import assemble, centre, estimate_centre
+from handsoff_stream.generators.published.assemble import assemble, center_of_truncation, estimate_center
 from handsoff_stream.generators.stylegan2 import StyleGAN2
 
 KINDS = ("weight", "bias")
 
 
 def build(content: Any) -> tuple[Generator, str] | None:
-    """Content of a file => generator and source format; None if it is of another format.
+    """Content of a file => generator and its source; None if the content is of another format.
 
     Raises:
-        CheckpointError: no `G_ema`, StyleGAN3, or a StyleGAN2 with options that were never published.
+        CheckpointError: there is no `G_ema`, or it is a StyleGAN3, or a StyleGAN2 with options that were never
+            published.
     """
     if not isinstance(content, Mapping) or not any(isinstance(content.get(key), Record) for key in ("G", "G_ema")):
         return None
     network = content.get("G_ema")
     if not isinstance(network, Record):
-        raise CheckpointError("holds a generator G, but not G_ema, its running average; use a snapshot that has it")
+        raise CheckpointError("a generator G without its running average G_ema; use a snapshot that has it")
     synthesis = _child(network, "synthesis")
     if "input" in _modules(synthesis) or "layer_names" in synthesis.state:
         raise CheckpointError(
@@ -49,7 +53,11 @@ def build(content: Any) -> tuple[Generator, str] | None:
 
 
 def convert(network: Record) -> StyleGAN2:
-    """The record of a `Generator` => generator."""
+    """The record of a network of class `Generator` => generator.
+
+    Raises:
+        CheckpointError: the network is no StyleGAN2, or has options that were never published.
+    """
     mapping = _child(network, "mapping")
     blocks = _blocks(_child(network, "synthesis"))
     config, renamed = _mapping(mapping, network)
@@ -57,24 +65,30 @@ def convert(network: Record) -> StyleGAN2:
     renamed["constant"] = _tensor(blocks[0], "const", ndim=3)
     for i, block in enumerate(blocks):
         renamed |= _block(block, f"blocks.{i}")
-    w_avg = _tensors(mapping).get("w_avg")
+    w_avg = _find(mapping, "w_avg")
     if w_avg is None and config["label_dim"]:
-        raise CheckpointError("a conditional generator without w_avg, the centre of truncation; use another snapshot")
-    renamed["w_avg"] = torch.zeros(config["w_dim"]) if w_avg is None else centre(w_avg, config["w_dim"])
+        raise CheckpointError("a conditional generator without w_avg, the center of truncation; use another snapshot")
+    renamed["w_avg"] = torch.zeros(config["w_dim"]) if w_avg is None else center_of_truncation(w_avg, config["w_dim"])
     generator = assemble(StyleGAN2, config, renamed)
     if w_avg is None:
-        estimate_centre(generator)
+        estimate_center(generator)
     return generator
 
 
 def _mapping(mapping: Record, network: Record) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    depth = sum(re.fullmatch(r"fc\d+", name) is not None for name in _modules(mapping))
+    depth = sum(re.fullmatch(r"fc\d+", name) is not None for name in _names(mapping))
+    check_count(depth, MAX_LAYERS, "layers in its mapping network")
     layers = [_child(mapping, f"fc{i}") for i in range(depth)]
     if not layers or any(layer.state.get("activation") != "lrelu" for layer in layers):
-        raise CheckpointError("a mapping network without layers, or with another activation than leaky ReLU")
+        raise CheckpointError(
+            "a mapping network without layers, or with another activation than leaky ReLU, which is not supported; use "
+            "another StyleGAN2"
+        )
     z_dim = network.state.get("z_dim")
     if type(z_dim) is not int:
-        raise CheckpointError("no z_dim in its Generator; not a StyleGAN2, or a damaged file")
+        raise CheckpointError(
+            "no z_dim in its Generator, which is no StyleGAN2 or damaged; use another copy of the file"
+        )
     multiplier = _same([layer.state.get("bias_gain") for layer in layers], "learning-rate multipliers in its mapping")
     renamed = {f"mapping_network.{i}.{kind}": _tensor(layer, kind) for i, layer in enumerate(layers) for kind in KINDS}
     config = {
@@ -85,7 +99,7 @@ def _mapping(mapping: Record, network: Record) -> tuple[dict[str, Any], dict[str
         "mapping_hidden": _tensor(layers[0], "weight", ndim=2).shape[0] if len(layers) > 1 else None,
         "label_dim": 0,
     }
-    if "embed" in _modules(mapping):
+    if _modules(mapping).get("embed") is not None:
         embedding = _child(mapping, "embed")
         renamed |= {f"label_embedding.{kind}": _tensor(embedding, kind) for kind in KINDS}
         config["label_features"], config["label_dim"] = _tensor(embedding, "weight", ndim=2).shape
@@ -96,7 +110,9 @@ def _synthesis_config(blocks: list[Record]) -> dict[str, Any]:
     layers = [layer for block in blocks for name, layer in _layers(block).items() if name != "skip"]
     clamp = _same([layer.state.get("conv_clamp") for layer in layers], "clamps in its layers")
     if any(layer.state.get("activation", "lrelu") != "lrelu" for layer in layers):
-        raise CheckpointError("a synthesis network with another activation than leaky ReLU, which is not supported")
+        raise CheckpointError(
+            "a synthesis network with another activation than leaky ReLU, which is not supported; use another StyleGAN2"
+        )
     return {
         "channels": [_tensor(_child(block, "conv1"), "weight", ndim=4).shape[0] for block in blocks],
         "constant_size": list(_tensor(blocks[0], "const", ndim=3).shape[1:]),
@@ -107,10 +123,13 @@ def _synthesis_config(blocks: list[Record]) -> dict[str, Any]:
 
 
 def _blocks(synthesis: Record) -> list[Record]:
-    """From the constant upwards; their names are image heights."""
-    heights = sorted(int(name[1:]) for name in _modules(synthesis) if re.fullmatch(r"b\d{1,5}", name))
+    """The blocks from the constant upwards; their names contain the heights of their maps."""
+    heights = sorted(int(name[1:]) for name in _names(synthesis) if re.fullmatch(r"b\d{1,5}", name))
+    check_count(len(heights), MAX_LEVELS, "blocks in its synthesis network")
     if not heights or heights != [heights[0] << i for i in range(len(heights))]:
-        raise CheckpointError(f"a synthesis network of blocks {heights[:12]}, which do not double in size")
+        raise CheckpointError(
+            f"a synthesis network with blocks of heights {heights}, which do not double; use another StyleGAN2"
+        )
     return [_child(synthesis, f"b{height}") for height in heights]
 
 
@@ -119,9 +138,11 @@ def _block(block: Record, ours: str) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for theirs, layer in _layers(block).items():
         prefix = f"{ours}.{names[theirs]}"
-        resampled = _tensors(layer).get("resample_filter")
+        resampled = _find(layer, "resample_filter")
         if resampled is not None and not _is_usual_filter(resampled):
-            raise CheckpointError("a resampling filter other than [1, 3, 3, 1], which is not supported")
+            raise CheckpointError(
+                "a resampling filter other than [1, 3, 3, 1], which is not supported; use another StyleGAN2"
+            )
         if theirs == "skip":
             renamed[f"{prefix}.weight"] = _tensor(layer, "weight")
             continue
@@ -139,41 +160,50 @@ def _block(block: Record, ours: str) -> dict[str, Tensor]:
 
 
 def _layers(block: Record) -> dict[str, Record]:
-    return {name: _child(block, name) for name in ("conv0", "conv1", "torgb", "skip") if name in _modules(block)}
+    modules = _modules(block)
+    return {name: _child(block, name) for name in ("conv0", "conv1", "torgb", "skip") if modules.get(name) is not None}
 
 
 def _modules(record: Record) -> dict[str, Any]:
     modules = record.state.get("_modules")
     if not isinstance(modules, dict):
-        raise CheckpointError(f"a {shown(record.class_name)} without modules; the file is damaged")
-    return {name: module for name, module in modules.items() if isinstance(name, str) and module is not None}
+        raise CheckpointError(
+            f"a {shown(record.class_name)} without modules, so the file is damaged; use another copy of it"
+        )
+    return modules
+
+
+def _names(record: Record) -> list[str]:
+    return [name for name, module in _modules(record).items() if isinstance(name, str) and module is not None]
 
 
 def _child(record: Record, name: str) -> Record:
     child = _modules(record).get(name)
     if not isinstance(child, Record):
         raise CheckpointError(
-            f"no module {name!r} in its {shown(record.class_name)}; not a StyleGAN2, or a damaged file"
+            f"no module {name!r} in its {shown(record.class_name)}, which is no StyleGAN2 or damaged; use another copy "
+            "of the file"
         )
     return child
 
 
-def _tensors(record: Record) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for kind in ("_parameters", "_buffers"):
-        for name, value in (record.state.get(kind) or {}).items():
-            if isinstance(value, Tensor):
-                found[name] = value
-    return found
+def _find(record: Record, name: str) -> Tensor | None:
+    """A parameter or buffer of a layer; looked up, since a hostile layer has a hundred thousand others."""
+    for kind in ("_buffers", "_parameters"):
+        named = record.state.get(kind)
+        value = named.get(name) if isinstance(named, dict) else None
+        if isinstance(value, Tensor):
+            return value
+    return None
 
 
 def _tensor(record: Record, name: str, *, ndim: int | None = None) -> Tensor:
-    return tensor(_tensors(record), name, ndim=ndim)
+    return tensor({name: _find(record, name)}, name, ndim=ndim)
 
 
 def _same(values: list[Any], what: str) -> Any:
     if any(type(v) not in (str, int, float, bool, type(None)) for v in values) or len(set(values)) != 1:
-        raise CheckpointError(f"different or odd {what}, which no published generator has")
+        raise CheckpointError(f"different or odd {what}, which no published generator has; use another StyleGAN2")
     return values[0]
 
 

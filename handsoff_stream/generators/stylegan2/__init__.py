@@ -1,4 +1,4 @@
-"""StyleGAN2: the network from the paper (`network`), and the same synthesis with prepared weights (`folded`)."""
+"""StyleGAN2: the trainable network (`network`, `style_layers`), and its synthesis with prepared weights (`folded`)."""
 
 from handsoff_stream.generators.stylegan2.network import StyleGAN2
 

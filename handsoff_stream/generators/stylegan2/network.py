@@ -1,8 +1,8 @@
 """The StyleGAN2 generator: mapping network, synthesis network, feature maps.
 
-From the paper's text: StyleGAN2 (Karras et al., CVPR 2020; "SG2" below), with the conditional mapping of its official
-code. Knows skip, residual and plain architectures, constants of any shape and any channel table. Does not know file
-formats, labels of pixels, or training losses.
+Written from the paper: StyleGAN2 (Karras et al., CVPR 2020; "SG2" below), with the conditional mapping of its official
+code. Knows the skip, residual and plain architectures, with constants of any shape and any channel table. Does not know
+file formats, labels of pixels, or training losses.
 
 Shape letters: B batch, D latent size, L number of style inputs.
 """
@@ -21,14 +21,27 @@ from handsoff_stream.generators.stylegan2.folded import FoldedBlock, FoldedSynth
 from handsoff_stream.generators.stylegan2.style_layers import ResidualProjection, StyleLayer, ToRGB
 
 ARCHITECTURES = ("skip", "resnet", "orig")
-FLOAT32_SIZE = 16  # up to this map size bfloat16 saves little, and every finer map inherits its coarse rounding
+FLOAT32_SIZE = 16
+"""Maps up to this size stay in float32 instead of bfloat16, which would save little time there and whose rounding
+errors all finer maps would inherit."""
 
 
 class SynthesisBlock(nn.Module):
-    """All layers of one resolution: `up` (absent at the constant), `conv`, `to_rgb`.
+    """The layers of one resolution: `up` (absent at the constant), `conv`, `to_rgb` (SG2, figure 7).
 
-    "skip": every block adds to the image. "resnet" and "orig": only the last one makes it; "resnet" adds a projection
-    of the block's input to its output, both scaled to keep unit variance (SG2, figure 7).
+    With the architecture "skip", every block contributes to the image; with "resnet" and "orig", the last block alone
+    makes it. "resnet" adds a projection of the block's input to its output, both scaled to keep the variance.
+
+    Args:
+        in_channels: channels of the input map.
+        channels: channels of the feature maps.
+        w_dim: size of w.
+        size: (H, W) of the feature maps.
+        clamp: largest magnitude of every layer's output; None: no clamp.
+        image_channels: channels of the image.
+        architecture: one of `ARCHITECTURES`.
+        first: whether the block starts from the constant.
+        last: whether its resolution is that of the image.
     """
 
     def __init__(
@@ -56,13 +69,13 @@ class SynthesisBlock(nn.Module):
         self.to_rgb = ToRGB(channels, image_channels, w_dim, clamp=clamp) if makes_image else None
 
     def style_layers(self) -> Iterator[StyleLayer]:
-        """The layers that yield a feature map, in order."""
+        """The layers whose outputs are feature maps, in order."""
         if self.up is not None:
             yield self.up
         yield self.conv
 
     def fold(self, dtype: torch.dtype) -> FoldedBlock:
-        """The same block with convolutions in `dtype`; the coarsest in float32 instead of bfloat16."""
+        """The block with convolutions in `dtype`, or in float32 instead of bfloat16 up to `FLOAT32_SIZE`."""
         if dtype == torch.bfloat16 and max(self.conv.size) <= FLOAT32_SIZE:
             dtype = torch.float32
         return FoldedBlock(
@@ -73,24 +86,24 @@ class SynthesisBlock(nn.Module):
 
 
 class StyleGAN2(Generator):
-    """StyleGAN2 generator.
+    """The StyleGAN2 generator (Karras et al., CVPR 2020).
 
     Args:
-        channels: channels per resolution, from the constant upwards; its length fixes the image size.
-        constant_size: height and width of the learned constant, (4, 4) for square images.
+        channels: channels per resolution, from the constant upwards; their number decides the image size.
+        constant_size: (height, width) of the learned constant, (4, 4) for square images.
         z_dim: size of z.
         w_dim: size of w.
         mapping_layers: depth of the mapping network.
         mapping_lr_multiplier: learning-rate multiplier of the mapping network; scales its weights and biases.
-        conv_clamp: clamp of every layer's output, None for none.
+        conv_clamp: largest magnitude of every layer's output; None: no clamp.
         image_channels: channels of the image.
-        architecture: "skip" (every published StyleGAN2 of the paper), "resnet" or "orig".
-        mapping_hidden: width of the inner layers of the mapping network; None means `w_dim`.
+        architecture: "skip" (all generators published with the paper), "resnet" or "orig".
+        mapping_hidden: width of the inner layers of the mapping network; None: `w_dim`.
         label_dim: size of the class condition, 0 for an unconditional generator.
-        label_features: size of the embedded class condition; None means `w_dim`.
+        label_features: size of the embedded class condition; None: `w_dim`.
 
     Raises:
-        ValueError: a size that cannot be built.
+        ValueError: an unknown architecture, or a size below 1.
     """
 
     family = "stylegan2"
@@ -121,9 +134,10 @@ class StyleGAN2(Generator):
             raise ValueError(
                 f"channels={list(channels)}, constant_size={list(constant_size)}, z_dim={z_dim}, w_dim={w_dim}, "
                 f"mapping_layers={mapping_layers}, image_channels={image_channels}, mapping_hidden={hidden}, "
-                f"label_dim={label_dim} describe no generator; every size must be a positive integer and "
-                "constant_size a (height, width) pair"
+                f"label_dim={label_dim} describe no generator; pass positive integers, and (height, width) as "
+                "constant_size"
             )
+        _check_scales(mapping_lr_multiplier, conv_clamp)
         self.channels = tuple(channels)
         self.constant_size = (constant_size[0], constant_size[1])
         self._z_dim, self._w_dim = z_dim, w_dim
@@ -196,7 +210,7 @@ class StyleGAN2(Generator):
         return tuple(layer.size for layer in self._style_layers())
 
     def config(self) -> dict[str, Any]:
-        # Only what departs from the usual generator is added, so that checkpoints of it keep their fingerprint.
+        # Newer arguments are added only where they differ from the defaults: older checkpoints keep their fingerprint.
         unusual: dict[str, Any] = {}
         if self.architecture != "skip":
             unusual["architecture"] = self.architecture
@@ -221,12 +235,14 @@ class StyleGAN2(Generator):
         if self.label_embedding is not None:
             if label is None or label.shape != (len(z_BD), self.label_dim):
                 raise ValueError(
-                    f"label is {None if label is None else list(label.shape)}, this generator is conditional: pass "
+                    f"label is {None if label is None else list(label.shape)}, but this generator is conditional: pass "
                     f"float32 [{len(z_BD)}, {self.label_dim}], one-hot for classes"
                 )
             x = torch.cat([x, normalize(self.label_embedding(label))], dim=1)
         elif label is not None:
-            raise ValueError("a label was given to an unconditional generator; call mapping(z) without one")
+            raise ValueError(
+                f"label is {list(label.shape)}, but this generator is unconditional; call mapping(z) without a label"
+            )
         for layer in self.mapping_network:
             x = F.leaky_relu(layer(x), LEAKY_SLOPE) * LEAKY_GAIN
         return x
@@ -251,3 +267,11 @@ class StyleGAN2(Generator):
     def _style_layers(self) -> Iterator[StyleLayer]:
         for block in self._blocks():
             yield from block.style_layers()
+
+
+def _check_scales(mapping_lr_multiplier: float, conv_clamp: float | None) -> None:
+    if not 0 < mapping_lr_multiplier < math.inf or (conv_clamp is not None and not 0 < conv_clamp < math.inf):
+        raise ValueError(
+            f"mapping_lr_multiplier={mapping_lr_multiplier}, conv_clamp={conv_clamp}: pass positive numbers, or None "
+            "for no clamp"
+        )

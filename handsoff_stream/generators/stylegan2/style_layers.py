@@ -1,8 +1,8 @@
-"""The layers of StyleGAN2's synthesis network: their parameters, and `fold`, which prepares them for one precision.
+"""The layers of StyleGAN2's synthesis network: their parameters, and `fold`, which prepares them for one dtype.
 
-From the paper's text: StyleGAN2 (Karras et al., CVPR 2020; "SG2" below). Knows parameters and run-time scales. Does not
-know how layers make a network, nor the arithmetic of a folded layer. Folding is differentiable in the parameters, so
-training folds at every step and inference once.
+Folding is differentiable in the parameters: training folds at every step, inference once. Written from the paper:
+StyleGAN2 (Karras et al., CVPR 2020; "SG2" below). Knows parameters and run-time scales. Does not know how layers make a
+network, nor the arithmetic of a folded layer.
 
 Shape letters: I input channels, O output channels, K image channels, k kernel size, D latent size.
 """
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from handsoff_stream.generators.layers import EPSILON, LEAKY_GAIN, EqualizedLinear, fir_kernel, normal
 from handsoff_stream.generators.stylegan2.folded import TINY, FoldedStyleLayer, FoldedToRGB
 
-FLOAT16_CLAMP = 256.0  # for networks trained without a clamp: what others are trained with to run in float16
+FLOAT16_CLAMP = 256.0
+"""Largest magnitude of outputs in float16, for networks trained without a clamp; others are trained with this clamp."""
 
 
 class ModulatedConv(nn.Module):
-    """Parameters of a convolution whose weights are scaled by a style (SG2, equations 1-3)."""
+    """Parameters of a convolution whose weights are scaled by a style, an affine map of w (SG2, equations 1-3)."""
 
     def __init__(self, in_channels: int, out_channels: int, w_dim: int, *, kernel_size: int):
         super().__init__()
@@ -29,7 +30,17 @@ class ModulatedConv(nn.Module):
 
 
 class StyleLayer(nn.Module):
-    """Modulated 3x3 convolution, scaled noise, bias, activation (SG2, figure 2c). Its output is a feature map."""
+    """Modulated 3x3 convolution, scaled noise, bias, activation (SG2, figure 2c). Its output is a feature map.
+
+    Args:
+        in_channels: channels of the input map.
+        out_channels: channels of the feature map.
+        w_dim: size of w.
+        up: whether the layer upsamples by 2.
+        size: (H, W) of the feature map.
+        clamp: largest magnitude of the output, before `gain`; None: no clamp.
+        gain: factor of the output.
+    """
 
     def __init__(
         self,
@@ -54,7 +65,7 @@ class StyleLayer(nn.Module):
         self.register_buffer("kernel", fir_kernel(gain=4.0), persistent=False)
 
     def fold(self, dtype: torch.dtype) -> FoldedStyleLayer:
-        """The same layer, its convolution in `dtype`; differentiable in the parameters."""
+        """The layer with its convolution in `dtype`; differentiable in the parameters."""
         weight = self.conv.weight * self.conv.weight_gain
         gain = LEAKY_GAIN * self.gain
         energy_IO = weight.square().sum(dim=(2, 3)).T / gain**2
@@ -80,7 +91,10 @@ class StyleLayer(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """1x1 modulated convolution without demodulation, to image channels, added to the skip image (SG2, figure 7b)."""
+    """1x1 modulated convolution without demodulation, to image channels; its output is added to the image.
+
+    See SG2, figure 7b.
+    """
 
     def __init__(self, in_channels: int, image_channels: int, w_dim: int, *, clamp: float | None):
         super().__init__()
@@ -89,13 +103,13 @@ class ToRGB(nn.Module):
         self.clamp = clamp
 
     def fold(self) -> FoldedToRGB:
-        """The same layer; it computes in the dtype of its input."""
+        """The layer, which computes in the dtype of its input."""
         weight_KI = self.conv.weight[:, :, 0, 0] * self.conv.weight_gain
         return FoldedToRGB(self.conv.affine.fold(), weight_KI, self.bias, self.clamp)
 
 
 class ResidualProjection(nn.Module):
-    """Around a resolution: 1x1 convolution, then filtered 2x up-sampling (SG2, figure 7c); no bias."""
+    """The path around a block: 1x1 convolution without bias, then an upsampling by 2 (SG2, figure 7c)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, gain: float):
         super().__init__()
@@ -103,5 +117,5 @@ class ResidualProjection(nn.Module):
         self.weight_gain = gain / math.sqrt(in_channels)
 
     def fold(self, dtype: torch.dtype) -> Tensor:
-        """Weight [O, I, 1, 1] of the same projection without run-time scale."""
+        """Weight [O, I, 1, 1] in `dtype`, with the run-time scale applied."""
         return (self.weight * self.weight_gain).to(dtype)

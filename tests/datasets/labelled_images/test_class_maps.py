@@ -1,4 +1,4 @@
-"""Ids and colours of somebody's masks become classes as a map says; the maps that ship are the published ones."""
+"""Ids and colors of somebody's masks become classes as a map says; the maps that ship are the published ones."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from handsoff_stream.class_ids import IGNORE_INDEX
 from handsoff_stream.config import class_map_names, load_class_map
 from handsoff_stream.datasets.labelled_images.class_maps import (
-    IGNORE_INDEX,
     ClassMap,
     MappedClass,
     Sources,
@@ -96,13 +96,13 @@ def test_a_class_may_be_made_of_others_alone():
     assert classes({}, {"from_ids": (1,)}, others="c0").apply(ids([5, 1]))[0].tolist() == [[0, 1]]
 
 
-def test_colours_become_classes():
+def test_colors_become_classes():
     class_map = classes({"from_colors": ((255, 0, 0), (0, 0, 0))}, {"from_colors": ((0, 0, 255),)})
     mapped, _ = class_map.apply(colors([[255, 0, 0], [0, 0, 0], [0, 0, 255]]))
     assert mapped.tolist() == [[0, 0, 1]]
 
 
-def test_of_an_indexed_picture_ids_count_unless_the_map_has_only_colours():
+def test_of_an_indexed_picture_ids_count_unless_the_map_has_only_colors():
     palette = np.zeros((256, 3), dtype=np.uint8)
     palette[1] = (9, 9, 9)
     indexed = RawMask(np.array([[0, 1]]), palette)
@@ -114,7 +114,7 @@ def test_of_an_indexed_picture_ids_count_unless_the_map_has_only_colours():
     assert swapped.apply(indexed)[0].tolist() == [[0, 1]]
 
 
-def test_grey_saved_in_colour_holds_ids_and_other_colours_need_a_map():
+def test_gray_saved_in_color_holds_ids_and_other_colors_need_a_map():
     class_map = classes({"from_ids": (0,)}, {"from_ids": (5,)})
     assert class_map.apply(colors([[0, 0, 0], [5, 5, 5]]))[0].tolist() == [[0, 1]]
     with pytest.raises(ValueError, match="give it from_colors"):
@@ -127,19 +127,19 @@ def test_every_mistake_is_named():
     text = problems({"from_ids": (1, 2)}, {"from_ids": (2,)}, {}, others="sky")
     assert "3 problem(s)" in text
     assert "id 2 is mapped twice: to class 0 (c0) and to class 1 (c1)" in text
-    assert "class 2 (c2) is made of nothing" in text and "others: 'sky' is no class" in text
+    assert "class 2 (c2) is made of nothing" in text and "others: 'sky' is not a class" in text
 
 
 def test_a_source_cannot_be_a_class_and_ignored():
     text = problems({"from_ids": (1,)}, {"from_ids": (2,)}, ignore=Sources(from_ids=(2,)))
     assert "id 2 is mapped twice: to class 1 (c1) and to ignore" in text
     red = {"from_colors": ((255, 0, 0),)}
-    assert "colour [255, 0, 0] is mapped twice" in problems(red, red)
+    assert "color [255, 0, 0] is mapped twice" in problems(red, red)
 
 
-def test_colours_and_ids_have_ranges():
-    assert "[0, 0, 256] is no colour" in problems({"from_colors": ((0, 0, 256),)}, {"from_ids": (1,)})
-    assert "[-1, 0, 0] is no colour" in problems({"color": (-1, 0, 0)}, {})
+def test_colors_and_ids_have_ranges():
+    assert "[0, 0, 256] is not a color" in problems({"from_colors": ((0, 0, 256),)}, {"from_ids": (1,)})
+    assert "[-1, 0, 0] is not a color" in problems({"color": (-1, 0, 0)}, {})
     assert "at most 32 bits" in problems({"from_ids": (2**31,)}, {"from_ids": (1,)})
 
 
@@ -153,7 +153,7 @@ def test_names_are_unique_and_their_number_is_limited():
             ClassMap.of_ids(map(str, range(number)))
 
 
-def test_classes_without_a_colour_get_one():
+def test_classes_without_a_color_get_one():
     class_map = ClassMap((MappedClass(name="a"), MappedClass(name="b", color=(1, 2, 3)), MappedClass(name="c")))
     assert class_map.palette == (distinct_colors(3)[0], (1, 2, 3), distinct_colors(3)[2])
     assert len(set(distinct_colors(40))) == 40
@@ -233,7 +233,7 @@ def test_palettes_are_the_published_ones(ours, theirs):
     assert [list(color) for color in palette] == PUBLISHED["palettes_rgb"][theirs][: len(palette)]
 
 
-def test_the_twelve_car_classes_have_the_name_and_the_colour_of_what_they_hold():
+def test_the_twelve_car_classes_have_the_name_and_the_color_of_what_they_hold():
     merged, fine = load_class_map("datasetgan_car_12"), load_class_map("datasetgan_car_20")
     for part in merged.classes:
         assert part.color in [fine.palette[source] for source in part.from_ids]

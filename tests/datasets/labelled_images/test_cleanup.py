@@ -5,7 +5,7 @@ from collections import deque
 import numpy as np
 import pytest
 
-from handsoff_stream.datasets.labelled_images.cleanup import connected_regions, erase_small_regions
+from handsoff_stream.datasets.labelled_images.cleanup import connected_components, erase_small_regions
 
 
 def flood_fill(ids: np.ndarray) -> np.ndarray:
@@ -51,7 +51,7 @@ def spiral(size: int) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (17, 23), (40, 31)])
 def test_regions_are_those_of_a_flood_fill(classes, shape):
     ids = np.random.default_rng(classes).integers(0, classes, shape, dtype=np.uint8)
-    found, expected = connected_regions(ids), flood_fill(ids)
+    found, expected = connected_components(ids), flood_fill(ids)
     # The same partition: region numbers match one to one.
     pairs = set(zip(found.ravel().tolist(), expected.ravel().tolist(), strict=True))
     assert len(pairs) == len(np.unique(found)) == len(np.unique(expected))
@@ -61,11 +61,11 @@ def test_regions_are_those_of_a_flood_fill(classes, shape):
 def test_a_long_thin_region_is_one():
     ids = spiral(41)
     assert ids.sum() > 500
-    assert len(np.unique(connected_regions(ids)[ids == 1])) == 1
+    assert len(np.unique(connected_components(ids)[ids == 1])) == 1
 
 
 def test_touching_at_a_corner_is_touching():
-    assert connected_regions(np.eye(4, dtype=np.uint8)).max() == 1
+    assert connected_components(np.eye(4, dtype=np.uint8)).max() == 1
 
 
 def test_regions_below_the_smallest_size_are_erased_and_no_others():

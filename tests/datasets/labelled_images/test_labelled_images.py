@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from handsoff_stream.datasets.labelled_images import (
-    ImageFolder,
     LabelledImages,
     LabelledImagesError,
+    UnlabelledImages,
     list_labelled,
 )
 from handsoff_stream.datasets.labelled_images.class_maps import ClassMap, MappedClass
@@ -61,7 +61,7 @@ def test_pairs_come_sorted_by_name_with_images_and_ids(folders):
         assert torch.equal(mask, torch.from_numpy(IDS).long())
 
 
-def test_grey_sixteen_bit_and_black_and_white_masks_are_ids(folders):
+def test_gray_sixteen_bit_and_black_and_white_masks_are_ids(folders):
     Image.fromarray(IDS.astype(np.uint16)).save(folders[1] / "a.png")
     (folders[1] / "b.npy").unlink()
     Image.fromarray(IDS > 0).save(folders[1] / "b.png")
@@ -142,9 +142,9 @@ def test_an_array_whose_header_promises_too_much_is_refused(folders):
     assert ["b.npy: cannot be read" in text for text in problems(folders)] == [True]
 
 
-def test_colour_masks_need_a_class_map(folders):
+def test_color_masks_need_a_class_map(folders):
     Image.fromarray(PIXELS).save(folders[1] / "a.png")
-    assert ["a.png: a picture in colours" in text and "from_colors" in text for text in problems(folders)] == [True]
+    assert ["a.png: a picture in colors" in text and "from_colors" in text for text in problems(folders)] == [True]
 
 
 def test_all_problems_come_together(folders):
@@ -182,20 +182,20 @@ def test_unmapped_values_are_summed_over_the_set(folders):
     assert f"not in the class map, in all: id 2 ({2 * twos} pixels, masks: 2); add them" in str(caught.value)
 
 
-def test_a_smoothed_colour_mask_is_summarised(folders):
+def test_a_smoothed_color_mask_is_summarised(folders):
     Image.fromarray(PIXELS).save(folders[1] / "a.png")
     (folders[1] / "b.npy").unlink()
     (folders[0] / "b.png").unlink()
     red_or_not = ClassMap(
         (MappedClass(name="no", from_colors=((0, 0, 0),)), MappedClass(name="red", from_colors=((255, 0, 0),)))
     )
-    with pytest.raises(LabelledImagesError, match="colour .* and [0-9]+ more, as smoothed or lossy") as caught:
+    with pytest.raises(LabelledImagesError, match="color .* and [0-9]+ more, as smoothed or lossy") as caught:
         labelled(folders, red_or_not)
     assert sum(pixels for (pixels,) in caught.value.unmapped.values()) == IDS.size
     assert len(str(caught.value)) < 1500
 
 
-def test_a_class_map_is_applied_to_ids_and_to_colours(folders):
+def test_a_class_map_is_applied_to_ids_and_to_colors(folders):
     colors = np.array([[0, 0, 0], [0, 0, 255], [255, 0, 0]], dtype=np.uint8)[IDS]
     Image.fromarray(colors).save(folders[1] / "a.png")
     class_map = ClassMap(
@@ -211,7 +211,7 @@ def test_a_class_map_is_applied_to_ids_and_to_colours(folders):
     assert images.pixels_per_class == (2 * (IDS.size - reds), 2 * reds)
 
 
-def test_colour_arrays_and_sixteen_bit_arrays_are_masks_too(folders):
+def test_color_arrays_and_sixteen_bit_arrays_are_masks_too(folders):
     np.save(folders[1] / "b.npy", np.repeat(IDS[..., None], 3, axis=2))
     assert torch.equal(labelled(folders)[1][2], torch.from_numpy(IDS).long())
     np.save(folders[1] / "b.npy", IDS.astype(">u2"))
@@ -219,15 +219,15 @@ def test_colour_arrays_and_sixteen_bit_arrays_are_masks_too(folders):
 
 
 def test_images_and_masks_of_another_size_are_brought_to_the_generators(folders):
-    cropped = labelled(folders, geometry=Geometry((8, 8), (4, 4), fit="crop"))
+    cropped = labelled(folders, geometry=Geometry((8, 8), (4, 4), resize="crop"))
     for _, image, mask in cropped:
         assert image.shape == (3, 8, 8) and image.dtype == torch.float32
         assert mask.shape == (4, 4) and mask.dtype == torch.int64
     assert torch.equal(cropped[1][1] * 255, torch.from_numpy(PIXELS[2:10]).permute(2, 0, 1).float())
-    padded = labelled(folders, geometry=Geometry((12, 12), fit="pad"))
+    padded = labelled(folders, geometry=Geometry((12, 12), resize="pad"))
     assert torch.equal(padded[0][2][:, 2:10], torch.from_numpy(IDS).long()) and (padded[0][2][:, :2] == 255).all()
     assert sum(padded.pixels_per_class) == 2 * IDS.size
-    assert [tuple(image.shape) for _, image in ImageFolder(folders[0], Geometry((12, 12), fit="pad"))] == [
+    assert [tuple(image.shape) for _, image in UnlabelledImages(folders[0], Geometry((12, 12), resize="pad"))] == [
         (3, 12, 12)
     ] * 2
 
@@ -279,11 +279,14 @@ def test_photographs_are_turned_upright(folders):
 
 
 def test_a_folder_of_images_alone_is_read_and_checked_alike(folders):
-    assert [(name, image.shape) for name, image in ImageFolder(folders[0])] == [("a", (3, 12, 8)), ("b", (3, 12, 8))]
+    assert [(name, image.shape) for name, image in UnlabelledImages(folders[0])] == [
+        ("a", (3, 12, 8)),
+        ("b", (3, 12, 8)),
+    ]
     (folders[0] / "a.png").write_bytes(b"not a picture")
     with pytest.raises(LabelledImagesError, match="a.png: cannot be read") as caught:
-        ImageFolder(folders[0], size=(64, 64))
+        UnlabelledImages(folders[0], size=(64, 64))
     assert len(caught.value.problems) == 2
     (folders[0] / "empty").mkdir()
     with pytest.raises(LabelledImagesError, match="one is needed"):
-        ImageFolder(folders[0] / "empty")
+        UnlabelledImages(folders[0] / "empty")

@@ -106,7 +106,7 @@ def test_a_name_becomes_a_file_name(root, name):
         ("set.json", "[", "cannot be read"),
         ("set.json", '[{"image": "photos/a.PNG", "label": "masks/a.png", "mask": 1}]', "no such column: ['mask']"),
         ("set.json", '[{"image": 1, "label": "masks/a.png"}]', "no image"),
-        ("set.txt", "", "no manifest (.csv, .json)"),
+        ("set.txt", "", "not a manifest (.csv, .json)"),
     ],
 )
 def test_what_is_no_manifest_is_named(root, name, content, message):

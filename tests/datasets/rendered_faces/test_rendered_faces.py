@@ -9,11 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from handsoff_stream.datasets.rendered_faces import (
+from handsoff_stream.datasets.rendered_faces.canvas import Canvas, Light, pool
+from handsoff_stream.datasets.rendered_faces.dataset import (
     CAMERA_DISTANCE,
-    CLASS_NAMES,
     LANDMARK_NAMES,
-    PALETTE,
     SPLIT_SIZE,
     SPLITS,
     RenderedFace,
@@ -21,7 +20,10 @@ from handsoff_stream.datasets.rendered_faces import (
     render_face,
     render_scene,
 )
-from handsoff_stream.datasets.rendered_faces.canvas import Canvas, Light, pool
+from handsoff_stream.datasets.rendered_faces.labels import (
+    CLASS_NAMES,
+    PALETTE,
+)
 from handsoff_stream.datasets.rendered_faces.raycast import (
     Array,
     Blob,
@@ -39,7 +41,9 @@ FRONT = Frame(np.eye(3, dtype=np.float32), np.zeros(3, np.float32))
 
 
 def bits(face: RenderedFace) -> tuple[bytes, ...]:
-    return tuple(array.tobytes() for array in (face.image, face.mask, face.landmarks, face.visible, face.depth))
+    return tuple(
+        array.tobytes() for array in (face.image, face.mask, face.parts, face.landmarks, face.visible, face.depth)
+    )
 
 
 def bare_scene(index: int = 0, **changes: object) -> FaceScene:
@@ -295,6 +299,8 @@ def test_a_pixel_takes_the_most_frequent_label_of_its_samples() -> None:
     canvas = Canvas(Camera(4, 1.0, 2.0, 2.0), light)
     rng = np.random.default_rng(0)
     canvas.label[:] = rng.integers(0, 4, len(canvas.label))
-    for pixel, label in zip(pool(canvas.label, 4).reshape(4, -1).T, canvas.mask().ravel(), strict=True):
+    for pixel, label in zip(
+        pool(canvas.label, 4).reshape(4, -1).T, canvas.mask(np.arange(4, dtype=np.uint8)).ravel(), strict=True
+    ):
         counts = np.bincount(pixel, minlength=4)
         assert label == max(range(4), key=lambda k: (counts[k], k))

@@ -47,14 +47,14 @@ def test_of_equal_scores_the_earlier_sample_is_taken_as_more_uncertain():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_scores_that_rank_nothing_are_refused(value):
-    with pytest.raises(ValueError, match="nothing can be ranked"):
+    with pytest.raises(ValueError, match="samples cannot be ranked"):
         uncertainty_band(torch.tensor([1.0, value]))
 
 
 # The coreset
 
 
-def test_centres_are_the_middle_then_the_farthest_and_the_first_of_equally_far_ones():
+def test_centers_are_the_middle_then_the_farthest_and_the_first_of_equally_far_ones():
     line = torch.tensor([[0.0], [10.0], [4.0], [5.0], [6.0], [1.0]])
     assert k_center_greedy(line, 5).tolist() == [2, 1, 0, 4, 3]
 
@@ -71,13 +71,13 @@ def greedy_by_hand(features: Tensor, num: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_centres_are_those_of_the_rule_taken_literally(seed):
+def test_centers_are_those_of_the_rule_taken_literally(seed):
     features = points(12, seed)
     assert k_center_greedy(features, 6).tolist() == greedy_by_hand(features, 6)
 
 
 def radius(features: Tensor, centers: list[int] | tuple[int, ...]) -> float:
-    """Largest distance of a sample to its nearest centre."""
+    """Largest distance of a sample to its nearest center."""
     return torch.cdist(features, features[list(centers)]).min(dim=1).values.max().item()
 
 
@@ -94,7 +94,7 @@ def test_no_sample_is_chosen_twice_even_if_all_are_equal():
 
 
 @pytest.mark.parametrize("num", [0, 4])
-def test_centres_that_do_not_exist_are_refused(num):
+def test_centers_that_do_not_exist_are_refused(num):
     with pytest.raises(ValueError, match="3 samples"):
         k_center_greedy(torch.zeros(3, 2), num)
 

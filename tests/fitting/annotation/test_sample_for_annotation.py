@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from handsoff_stream.checkpoint import Checkpoint
-from handsoff_stream.datasets.labelled_images import ImageFolder
+from handsoff_stream.datasets.labelled_images import UnlabelledImages
 from handsoff_stream.fitting import (
     FeatureTable,
     FitSettings,
     InversionSettings,
     fit_checkpoint,
     fit_label_generator,
+    invert,
     invert_images,
     read_latent,
     write_samples,
@@ -30,7 +31,6 @@ from handsoff_stream.fitting.annotation import sample as sample_for_annotation
 from handsoff_stream.fitting.annotation.active_selection import select_actively
 from handsoff_stream.fitting.annotation.sample import SAMPLE_KEY, regenerate
 from handsoff_stream.fitting.inversion import latents as latents_module
-from handsoff_stream.fitting.inversion.latents import find_latents
 from handsoff_stream.fitting.inversion.perceptual import Perceptual
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.stream import HandsOffStream
@@ -42,11 +42,11 @@ SMALL = FitSettings(hidden=(8, 4), members=2, epochs=1, pixels_per_image=128, ba
 TASK = Segmentation(("a", "b"), ((0, 0, 0), (255, 255, 255)))
 
 
-class Grey(Perceptual):
+class Gray(Perceptual):
     """A perceptual distance in one line."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Identity(), "grey")
+        super().__init__(nn.Identity(), "gray")
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         return F.avg_pool2d(images_BCHW.mean(dim=1, keepdim=True), 2).flatten(1) / 16
@@ -86,7 +86,7 @@ def test_the_manifest_names_an_image_a_latent_and_a_mask_to_draw_for_every_sampl
 
 def test_samples_are_those_of_a_stream_of_the_same_seed(checkpoint, written):
     stream = HandsOffStream(checkpoint, seed=7, device="cpu")
-    for index, (_, image) in enumerate(ImageFolder(written / "images", size=(16, 16))):
+    for index, (_, image) in enumerate(UnlabelledImages(written / "images", size=(16, 16))):
         assert torch.equal(image, stream[index][0])
 
 
@@ -233,18 +233,17 @@ def test_no_samples_are_refused(checkpoint, tmp_path):
 
 def annotated(folder: Path) -> tuple[list[tuple[str, Tensor]], dict[str, Tensor], Tensor]:
     """Named images, their latents, and masks that follow the images' brightness."""
-    images = list(ImageFolder(folder / "images"))
+    images = list(UnlabelledImages(folder / "images"))
     given = {name: read_latent(folder / "latents" / f"{name}.safetensors") for name, _ in images}
-    grey = torch.stack([image.mean(dim=0) for _, image in images])
-    return images, given, (grey > grey.median()).long()
+    gray = torch.stack([image.mean(dim=0) for _, image in images])
+    return images, given, (gray > gray.median()).long()
 
 
 def test_given_latents_are_fitted_on_without_any_inversion(checkpoint, written, tmp_path, monkeypatch):
     monkeypatch.setattr(latents_module, "load_perceptual", None)
     images, given, targets = annotated(written)
-    fitted = fit_checkpoint(
-        checkpoint.generator, images, targets, TASK, tmp_path / "none", fit=SMALL, latents=given, calibration_samples=0
-    )
+    found = invert(checkpoint.generator, images, tmp_path / "none", given=given)
+    fitted = fit_checkpoint(checkpoint.generator, found, targets, TASK, SMALL)
     assert not (tmp_path / "none").exists()
     table = FeatureTable.collect(checkpoint.generator, torch.stack(list(given.values())), (16, 16))
     expected, _ = fit_label_generator(table, targets, TASK, SMALL)
@@ -260,9 +259,8 @@ def test_images_without_a_latent_are_inverted_among_those_with_one(checkpoint, w
     images, given, _ = annotated(written)
     missing = given.pop("7-000001")
     settings = InversionSettings(steps=1, candidates=4)
-    found = find_latents(
-        checkpoint.generator, images, given, tmp_path / "inverted", inversion=settings, perceptual=Grey()
-    )
+    folder = tmp_path / "inverted"
+    found = invert(checkpoint.generator, images, folder, settings, given=given, perceptual=Gray())
     assert [f.name for f in (tmp_path / "inverted").iterdir()] == ["7-000001.safetensors"]
     assert torch.equal(found.w_plus[0], given["7-000000"]) and torch.equal(found.w_plus[2], given["7-000002"])
     assert torch.equal(found.w_plus[1], read_latent(tmp_path / "inverted" / "7-000001.safetensors"))
@@ -271,9 +269,24 @@ def test_images_without_a_latent_are_inverted_among_those_with_one(checkpoint, w
     assert found.provenance["given_latents"]["psnr"].keys() == given.keys()
 
 
+def test_an_encoder_sees_only_the_images_that_are_inverted(checkpoint, written, tmp_path):
+    images, given, _ = annotated(written)
+    start = given.pop("7-000001")
+    asked: list[str] = []
+
+    def encode(pending):
+        asked.extend(name for name, _ in pending)
+        return {"7-000001": start}
+
+    settings = InversionSettings(steps=0)
+    found = invert(checkpoint.generator, images, tmp_path, settings, given=given, perceptual=Gray(), encode=encode)
+    assert asked == ["7-000001"] and torch.equal(found.w_plus[1], start)
+    assert found.names == tuple(name for name, _ in images)
+
+
 def test_a_stored_inversion_can_be_given_as_a_latent(checkpoint, written, tmp_path):
     images, _, _ = annotated(written)
-    found = invert_images(checkpoint.generator, images[:1], tmp_path, Grey(), InversionSettings(steps=1, candidates=4))
+    found = invert_images(checkpoint.generator, images[:1], tmp_path, Gray(), InversionSettings(steps=1, candidates=4))
     assert torch.equal(read_latent(tmp_path / "7-000000.safetensors"), found.w_plus[0])
 
 
@@ -281,20 +294,20 @@ def test_latents_that_do_not_make_their_images_are_warned_of_by_name(checkpoint,
     images, given, _ = annotated(written)
     given["7-000001"] = given["7-000001"] + 5
     with pytest.warns(UserWarning, match=r"average latent does: 7-000001 \([^,]*, the average[^,]*\)\. "):
-        find_latents(checkpoint.generator, images, given, tmp_path, inversion=InversionSettings())
+        invert(checkpoint.generator, images, tmp_path, given=given)
 
 
 def test_latents_of_the_average_image_itself_raise_no_warning(checkpoint, tmp_path, recwarn):
     folder = write_samples(checkpoint, tmp_path / "samples", num=1, truncation=0.0, device="cpu").parent
     images, given, _ = annotated(folder)
-    find_latents(checkpoint.generator, images, given, tmp_path, inversion=InversionSettings())
+    invert(checkpoint.generator, images, tmp_path, given=given)
     assert not recwarn.list
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda images, given: given.update(stranger=given["7-000000"]), r"without an image: \['stranger'\]"),
+        (lambda images, given: given.update(other=given["7-000000"]), r"without an image: \['other'\]"),
         (lambda images, given: given.update({"7-000000": torch.zeros(3, 3)}), r"\[3, 3\], this generator takes"),
         (lambda images, given: given["7-000001"].fill_(torch.nan), "takes finite numbers"),
         (lambda images, given: images.append(images[0]), r"more than once: \['7-000000'\]"),
@@ -306,7 +319,7 @@ def test_latents_and_images_that_do_not_belong_together_are_refused(checkpoint, 
     images, given, _ = annotated(written)
     change(images, given)
     with pytest.raises(ValueError, match=message):
-        find_latents(checkpoint.generator, images, given, tmp_path, inversion=InversionSettings())
+        invert(checkpoint.generator, images, tmp_path, given=given)
 
 
 @pytest.mark.parametrize("leading", [(), (1,)])

@@ -114,14 +114,14 @@ def test_a_state_of_another_training_is_refused(generator, images, tmp_path, cha
     if changed == "generator":
         generator = StyleGAN2(**generator.config()).eval().requires_grad_(False)
     perceptual.description = "sharp" if changed == "perceptual" else "blurred"
-    with pytest.raises(CheckpointError, match=f"with another {changed}; delete it to begin anew"):
+    with pytest.raises(CheckpointError, match=f"with another {changed}; delete it to start again"):
         train_encoder(generator, images, perceptual, out, settings)
 
 
 def test_a_damaged_state_is_refused(generator, images, tmp_path):
     out = tmp_path / "encoder.safetensors"
     state_path(out).write_bytes(b"damage")
-    with pytest.raises(CheckpointError, match="encoder.training.safetensors: .*write it again"):
+    with pytest.raises(CheckpointError, match="encoder.training.safetensors: damaged .*download it again"):
         train_encoder(generator, images, Blurred(), out, SETTINGS)
 
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from handsoff_stream.fitting.inversion import store as inversion_store
+from handsoff_stream.files import tensors
 from handsoff_stream.fitting.inversion.descent import (
     PUBLISHED_STEPS,
     InversionSettings,
-    invert,
+    invert_batch,
     learning_rate_at,
     project_to_ball,
 )
@@ -93,14 +93,16 @@ def loss_of(generator: StyleGAN2, w_plus: Tensor, images: Tensor, pixel_weight: 
 def test_a_generated_image_is_recovered_from_its_perturbed_latent(generator):
     truth = latents(generator, 2)
     images, encoding = pictures(generator, truth), perturbed(truth)
-    found = invert(generator, images, Blurred(), InversionSettings(steps=100, learning_rate=0.02), encoding=encoding)
+    found = invert_batch(
+        generator, images, Blurred(), InversionSettings(steps=100, learning_rate=0.02), encoding=encoding
+    )
     assert (found.loss < 0.02 * loss_of(generator, encoding, images)).all()
     assert (found.psnr > 40).all()
 
 
 def test_reported_losses_are_those_of_the_returned_latents(generator):
     images = pictures(generator, latents(generator, 2))
-    found = invert(generator, images, Blurred(), InversionSettings(steps=10, candidates=8, pixel_weight=0.3))
+    found = invert_batch(generator, images, Blurred(), InversionSettings(steps=10, candidates=8, pixel_weight=0.3))
     torch.testing.assert_close(found.loss, loss_of(generator, found.w_plus, images, 0.3))
     torch.testing.assert_close(found.loss, found.perceptual + 0.3 * found.mse)
     levels = (generator.synthesis(found.w_plus).images + 1) / 2
@@ -112,7 +114,7 @@ def test_latents_stay_in_the_ball_at_every_step(generator, monkeypatch):
     encoding = perturbed(latents(generator, 3), 0.3)
     images = pictures(generator, latents(generator, 3))
     spy = Spy(generator, monkeypatch)
-    invert(generator, images, Blurred(), InversionSettings(steps=20, radius=0.25), encoding=encoding)
+    invert_batch(generator, images, Blurred(), InversionSettings(steps=20, radius=0.25), encoding=encoding)
     distances = torch.stack([(w - encoding).square().sum(dim=(1, 2)) for w in spy.seen])
     assert len(distances) == 21
     assert (distances <= 0.25).all()
@@ -122,19 +124,19 @@ def test_latents_stay_in_the_ball_at_every_step(generator, monkeypatch):
 def test_without_a_radius_an_encoding_is_only_the_start(generator):
     encoding = latents(generator, 2, seed=1)
     images = pictures(generator, latents(generator, 2))
-    start = invert(generator, images, Blurred(), InversionSettings(steps=0, radius=None), encoding=encoding)
+    start = invert_batch(generator, images, Blurred(), InversionSettings(steps=0, radius=None), encoding=encoding)
     assert torch.equal(start.w_plus, encoding)
     bound, free = (
-        invert(generator, images, Blurred(), InversionSettings(steps=20, radius=radius), encoding=encoding)
+        invert_batch(generator, images, Blurred(), InversionSettings(steps=20, radius=radius), encoding=encoding)
         for radius in (0.5, None)
     )
     assert ((free.w_plus - encoding).square().sum(dim=(1, 2)) > 0.5).all() and (free.loss < bound.loss).all()
 
 
 def test_projection_is_the_nearest_point_and_leaves_the_inside_alone():
-    centre = torch.zeros(2, 3, 4)
+    center = torch.zeros(2, 3, 4)
     w = torch.stack([torch.full((3, 4), 2.0), torch.full((3, 4), 0.01)])
-    projected = project_to_ball(w, centre, 0.5)
+    projected = project_to_ball(w, center, 0.5)
     assert torch.equal(projected[1], w[1])
     torch.testing.assert_close(projected[0], w[0] / w[0].norm() * math.sqrt(0.5))
 
@@ -144,7 +146,7 @@ def test_the_best_iterate_of_each_image_is_kept(generator, monkeypatch):
     images, encoding = pictures(generator, truth), perturbed(truth)
     settings = InversionSettings(steps=20, learning_rate=3.0, radius=1e6)  # jumps about
     spy = Spy(generator, monkeypatch)
-    found = invert(generator, images, Blurred(), settings, encoding=encoding)
+    found = invert_batch(generator, images, Blurred(), settings, encoding=encoding)
     monkeypatch.undo()
     losses = torch.stack([loss_of(generator, w, images) for w in spy.seen])
     torch.testing.assert_close(found.loss, losses.min(dim=0).values)
@@ -154,15 +156,15 @@ def test_the_best_iterate_of_each_image_is_kept(generator, monkeypatch):
 def test_an_image_alone_gives_the_same_as_in_a_batch(generator):
     images = pictures(generator, latents(generator, 3, seed=4))
     settings = InversionSettings(steps=15, candidates=20)
-    together = invert(generator, images, Blurred(), settings)
-    alone = invert(generator, images[1:2], Blurred(), settings)
+    together = invert_batch(generator, images, Blurred(), settings)
+    alone = invert_batch(generator, images[1:2], Blurred(), settings)
     torch.testing.assert_close(together.w_plus[1:2], alone.w_plus, rtol=1e-3, atol=1e-3)
 
 
 def test_descent_starts_at_the_best_candidate(generator):
     images = pictures(generator, latents(generator, 4, seed=5))
-    average = invert(generator, images, Blurred(), InversionSettings(steps=0, candidates=0))
-    best = invert(generator, images, Blurred(), InversionSettings(steps=0, candidates=200))
+    average = invert_batch(generator, images, Blurred(), InversionSettings(steps=0, candidates=0))
+    best = invert_batch(generator, images, Blurred(), InversionSettings(steps=0, candidates=200))
     assert torch.equal(average.w_plus, generator.truncate(generator.w_avg[None], 0.0).expand(4, -1, -1))
     assert (best.loss <= average.loss).all() and (best.loss < average.loss).any()
 
@@ -171,7 +173,7 @@ def test_generator_weights_and_global_rng_are_left_alone(generator):
     before = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
     state = torch.get_rng_state()
     generator.requires_grad_(True)
-    invert(generator, pictures(generator, latents(generator, 1)).detach(), Blurred(), InversionSettings(steps=3))
+    invert_batch(generator, pictures(generator, latents(generator, 1)).detach(), Blurred(), InversionSettings(steps=3))
     assert all(p.grad is None for p in generator.parameters())
     generator.requires_grad_(False)
     assert torch.equal(state, torch.get_rng_state())
@@ -195,7 +197,7 @@ def test_what_does_not_fit_is_refused(generator, wrong):
     if wrong == "encoding":
         encoding = encoding[:1]
     with pytest.raises(ValueError, match="resize|divide|one w\\+ each"):
-        invert(generator, images, Blurred(), InversionSettings(steps=1), encoding=encoding)
+        invert_batch(generator, images, Blurred(), InversionSettings(steps=1), encoding=encoding)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": -1}, {"learning_rate": 0}, {"radius": 0}, {"pixel_weight": -1}])
@@ -263,7 +265,7 @@ def test_results_of_other_inputs_are_computed_again_with_a_warning(generator, na
 def test_a_damaged_result_is_computed_again(generator, named, tmp_path):
     first = invert_images(generator, named, tmp_path, Blurred(), SETTINGS)
     (tmp_path / "image 1.safetensors").write_bytes(b"damage")
-    with pytest.warns(UserWarning, match="no readable inversion"):
+    with pytest.warns(UserWarning, match="not a readable inversion"):
         again = invert_images(generator, named, tmp_path, Blurred(), SETTINGS)
     torch.testing.assert_close(again.w_plus, first.w_plus, rtol=1e-3, atol=1e-3)
 
@@ -272,7 +274,7 @@ def test_a_failed_write_leaves_no_file(generator, named, tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(inversion_store, "save_file", fail)
+    monkeypatch.setattr(tensors, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         invert_images(generator, named, tmp_path, Blurred(), SETTINGS)
     assert list(tmp_path.iterdir()) == []

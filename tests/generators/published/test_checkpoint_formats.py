@@ -312,10 +312,11 @@ def test_a_missing_weight_a_nan_and_a_foreign_filter_are_named(tmp_path):
     ("config", "match"),
     [
         ({"channels": [8192] * 10}, "tensors do not fit the geometry: blocks.0.conv.bias is missing"),
-        ({"channels": [4] * 12}, "images of .* up to 4096 pixels a side"),
-        ({"channels": [10**9]}, "channels beyond 8192"),
-        ({"channels": [4], "mapping_layers": 10**9}, "mapping_layers beyond 8192"),
-        ({"channels": [4], "depth": 3}, "describes no stylegan2 generator"),
+        ({"channels": [4] * 12}, "12 channels in its geometry; up to 11"),
+        ({"channels": [4] * 9, "constant_size": [32, 32]}, "images of .* at most 4096 pixels per side"),
+        ({"channels": [10**9]}, "channels.0: .*less than or equal to 8192"),
+        ({"channels": [4], "mapping_layers": 8000}, "8000 mapping_layers in its geometry; up to 64"),
+        ({"channels": [4], "depth": 3}, "depth: extra inputs are not permitted"),
     ],
 )
 def test_an_absurd_geometry_is_refused_before_it_is_allocated(config, match):

@@ -1,0 +1,66 @@
+"""The judge of `comparison`: a network that had unlimited annotation, and labels samples in a person's place.
+
+Knows how a judge is trained and what is fitted on its labels. Does not know the arms that need it.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.downstream.batches import Experiment, labels_of, load_judge, unlimited
+from handsoff_stream.checkpoint import load_checkpoint
+from handsoff_stream.datasets.rendered_faces import FINE_PALETTE, PALETTE
+from handsoff_stream.device import resolve_device
+from handsoff_stream.downstream import SegmentationScores, evaluate, train_segmentation
+from handsoff_stream.fitting import FitSettings, fit_checkpoint, invert
+from handsoff_stream.fitting.annotation.sample import regenerate
+from handsoff_stream.fitting.from_files import save_calibrated
+from handsoff_stream.tasks import Segmentation
+
+JUDGE_SEED = 1000
+"""Seed of the judge: its renders are those of no seed that is compared."""
+SAMPLES_SEED = 2**62
+"""Seed of the samples that `datasetgan` has labelled: no stream's."""
+
+
+def train_judge(experiment: Experiment, steps: int) -> SegmentationScores:
+    """Train the network that labels samples on renders without end; returns its scores on validation renders."""
+    torch.manual_seed(JUDGE_SEED)
+    judge = experiment.network(JUDGE_SEED)
+    train_segmentation(
+        judge,
+        unlimited(experiment, JUDGE_SEED, steps),
+        steps=steps,
+        lr=experiment.lr,
+        schedule=experiment.schedule,
+        warmup=experiment.warmup,
+        dtype=experiment.torch_dtype,
+    )
+    torch.save(judge.state_dict(), experiment.judge)
+    validation = experiment.faces("validation", experiment.validation_images)
+    return evaluate(judge, validation, experiment.class_names, dtype=experiment.torch_dtype)
+
+
+def fit_on_samples(experiment: Experiment, *, fit: FitSettings | None = None, calibration_samples: int = 2000) -> None:
+    """DatasetGAN's way: fit a label generator on samples of the checkpoint's generator; writes `experiment.sampled`.
+
+    DatasetGAN has people label them (Zhang et al., CVPR 2021, section 3.2); here the judge does. As many samples as
+    there are labelled images, at the stream's truncation.
+    """
+    checkpoint = load_checkpoint(experiment.checkpoint)
+    device = resolve_device(None)
+    generator = checkpoint.generator.to(device)
+    psi = checkpoint.truncation if experiment.truncation is None else experiment.truncation
+    judge = load_judge(experiment)
+    images, latents, labels = [], {}, []
+    for index in range(experiment.labelled):
+        name = f"sample-{index:02d}"
+        latents[name], image = regenerate(generator, SAMPLES_SEED, index, psi)
+        images.append((name, image.cpu()))
+        labels.append(labels_of(judge, image[None])[0].cpu())
+    palette = FINE_PALETTE if experiment.fine else PALETTE
+    found = invert(generator, images, Path(experiment.sampled).with_suffix(".latents"), given=latents)
+    task = Segmentation(experiment.class_names, palette)
+    fitted = replace(fit_checkpoint(generator, found, torch.stack(labels), task, fit), truncation=psi)
+    save_calibrated(fitted, Path(experiment.sampled), device, calibration_samples, half=True)

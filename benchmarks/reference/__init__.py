@@ -1,0 +1,1 @@
+"""Plain re-implementations of the published methods, which the measurements compare with."""

@@ -1,0 +1,7 @@
+"""`python -m benchmarks.report`; see `benchmarks.report.command`."""
+
+import sys
+
+from benchmarks.report.command import main
+
+sys.exit(main())

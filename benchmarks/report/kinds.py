@@ -1,0 +1,35 @@
+"""The kinds of results that are reported. A new kind is one line here; tables are in this order."""
+
+from benchmarks import (
+    fitting,
+    fitting_memory,
+    generator,
+    inversion,
+    label_agreement,
+    label_head,
+    memory,
+    overlap,
+    rolling_lanes,
+    stages,
+    synthesis,
+    throughput,
+)
+from benchmarks.downstream import comparison
+from benchmarks.report.rows import Presentation
+
+KINDS: dict[str, Presentation] = {
+    "throughput": throughput.PRESENTATION,
+    "synthesis": synthesis.PRESENTATION,
+    "label_head": label_head.PRESENTATION,
+    "stages": stages.PRESENTATION,
+    "overlap": overlap.PRESENTATION,
+    "memory": memory.PRESENTATION,
+    "rolling_lanes": rolling_lanes.PRESENTATION,
+    "fitting": fitting.PRESENTATION,
+    "fitting_memory": fitting_memory.PRESENTATION,
+    "inversion": inversion.PRESENTATION,
+    "generator": generator.PRESENTATION,
+    "downstream": comparison.PRESENTATION,
+    "label_agreement": label_agreement.PRESENTATION,
+}
+"""Presentation by kind; the kind of a result is its file's name up to the first "-"."""

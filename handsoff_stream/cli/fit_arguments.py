@@ -1,0 +1,150 @@
+"""Options of the offline verbs: what they are called, what their help says, and those of `fit` as one object.
+
+Imports inside functions: the offline half takes seconds to read, which `--help` should not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from handsoff_stream.cli.app import DeviceOption
+from handsoff_stream.cli.parsing import parse_augmentation, parse_class_map, parse_crop_box, parse_inversion
+
+if TYPE_CHECKING:
+    from handsoff_stream.datasets.labelled_images import ClassMap
+    from handsoff_stream.fitting import FitSettings
+    from handsoff_stream.fitting.from_files import FitOptions
+    from handsoff_stream.fitting.labelled_files import LabelledFiles
+
+GeneratorArgument = Annotated[str, typer.Argument(help="Generator or checkpoint file, or a name that ships.")]
+NetOption = Annotated[str | None, typer.Option(help="LPIPS backbone: vgg, alex or squeeze.")]
+EncoderOption = Annotated[Path | None, typer.Option(help="ReStyle encoder to start from and stay near.")]
+DomainOption = Annotated[
+    str | None, typer.Option(help="Settings of the paper: faces, cars, full-bodies-8, full-bodies-10 or streets.")
+]
+StepsOption = Annotated[
+    int | None, typer.Option(min=0, help="Gradient steps per image; default: the domain's, or 500.")
+]
+RadiusOption = Annotated[float, typer.Option(help="With an encoder: c_reg, the largest |w - w_e|^2; inf: no bound.")]
+DEFAULT_RADIUS = 0.5
+ResizeOption = Annotated[str, typer.Option(help="Images of another size: exact (refuse), crop or pad.")]
+HalfOption = Annotated[bool, typer.Option(help="Store weights as float16.")]
+CalibrationOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=1_000_000,
+        help="Samples whose scores a rolling filter starts from; 0: it starts with the stream's own.",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitArguments:
+    """What `fit` takes; the help texts say what each field means."""
+
+    generator: GeneratorArgument
+    images: Annotated[Path, typer.Option(help="Folder of at most about 50 labelled images, or a .csv/.json manifest.")]
+    out: Annotated[Path, typer.Option(help="Checkpoint to write.")]
+    labels: Annotated[Path | None, typer.Option(help="Folder of masks (PNG or .npy), matched by name.")] = None
+    class_map: Annotated[str | None, typer.Option(help="What ids or colors mean: a map that ships, or YAML.")] = None
+    classes: Annotated[str | None, typer.Option(help="Or, for plain ids: names in their order, with commas.")] = None
+    resize: ResizeOption = "exact"
+    crop_box: Annotated[str | None, typer.Option(help="TOP,LEFT,BOTTOM,RIGHT in pixels, cut out first.")] = None
+    label_size: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Height of the labels; default: the generator's.")
+    ] = None
+    smallest_region: Annotated[
+        int, typer.Option(min=0, help="Connected components of fewer pixels become unlabelled; HandsOff: 30.")
+    ] = 0
+    augmentations: Annotated[
+        int,
+        typer.Option(min=0, max=1000, help="Per image, inverted and learned from too; more where classes are rare."),
+    ] = 0
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror every other augmentation.")] = False
+    any_color: Annotated[
+        str | None, typer.Option(help="Classes that augmentations recolor freely, with commas, such as hat.")
+    ] = None
+    domain: DomainOption = None
+    latents: Annotated[Path | None, typer.Option(help="Folder of inversions; default: OUT.latents/.")] = None
+    given_latents: Annotated[Path | None, typer.Option(help="Published .npy of latents, instead of inversion.")] = None
+    latent_space: Annotated[str, typer.Option(help="Of latents that are given: w+, w or z.")] = "w+"
+    latent_truncation: Annotated[float, typer.Option(help="psi that the images of given z or w were made with.")] = 1.0
+    latent_cutoff: Annotated[int | None, typer.Option(min=0, help="On how many style inputs; default: all.")] = None
+    steps: StepsOption = None
+    encoder: EncoderOption = None
+    radius: RadiusOption = DEFAULT_RADIUS
+    net: NetOption = None
+    hidden: Annotated[tuple[int, int] | None, typer.Option(help="Widths of the layers; default: the domain's.")] = None
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of fitting.")] = None
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without progress.")] = None
+    memory_gb: Annotated[float | None, typer.Option(help="For features on the device; the rest goes to disk.")] = None
+    half: HalfOption = False
+    calibration_samples: CalibrationOption = 2000
+    device: DeviceOption = None
+
+    def files(self) -> LabelledFiles:
+        """The labelled images, and how they are read.
+
+        Raises:
+            ValueError: a class map, crop box or latent space that is wrong.
+        """
+        if self.latents is not None and self.given_latents is not None:
+            raise ValueError(
+                "--latents is where inversions are kept, but with --given-latents there are none; pass one of them"
+            )
+        if self.encoder is None and self.radius != DEFAULT_RADIUS:
+            raise ValueError(f"--radius {self.radius} bounds the distance from an encoder's guess; pass --encoder too")
+        from handsoff_stream.fitting import LatentSpace
+        from handsoff_stream.fitting.labelled_files import LabelledFiles
+
+        return LabelledFiles(
+            images=self.images,
+            labels=self.labels,
+            class_map=parse_class_map(self.class_map, self.classes),
+            resize=self.resize,
+            label_height=self.label_size,
+            crop_box=parse_crop_box(self.crop_box),
+            smallest_region=self.smallest_region,
+            given_latents=self.given_latents,
+            latent_space=LatentSpace(
+                name=self.latent_space, truncation=self.latent_truncation, cutoff=self.latent_cutoff
+            ),
+        )
+
+    def fit_options(self, class_map: ClassMap) -> FitOptions:
+        """Everything else.
+
+        Raises:
+            ValueError: a setting out of its range.
+        """
+        from handsoff_stream.fitting.from_files import FitOptions, InversionOptions
+
+        inversion = parse_inversion(self.domain, self.steps, self.radius)
+        augmentation = parse_augmentation(
+            class_map, per_image=self.augmentations, flip=self.flip, any_color=self.any_color
+        )
+        return FitOptions(
+            inversion=InversionOptions(settings=inversion, encoder=self.encoder, net=self.net),
+            latents_folder=self.latents,
+            fit=self._fit_settings(),
+            widths_of=self.domain if self.hidden is None else None,
+            augmentation=augmentation,
+            memory_gb=self.memory_gb,
+            half=self.half,
+            calibration_samples=self.calibration_samples,
+            device=self.device,
+        )
+
+    def _fit_settings(self) -> FitSettings:
+        """The defaults, but for what is given."""
+        from handsoff_stream.fitting import FitSettings
+
+        settings = FitSettings()
+        hidden = settings.hidden if self.hidden is None else self.hidden
+        epochs = settings.epochs if self.epochs is None else self.epochs
+        return replace(settings, hidden=hidden, epochs=epochs, patience=self.patience)

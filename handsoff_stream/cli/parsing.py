@@ -1,0 +1,95 @@
+"""Strings and numbers of the command line => what the functions behind the verbs take.
+
+Knows how a user writes options, and which of them go together. Does not know what becomes of them. Imports the offline
+half inside functions: reading it takes seconds, which `--help` should not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from handsoff_stream.geometry import Rectangle
+
+if TYPE_CHECKING:
+    from handsoff_stream.datasets.labelled_images import ClassMap
+    from handsoff_stream.fitting import AugmentationSettings, InversionSettings
+
+
+def parse_names(text: str | None) -> tuple[str, ...]:
+    """Names separated by commas; none for None."""
+    return () if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def parse_crop_box(text: str | None) -> Rectangle | None:
+    """ "TOP,LEFT,BOTTOM,RIGHT" in pixels.
+
+    Raises:
+        ValueError: anything but four whole numbers.
+    """
+    if text is None:
+        return None
+    try:
+        top, left, bottom, right = map(int, text.split(","))
+    except ValueError:
+        raise ValueError(f"crop box {text!r} is not TOP,LEFT,BOTTOM,RIGHT; pass four whole numbers of pixels") from None
+    return Rectangle(top, left, bottom, right)
+
+
+def parse_class_map(name_or_path: str | None, class_names: str | None) -> ClassMap:
+    """The class map of a name or YAML file, or, for masks that hold class ids, of names separated by commas.
+
+    Raises:
+        ValueError: both or neither, or a class map that is wrong.
+    """
+    from handsoff_stream.config import load_class_map
+    from handsoff_stream.datasets.labelled_images import ClassMap
+
+    if name_or_path is not None and class_names is None:
+        return load_class_map(name_or_path)
+    if name_or_path is None and class_names is not None:
+        return ClassMap.of_ids(parse_names(class_names))
+    given = "both --class-map and --classes" if class_names is not None else "neither --class-map nor --classes"
+    raise ValueError(
+        f"{given}, but what masks mean is said once; pass --class-map NAME|FILE, or --classes a,b,c for plain ids"
+    )
+
+
+def parse_inversion(domain: str | None, steps: int | None, radius: float) -> InversionSettings:
+    """The paper's settings for a domain, the defaults without one; `steps` overrides. An infinite radius is no bound.
+
+    Raises:
+        ValueError: an unknown domain, or a setting out of its range.
+    """
+    from handsoff_stream.fitting import InversionSettings
+
+    if domain is None:
+        settings = InversionSettings()
+    else:
+        # Full bodies were published with 8 and with 10 classes; their inversion is the same.
+        settings = InversionSettings.for_domain(domain.removesuffix("-8").removesuffix("-10"))
+    bound = None if radius == math.inf else radius
+    return replace(settings, steps=settings.steps if steps is None else steps, radius=bound)
+
+
+def parse_augmentation(
+    class_map: ClassMap, *, per_image: int, flip: bool, any_color: str | None
+) -> AugmentationSettings | None:
+    """How to augment; None for no augmentations. `any_color`: names of classes separated by commas.
+
+    Raises:
+        ValueError: a name that the class map lacks, or settings of augmentations without augmentations.
+    """
+    from handsoff_stream.fitting import AugmentationSettings
+
+    names = parse_names(any_color)
+    unknown = [name for name in names if name not in class_map.class_names]
+    if unknown:
+        raise ValueError(f"no class is named {unknown[0]!r}; pass some of {', '.join(class_map.class_names)}")
+    if per_image == 0 and (flip or names):
+        raise ValueError(
+            "there are no augmentations to flip or recolor; pass --augmentations N, or leave out --flip and --any-color"
+        )
+    ids = tuple(class_map.class_names.index(name) for name in names)
+    return AugmentationSettings(per_image=per_image, flip=flip, any_color=ids) if per_image else None

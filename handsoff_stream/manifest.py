@@ -1,0 +1,80 @@
+"""The schema of a checkpoint's manifest: what it may say, of which type, within which bounds.
+
+Knows names, types and bounds. Does not know what generators, tasks and label generators do with them: their
+constructors check that.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from handsoff_stream.files.budget import MAX_HEADS, MAX_LEVELS, MAX_MEMBERS, MAX_SCORES, MAX_SIDE
+from handsoff_stream.files.schema import Count, Name, Number, Schema
+
+FORMAT_VERSION = 1
+
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Coordinate = Annotated[int, Field(ge=0, le=MAX_SIDE)]
+Width = Annotated[Count, Field(ge=1)]
+
+
+def _of_a_file(name: str) -> str:
+    if not all(c.isalnum() or c in " _-" for c in name):
+        raise ValueError("is no name of letters, digits, spaces, underscores and hyphens")
+    return name
+
+
+HeadName = Annotated[Name, AfterValidator(_of_a_file)]  # becomes a part of tensors' names and of exported files'
+
+
+class GeneratorPart(Schema):
+    """Family and the arguments of its constructor."""
+
+    family: Name
+    config: dict[Name, Any]
+
+
+class LabelGeneratorPart(Schema):
+    """The arguments of `LabelGenerator`."""
+
+    feature_channels: Annotated[list[Width], Field(min_length=1, max_length=2 * MAX_LEVELS)]
+    hidden: Annotated[list[Width], Field(min_length=2, max_length=2)]
+    num_outputs: Width
+    members: Annotated[int, Field(ge=1, le=MAX_MEMBERS)]
+
+
+class HeadPart(Schema):
+    """A task, `Task.config()`, and its label generator."""
+
+    task: dict[Name, Any]
+    label_generator: LabelGeneratorPart
+
+
+class CropPart(Schema):
+    """`Window`: rows and columns of the generator's image; the ends are exclusive."""
+
+    top: Coordinate
+    bottom: Coordinate
+    left: Coordinate
+    right: Coordinate
+
+
+class CalibrationPart(Schema):
+    """`Calibration`."""
+
+    options: dict[Name, Number | Name]
+    scores: dict[Name, Annotated[list[Number], Field(max_length=MAX_SCORES)]]
+
+
+class Manifest(Schema):
+    """All that a checkpoint says beside its weights."""
+
+    format_version: Count
+    generator: GeneratorPart
+    heads: Annotated[dict[HeadName, HeadPart], Field(max_length=MAX_HEADS)]
+    output_size: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    truncation: Annotated[Number, Field(ge=0, le=2)]
+    crop: CropPart | None = None
+    calibration: CalibrationPart | None
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    provenance: dict[str, Any]

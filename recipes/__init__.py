@@ -1,0 +1,1 @@
+"""How the checkpoints that ship were made."""

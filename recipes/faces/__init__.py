@@ -1,0 +1,1 @@
+"""How the checkpoint `faces` was made: images, generator, inversion and labels."""
