@@ -19,7 +19,9 @@ def accelerator(**options):
     return accelerate.Accelerator(dataloader_config=accelerate.DataLoaderConfiguration(**options))
 
 
-def prepared(checkpoint: str, dispatch: bool, shard: Shard | None, workers: int, context: str | None) -> list[int] | str:
+def prepared(
+    checkpoint: str, dispatch: bool, shard: Shard | None, workers: int, context: str | None
+) -> list[int] | str:
     """Indices seen by this rank, or what was said instead."""
     stream = make_stream(checkpoint, as_dict=True, epoch_size=32, shard=shard)
     loader = DataLoader(stream, batch_size=4, num_workers=workers, multiprocessing_context=context)
