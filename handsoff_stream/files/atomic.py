@@ -1,9 +1,9 @@
 """Files that appear whole or not at all, and folders that one process writes at a time.
 
 A file is written in a hidden folder beside its place, flushed to the disk, and renamed. Until then the old file stays,
-whatever fails. The folder also holds what libraries write on their way. It is locked while it is used (with flock, which
-the kernel releases when a process ends for any reason), so the next writer can distinguish the leftovers of a killed run
-from the work of a running one, and removes them.
+whatever fails. The folder also holds what libraries write on their way. It is locked while it is used (with flock,
+which the kernel releases when a process ends for any reason), so the next writer can distinguish the leftovers of a
+killed run from the work of a running one, and removes them.
 
 Knows paths and disks. Does not know what is written.
 """
@@ -43,8 +43,8 @@ PROBE_BYTES = 2**16
 
 @contextmanager
 def whole_file(path: str | Path, *, inputs: Sequence[str | Path] = ()) -> Iterator[Path]:
-    """Yield a file in a hidden folder beside `path` to write to; it replaces `path` when the block ends, and is removed if
-    the block fails.
+    """Yield a file in a hidden folder beside `path` to write to; it replaces `path` when the block ends, and is removed
+    if the block fails.
 
     A new file gets the permissions that the umask allows; a replaced file keeps its permissions.
 
