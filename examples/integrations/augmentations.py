@@ -47,4 +47,5 @@ class OfKornia:
 if __name__ == "__main__":
     stream = HandsOffStream("faces", transforms=of_torchvision())
     image, label = stream[5]
+    assert isinstance(label, Tensor)
     print(image.shape, label.dtype, torch.equal(image, stream[5][0]))

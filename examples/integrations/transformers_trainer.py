@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 examples/integrations/transformers_trainer.py
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Segmenter(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-def inputs(batch: LabelledBatch) -> dict[str, Tensor]:
+def inputs(batch: LabelledBatch) -> dict[str, Any]:
     return {"pixel_values": batch.images, "labels": batch.labels, "indices": batch.indices}
 
 
