@@ -90,7 +90,7 @@ def test_more_uncertain_is_always_brighter() -> None:
     assert np.array_equal(heat_map(np.zeros((1, 1), np.float32), top=0.0)[0, 0], heat_table()[0])
 
 
-def test_an_overlay_blends_each_class_colour_over_its_pixels() -> None:
+def test_an_overlay_blends_each_class_color_over_its_pixels() -> None:
     image = np.full((1, 2, 3), 100, np.uint8)
     blended = overlay(image, np.array([[0, 1]]), ((0, 0, 0), (200, 100, 0)))
     expected = [[100 * (1 - OPACITY)] * 3, [c * OPACITY + 100 * (1 - OPACITY) for c in (200, 100, 0)]]
