@@ -28,7 +28,7 @@ classes:
 
 @pytest.fixture
 def user(tmp_path: Path) -> Path:
-    """Photographs of 40 x 36, colour masks of the same size, and a class map."""
+    """Photographs of 40 x 36, color masks of the same size, and a class map."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "masks").mkdir()
     faces = RenderedFaces("train", num_images=NUM_IMAGES, size=40)

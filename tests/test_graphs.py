@@ -2,7 +2,6 @@
 
 import itertools
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from conftest import assert_same, make_checkpoint
 
 from benchmarks.gpu.operator_tape import GARBAGE, OperatorTape, record_on_tape
 from handsoff_stream.checkpoint import Checkpoint, Head
-from handsoff_stream.features import Window
+from handsoff_stream.geometry import Rectangle
 from handsoff_stream.graphs import MAX_SHAPES, GraphedSynthesizer
 from handsoff_stream.label_generator import LabelGenerator, rows, tiles
 from handsoff_stream.options import SynthesisOptions
@@ -52,7 +51,7 @@ def with_more_heads(checkpoint):
 CHECKPOINTS = {
     "one head": lambda: make_checkpoint(num_calibration=4),
     "three heads": lambda: with_more_heads(make_checkpoint(num_calibration=4)),
-    "cropped": lambda: replace(make_checkpoint(num_calibration=4), crop=Window(4, 12, 0, 16), output_size=(8, 16)),
+    "cropped": lambda: make_checkpoint(num_calibration=4).cropped(Rectangle(4, 0, 12, 16)),
 }
 
 

@@ -238,7 +238,7 @@ def test_persistent_workers_take_up_a_state_that_is_loaded_later(checkpoint):
     assert indices_of(loader)[0] == 4
 
 
-# The whole catalogue -----------------------------------------------------------------------------------------------
+# The whole catalog -----------------------------------------------------------------------------------------------
 
 
 def test_any_change_of_ranks_workers_and_batch_size_and_any_kill_loses_and_repeats_nothing(

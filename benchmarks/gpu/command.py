@@ -25,7 +25,7 @@ LEAST_S = 5.0
 
 
 def run_part(part: int, args: argparse.Namespace, stop: Stop) -> bool:
-    """Run one part and print its summary; whether every step is done or cannot run here."""
+    """Run one part and print its summary; whether every step is done."""
     deadline = time.monotonic() + 60 * args.minutes - RESERVE_S
     steps = steps_of(part, minutes=args.minutes, out=args.out, dry_run=args.dry_run)
     record = Record(part, steps, args.device, args.out)

@@ -5,7 +5,6 @@ arguments of the benchmarks. Does not run them.
 """
 
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common import ROOT
 from benchmarks.geometries import random_checkpoint
@@ -36,10 +35,9 @@ def steps_of(part: int, *, minutes: float, out: Path, dry_run: bool) -> list[Ste
     """
     if dry_run:
         return _dry(part, out)
-    seconds = 60 * minutes
-    return (
-        {1: _correct, 2: _pairs, 3: _beside_training, 4: _variants}[part]() if part < 5 else [_training(out, seconds)]
-    )
+    if part == 5:
+        return [_training(out, 60 * minutes)]
+    return {1: _correct, 2: _pairs, 3: _beside_training, 4: _variants}[part]()
 
 
 def _step(name: str, module: str, limit_s: float, *arguments: object) -> Step:
@@ -99,14 +97,15 @@ def _variants() -> list[Step]:
 
 def _training(out: Path, seconds: float) -> Step:
     run = ("--run", out / "training", "--seconds", max(1.0, seconds - TRAINER_RESERVE_S))
-    return _step("generator_training", "gpu.training", seconds, *run)
+    settings = "--stages 64:400000 128:25000000 --batch 64 --workers 14 --sheet-every 200000".split()
+    return _step("generator_training", "gpu.training", seconds, *run, *settings)
 
 
 def _dry(part: int, out: Path) -> list[Step]:
     checkpoint = out / "tiny.safetensors"
     if not checkpoint.exists():
-        head: dict[str, Any] = {"hidden": (8, 8), "members": 2, "classes": 3}
-        save_checkpoint(checkpoint, random_checkpoint(16, channels=(8, 8, 8), **head))
+        tiny = random_checkpoint(16, channels=(8, 8, 8), hidden=(8, 8), members=2, classes=3)
+        save_checkpoint(checkpoint, tiny)
     on_it = f"--checkpoint {checkpoint}"
     trainer = "--resolution 16 --channels 8 8 8 --z-dim 8 --mapping-layers 2 --batch 4 --images 8 --workers 0"
     small: dict[int, dict[str, tuple[str, str]]] = {

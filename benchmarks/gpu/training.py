@@ -2,24 +2,22 @@
 
     python -m benchmarks.gpu.training --run runs/faces --seconds 480
 
-Arguments that are unknown here go to `recipes/faces/train_generator.py`. Where files that come back from a machine must
+Arguments that are unknown here go to `recipes.faces.train_generator`. Where files that come back from a machine must
 be small, `--piece-mb 15` leaves the state in pieces, which the next slice puts together. The last line of the output is
 the result as JSON.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, parser, result_name, settings, write_result
-from benchmarks.gpu.steps import SKIPPED
 from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.files.atomic import whole_file
 
-TRAINER = ROOT / "recipes" / "faces" / "train_generator.py"
+TRAINER = "recipes.faces.train_generator"
 STATE, METRICS = "state.pt", "metrics.jsonl"
 
 
@@ -72,14 +70,11 @@ def main() -> None:
     options.add_argument("--seconds", type=float, required=True, help="stop after this long, and save")
     options.add_argument("--piece-mb", type=int, help="leave the state in pieces of so many MiB")
     args, passed_on = options.parse_known_args()
-    if not TRAINER.exists():
-        print(f"{TRAINER.relative_to(ROOT)} is not in this checkout, so no generator can be trained")
-        sys.exit(SKIPPED)
     args.run.mkdir(parents=True, exist_ok=True)
     join(args.run / STATE)
-    command = [sys.executable, TRAINER, args.run, "--device", args.device, "--seconds", args.seconds, *passed_on]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    subprocess.run([str(part) for part in command], check=True, env={**os.environ, "PYTHONPATH": path})
+    run = args.run.resolve()
+    command = [sys.executable, "-m", TRAINER, run, "--device", args.device, "--seconds", args.seconds, *passed_on]
+    subprocess.run([str(part) for part in command], check=True, cwd=ROOT)
     record = {"settings": {**settings(args), "trainer": passed_on}, "last": last_metrics(args.run)}
     if args.piece_mb is not None:
         split(args.run / STATE, args.piece_mb << 20)

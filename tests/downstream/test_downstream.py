@@ -247,7 +247,7 @@ def test_a_frozen_backbone_learns_nothing_while_the_head_does(backbone: str) -> 
     assert model.training and not model.network.backbone.training
 
 
-def test_images_are_normalised_inside_and_logits_have_the_images_size() -> None:
+def test_images_are_normalized_inside_and_logits_have_the_images_size() -> None:
     model = build_deeplab(5, backbone="mobilenet_v3_large").eval()
     images = torch.rand(2, 3, 40, 32, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))

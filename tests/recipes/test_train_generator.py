@@ -242,7 +242,7 @@ def test_folders_and_arrays_of_images_are_read(tmp_path):
     np.save(tmp_path / "array.npy", np.full((5, 3, 8, 8), 9, np.uint8))
     assert torch.equal(ImageArray(tmp_path / "array.npy")[4], torch.full((3, 8, 8), 9, dtype=torch.uint8))
     np.save(tmp_path / "wrong.npy", np.zeros((5, 8, 8)))
-    with pytest.raises(ValueError, match="needed uint8"):
+    with pytest.raises(ValueError, match="save uint8"):
         ImageArray(tmp_path / "wrong.npy")
     with pytest.raises(ValueError, match="no images"):
         ImageFolder(tmp_path / "deeper" / "nothing", 8)

@@ -182,7 +182,7 @@ def test_unmapped_values_are_summed_over_the_set(folders):
     assert f"not in the class map, in all: id 2 ({2 * twos} pixels, masks: 2); add them" in str(caught.value)
 
 
-def test_a_smoothed_color_mask_is_summarised(folders):
+def test_a_smoothed_color_mask_is_summarized(folders):
     Image.fromarray(PIXELS).save(folders[1] / "a.png")
     (folders[1] / "b.npy").unlink()
     (folders[0] / "b.png").unlink()
