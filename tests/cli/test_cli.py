@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, plain sentences, exit codes, no tracebacks."""
+"""The command line in real processes: plain sentences, exit codes, no tracebacks."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""What users write on the command line becomes what the functions take, or one sentence that says what to write."""
+"""Strings of the command line become arguments of functions, or an error that says what to write instead."""
 
 import math
 

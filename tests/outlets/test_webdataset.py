@@ -1,4 +1,4 @@
-"""An export is what was streamed, in whole shards, and an interrupted one ends with the same bytes."""
+"""An export contains the streamed samples in complete shards; an interrupted export ends with the same bytes."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""Images and masks of unknown origin: five formats told by their content, one picture a file, 8 bits a channel."""
+"""Untrusted images and masks: five formats recognized by content, one image per file, 8 bits per channel."""
 
 import struct
 import subprocess

@@ -1,4 +1,4 @@
-"""Labelled images are checked as a whole before anything is done with them, and come in the generator's size."""
+"""Labelled images are all checked before any is used, and have the generator's size."""
 
 from pathlib import Path
 
