@@ -35,7 +35,7 @@ def parser(doc: str | None, *, name: str) -> argparse.ArgumentParser:
     """
     options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options.add_argument("--name", help=f"of the result file (default: {name}, on CUDA {name}-cuda)")
+    options.add_argument("--name", help=f"of the result file, or its path (default: {name}, on CUDA {name}-cuda)")
     options.set_defaults(default_name=name)
     return options
 
@@ -183,7 +183,7 @@ def write_result(name: str, record: dict[str, Any]) -> Path:
     """Add the machine to `record`, write it to `benchmarks/results/<name>.json`, and print it as one line.
 
     Args:
-        name: file name without suffix; an older result of that name is replaced.
+        name: file name or path without suffix, from `benchmarks/results/`; an older result of that name is replaced.
         record: JSON-able, with finite numbers only.
 
     Returns:
@@ -192,10 +192,10 @@ def write_result(name: str, record: dict[str, Any]) -> Path:
     Raises:
         ValueError: a number is NaN or infinite.
     """
-    whole = {"benchmark": name, **record, "machine": machine()}
+    whole = {"benchmark": Path(name).name, **record, "machine": machine()}
     line = json.dumps(whole, allow_nan=False)
-    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
     print(line, flush=True)
     return path

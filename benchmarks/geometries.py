@@ -81,18 +81,21 @@ def config_f_channels(resolution: int) -> tuple[int, ...]:
     return tuple(min(MAX_CHANNELS, 32768 // size) for size in sizes)
 
 
-def random_checkpoint(resolution: int, *, hidden: Sequence[int], members: int, classes: int) -> Checkpoint:
-    """A segmentation checkpoint of config F with random weights of a fixed seed.
+def random_checkpoint(
+    resolution: int, *, hidden: Sequence[int], members: int, classes: int, channels: Sequence[int] | None = None
+) -> Checkpoint:
+    """A segmentation checkpoint with random weights of a fixed seed.
 
     Args:
         resolution: height and width of the images in pixels; labels have at most 512 x 512.
+        channels: per resolution from 4 x 4 upwards; None: those of config F.
         hidden: the two widths of the head.
         members: of the head.
         classes: of the head.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        generator = StyleGAN2(channels=config_f_channels(resolution)).eval().requires_grad_(False)
+        generator = StyleGAN2(channels=tuple(channels or config_f_channels(resolution))).eval().requires_grad_(False)
     label_generator = LabelGenerator(generator.feature_channels, (hidden[0], hidden[1]), classes, members)
     names = tuple(f"class {k}" for k in range(classes))
     task = Segmentation(names, tuple((k, k, k) for k in range(classes)))

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common import parser, result_name, settings, synchronize, write_result
+from benchmarks.common import parser, result_name, settings, short_path, synchronize, write_result
 from benchmarks.geometries import HEAD, PREFIX, checkpoint_path, describe
 from benchmarks.processes import device_peak_mb, in_fresh_process, peak_mb, reset_peak
 from benchmarks.reference.published_generation import PublishedGeneration
@@ -40,6 +40,7 @@ from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.checkpoint import Checkpoint, load_checkpoint
 from handsoff_stream.features import FeaturePyramid
 from handsoff_stream.options import SynthesisOptions
+from handsoff_stream.precision import cpu_multiplies_bfloat16
 from handsoff_stream.synthesizer import Synthesizer
 
 PUBLISHED = "published"
@@ -48,6 +49,7 @@ PATHS = {
     "fast": SynthesisOptions(precision="fast", kernel="torch"),
     "fused": SynthesisOptions(precision="fast", kernel="triton"),
 }
+CPU_PATHS = ("exact", "fast") if cpu_multiplies_bfloat16() else ("exact",)
 CASES = ("faces", "config-f-256")
 PROBED_PIXELS = 4096
 HEADLINE = ("config-f-1024", "exact")
@@ -142,13 +144,13 @@ def measure_case(case: str, args: argparse.Namespace, folder: Path) -> dict[str,
     """All paths on one checkpoint, JSON-able."""
     given = {key: getattr(args, key) if case.startswith(PREFIX) else None for key in HEAD}
     file = checkpoint_path(argparse.Namespace(checkpoint=case, **given), folder)
-    paths = [PUBLISHED, *PATHS] if args.device.startswith("cuda") else [PUBLISHED, "exact", "fast"]
+    paths = [PUBLISHED, *PATHS] if args.device.startswith("cuda") else [PUBLISHED, *CPU_PATHS]
     runs = {}
     for path in paths:
         repeats = args.published_repeats if path == PUBLISHED else args.repeats
         runs[path] = in_fresh_process(run, path, file, args.device, repeats)
     return {
-        "case": case,
+        "case": short_path(case),
         **describe(load_checkpoint(file)),
         "paths": {path: compare(measured, runs[PUBLISHED]) for path, measured in runs.items()},
     }

@@ -130,15 +130,15 @@ def measure_windows(
 
 
 def run_stream(path: str, args: argparse.Namespace) -> list[Window]:
-    """The windows of a stream of `--pairs` pairs or `--minutes` minutes."""
+    """The windows of a stream of `--pairs` pairs or `--minutes` minutes, whichever ends first."""
     stream = HandsOffStream(path, batch_size=args.batch_size, device=args.device, **stream_options(args))
     loader = DataLoader(stream, batch_size=None)
     started = time.perf_counter()
 
     def progress(pairs: int) -> float:
-        if args.minutes is None:
-            return pairs / args.pairs
-        return (time.perf_counter() - started) / (60 * args.minutes)
+        by_pairs = 0.0 if args.pairs is None else pairs / args.pairs
+        by_time = 0.0 if args.minutes is None else (time.perf_counter() - started) / (60 * args.minutes)
+        return max(by_pairs, by_time)
 
     return measure_windows(loader, args.windows, progress, torch.device(args.device))
 
@@ -219,12 +219,13 @@ def arguments() -> argparse.Namespace:
     geometries.add_arguments(options)
     options.add_argument("--batch-size", type=int, default=8)
     options.add_argument("--windows", type=int, default=10)
-    length = options.add_mutually_exclusive_group()
-    length.add_argument("--pairs", type=int, default=500)
-    length.add_argument("--minutes", type=float, help="run for so long instead")
+    options.add_argument("--pairs", type=int, help="end after so many (default: 500, with --minutes no end)")
+    options.add_argument("--minutes", type=float, help="end after so long")
     args = options.parse_args()
+    if args.minutes is None:
+        args.pairs = args.pairs or 500
     least = args.windows * args.batch_size
-    if args.windows < 1 + MIN_POINTS or (args.minutes is None and args.pairs < least):
+    if args.windows < 1 + MIN_POINTS or (args.pairs is not None and args.pairs < least):
         options.error(
             f"{args.windows} windows over {args.pairs} pairs are too few for a slope; pass at least {1 + MIN_POINTS} "
             f"windows and one batch for each, here {least} pairs"

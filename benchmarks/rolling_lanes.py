@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.common import parser, result_name, settings, stream_options, write_result
+from benchmarks.common import add_stream_options, parser, result_name, settings, stream_options, write_result
 from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.filters import LANES_WITH_HISTORY, RollingPercentile
 from handsoff_stream.stream import HandsOffStream
@@ -98,6 +98,7 @@ PRESENTATION = Presentation(rows)
 def main() -> None:
     """Compare the decisions, print two tables, and write the result."""
     options = parser(__doc__, name="rolling_lanes")
+    add_stream_options(options)
     options.add_argument("--checkpoint", default="faces", help="name or path")
     options.add_argument("--samples", type=int, default=3000)
     options.add_argument("--long-run", type=int, default=200_000, help="scores drawn from those of the samples")

@@ -199,7 +199,7 @@ def roofline(device: torch.device, *, matrix: int, copy_mb: int, dtype: torch.dt
 def count_all(path: str, chunk_size: int) -> dict[str, Work]:
     """Work of every stage on the exact path, and of the published label path, counted on the CPU."""
     checkpoint, size = load_checkpoint(path), min(chunk_size, MAX_COUNTED)
-    cpu = HandsOffStream(path, device="cpu")
+    cpu = HandsOffStream(path, filter=None, device="cpu")
     synthesizer = Synthesizer(checkpoint, cpu.options, torch.device("cpu"))
     work = {name: count(run, size) for name, run in stages(synthesizer, range(size)).items()}
     handing = hand_over(path, synthesizer(range(size)), batch_size=size, device="cpu")

@@ -38,7 +38,7 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 
 def default_chunk_size(device: torch.device) -> int:
-    """Indices synthesised at once if the user does not say."""
+    """Indices synthesized at once if the user does not say."""
     return CHUNK_SIZE_CUDA if device.type == "cuda" else CHUNK_SIZE_CPU
 
 

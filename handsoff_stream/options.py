@@ -84,6 +84,7 @@ class StreamOptions(TypedDict, total=False):
     shard: Shard | None
     on_bad_sample: Literal["raise", "skip"]
     verify: bool
+    graphs: bool
     synthesize: Callable[[Sequence[int]], Any] | None
 
 

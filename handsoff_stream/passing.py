@@ -120,7 +120,7 @@ class Progress:
 
 
 class StreamIterator(Iterator[T], Generic[T]):
-    """Hands out samples or batches, and counts what was handed out: not what was synthesised, decided or lost."""
+    """Hands out samples or batches, and counts what was handed out: not what was synthesized, decided or lost."""
 
     def __init__(self, items: Iterator[T], progress: Progress):
         self._items, self._progress = items, progress

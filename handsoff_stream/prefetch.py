@@ -239,7 +239,7 @@ def _let_go(error: BaseException | None) -> None:
 
 @torch.inference_mode(False)  # or else it could not be written again outside of the consumer's inference mode
 def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:
-    """Uninitialised memory; page-locked on a CPU, so that copies to it are asynchronous."""
+    """Uninitialized memory; page-locked on a CPU, so that copies to it are asynchronous."""
     return torch.empty_like(tensor, device=device, pin_memory=device.type == "cpu")
 
 
@@ -262,5 +262,5 @@ def _located(indices: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error.add_note(f"while the samples {indices[0]} to {indices[-1]} were being synthesised")
+        error.add_note(f"while the samples {indices[0]} to {indices[-1]} were being synthesized")
         raise

@@ -61,7 +61,7 @@ class Worker:
 
 
 def detect() -> Shard:
-    """The rank's shard: torch.distributed if initialised, else the RANK and WORLD_SIZE that launchers set, else 0/1."""
+    """The rank's shard: torch.distributed if initialized, else the RANK and WORLD_SIZE that launchers set, else 0/1."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return Shard(torch.distributed.get_rank(), torch.distributed.get_world_size())
     return Shard(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))

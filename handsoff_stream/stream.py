@@ -21,6 +21,7 @@ from handsoff_stream.dealing import Dealing, Line, addressed
 from handsoff_stream.device import check_device, default_chunk_size, resolve_device
 from handsoff_stream.errors import StreamError
 from handsoff_stream.filters import Filter, started_filter
+from handsoff_stream.graphs import GraphedSynthesizer, check_graphs
 from handsoff_stream.options import FilterKind, KernelKind, NoiseKind, StreamOptions, SynthesisOptions, check_choices
 from handsoff_stream.passing import Passes, Progress, StreamIterator
 from handsoff_stream.precision import Precision, compute_dtype, default_precision
@@ -39,7 +40,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
-    """An endless dataset of labelled images, synthesised while you train.
+    """An endless dataset of labelled images, synthesized while you train.
 
     With `batch_size=None` it yields samples `(image, label)` for `DataLoader(stream, batch_size=8)`; with
     `batch_size=n` it yields `LabelledBatch`es for `DataLoader(stream, batch_size=None)`, which collates nothing.
@@ -71,7 +72,7 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
             rounded up with further samples of the stream.
         drop_last: round down instead, to whole batches on every rank.
         indices: walk only this range of the index line, at every pass; None means all of it.
-        device: where to synthesise; None means CUDA if there is one. CUDA synthesises in the main process
+        device: where to synthesize; None means CUDA if there is one. CUDA synthesizes in the main process
             (`num_workers=0`), beside training, on a stream of its own. Samples lie on the device then, so a DataLoader
             needs `pin_memory=False` unless it is given batches.
         output_device: where samples lie, for instance "cuda:0" with device="cuda:1"; None means `device`.
@@ -82,11 +83,13 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         precision: of images and labels, "exact" (float32) or "fast" (16-bit products: float16 on CUDA, bfloat16 on a
             CPU that has it); None means "fast" on CUDA, else "exact".
         kernel: of labels, "triton" (one fused CUDA kernel), "torch", or "auto".
-        chunk_size: indices synthesised at once, part of what decides a sample's last bits; None means 16 on CUDA, 4 on
+        chunk_size: indices synthesized at once, part of what decides a sample's last bits; None means 16 on CUDA, 4 on
             a CPU.
         shard: this process's part; None asks torch.distributed or the launcher's environment.
         on_bad_sample: what to do about a sample whose uncertainty is not finite: "raise", or "skip" and count it.
         verify: compare all weights with the checkpoint's fingerprint when they are loaded, not 4096 of each tensor.
+        graphs: replay CUDA graphs instead of launching kernels one by one; changes no sample. It has not been tried on
+            a GPU yet.
         synthesize: indices => `LabelledBatch` on `device`, instead of the checkpoint's own networks: for tests, and for
             synthesis that runs elsewhere. It must be a pure function of the indices, and picklable if workers spawn.
 
@@ -145,6 +148,7 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         shard: Shard | None = None,
         on_bad_sample: BadSample = "raise",
         verify: bool = False,
+        graphs: bool = False,
         synthesize: Synthesize | None = None,
     ) -> None:
         Resumable.__init__(self)
@@ -152,6 +156,8 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         self._source = CheckpointSource(checkpoint, verify=verify)
         self.device = resolve_device(device)
         self.output_device = self.device if output_device is None else resolve_device(output_device)
+        check_graphs(graphs, self.device)
+        self._graphs = graphs
         self.batch_size, self.epoch_size, self.drop_last = batch_size, epoch_size, drop_last
         self.chunk_size = chunk_size or default_chunk_size(self.device)
         psi = self._source.truncation if truncation is None else truncation
@@ -289,7 +295,8 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         if self._synthesize is None:
             with side_stream(self.device):
                 synthesizer = Synthesizer(self._source.load(), self.options, self.device)
-            self._synthesize = lambda indices: synthesizer(indices).packed()
+            graphed = GraphedSynthesizer(synthesizer) if self._graphs else synthesizer
+            self._synthesize = lambda indices: graphed(indices).packed()
         return self._synthesize
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handsoff_stream.batch import LabelledBatch
+from handsoff_stream.batch import LabelledBatch, Labels
 from handsoff_stream.checkpoint import Checkpoint
 from handsoff_stream.features import FeaturePyramid
+from handsoff_stream.generators.base import Noise
 from handsoff_stream.geometry import Rectangle
 from handsoff_stream.labeller import Labeller, on_device
 from handsoff_stream.noise import noise_maps
@@ -55,14 +56,11 @@ class Synthesizer:
     @torch.no_grad()
     def __call__(self, indices: Sequence[int]) -> LabelledBatch:
         """Synthesize and label the samples of these indices; tensors lie on `device`."""
-        images, features = self.generate(indices)
-        found = self.labeller(features)
-        labels = {name: label for name, (label, _) in found.items()}
-        _, uncertainty_BHW = next(iter(found.values()))
+        images, labels, uncertainty = self.compute(*self.inputs(indices))
         return LabelledBatch(
             images=images,
-            labels=labels if len(labels) > 1 else next(iter(labels.values())),
-            uncertainty=image_score(uncertainty_BHW, self.options.score),
+            labels=labels,
+            uncertainty=uncertainty,
             indices=torch.tensor(indices, dtype=torch.int64),
             next_index=indices[-1] + 1,
         )
@@ -70,13 +68,29 @@ class Synthesizer:
     @torch.no_grad()
     def generate(self, indices: Sequence[int]) -> tuple[Tensor, FeaturePyramid]:
         """Images float32 [B, 3, H, W] in [0, 1] on 8-bit levels, and the feature maps behind them."""
+        return self._generate(*self.inputs(indices))
+
+    def inputs(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
+        """What differs from chunk to chunk: latents float32 [B, z_dim], then any fresh noise maps, on `device`."""
         z = self._upload(latents(self.options.seed, indices, self.generator.z_dim))
+        if self.options.noise != "random":
+            return (z,)
+        return z, *noise_maps(self.options.seed, indices, self.generator.noise_shapes, self.device)
+
+    @torch.no_grad()
+    def compute(self, z: Tensor, *maps: Tensor) -> tuple[Tensor, Labels, Tensor]:
+        """Images, labels and image scores of `inputs`, as a `LabelledBatch` holds them; work on the device alone."""
+        images, features = self._generate(z, *maps)
+        found = self.labeller(features)
+        labels = {name: label for name, (label, _) in found.items()}
+        _, uncertainty_BHW = next(iter(found.values()))
+        score = image_score(uncertainty_BHW, self.options.score)
+        return images, labels if len(labels) > 1 else next(iter(labels.values())), score
+
+    def _generate(self, z: Tensor, *maps: Tensor) -> tuple[Tensor, FeaturePyramid]:
         w_plus = self.generator.truncate(self.generator.mapping(z), self.options.truncation)
-        if self.options.noise == "random":
-            maps = noise_maps(self.options.seed, indices, self.generator.noise_shapes, self.device)
-            synthesis = self._synthesis(w_plus, maps)
-        else:
-            synthesis = self._synthesis(w_plus, self.options.noise)
+        noise: Noise = maps if self.options.noise == "random" else self.options.noise
+        synthesis = self._synthesis(w_plus, noise)
         return self._output(synthesis.images, synthesis.features)
 
     def _output(self, images_BCHW: Tensor, features: FeaturePyramid) -> tuple[Tensor, FeaturePyramid]:

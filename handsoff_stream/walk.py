@@ -89,7 +89,7 @@ class Walk:
     # The way -----------------------------------------------------------------------------------------------------
 
     def chunks(self) -> Iterator[range]:
-        """The chunks to synthesise: whole, aligned, increasing.
+        """The chunks to synthesize: whole, aligned, increasing.
 
         Raises:
             StreamError: after a resume, if they do not begin as the saved state says.

@@ -14,14 +14,14 @@ ROOT = Path(handsoff_stream.__file__).parent
 LAYERS = [
     {"errors"},
     {"batch", "class_ids", "device", "files", "geometry", "isolation", "precision", "progress", "provenance"}
-    | {"seeding", "shard", "uncertainty"},
+    | {"seeding", "shard", "uncertainty", "wrapping"},
     {"features", "manifest"},
     {"epochs", "filters", "generators", "label_generator", "noise", "prefetch", "tasks", "transforms"},
     {"assembly", "options", "walk"},
     {"checkpoint", "state"},
     {"dealing", "labeller", "source"},
     {"passing", "synthesizer"},
-    {"resuming"},
+    {"graphs", "resuming"},
     {"stream"},
     {"config", "downstream", "inspect", "outlets", "preview"},
     {"fitting"},
@@ -31,12 +31,14 @@ LAYERS = [
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 WITHIN_LAYER: set[tuple[str, str]] = set()
 OPTIONAL = {
+    "lightning",
     "lpips",
     "ray",
     "segmentation_models_pytorch",
     "timm",
     "torchmetrics",
     "torchvision",
+    "transformers",
     "triton",
     "webdataset",
     "yaml",
@@ -149,10 +151,12 @@ def test_what_must_not_know_does_not_know():
 
 def test_optional_packages_are_imported_in_their_own_rooms_only():
     allowed = {
+        "lightning": {"outlets"},
         "lpips": {"fitting"},
         "segmentation_models_pytorch": {"downstream"},
         "torchmetrics": {"downstream"},
         "torchvision": {"downstream", "fitting", "transforms"},
+        "transformers": {"outlets"},
         "triton": {"label_generator"},
         "webdataset": {"outlets"},
         "yaml": {"config"},
@@ -162,10 +166,10 @@ def test_optional_packages_are_imported_in_their_own_rooms_only():
             assert part(path) in allowed.get(name, set()), f"{path} imports {name}"
 
 
-def test_only_prefetch_and_batch_name_cuda_streams():
+def test_only_prefetch_batch_and_graphs_name_cuda_streams():
     for path in FILES:
         if "torch.cuda.Stream" in path.read_text() or "torch.cuda.current_stream" in path.read_text():
-            assert path.name in {"prefetch.py", "batch.py"}, path
+            assert path.name in {"batch.py", "graphs.py", "prefetch.py"}, path
 
 
 def test_importing_the_package_loads_no_optional_package():

@@ -93,12 +93,12 @@ def test_without_any_one_of_the_rules_the_consumer_would_see_wrong_data(monkeypa
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_one_gpu_synthesises_for_another(monkeypatch, policy):
+def test_one_gpu_synthesizes_for_another(monkeypatch, policy):
     assert train(LateCuda(POLICIES[policy]()), monkeypatch, CUDA_1, CUDA_0)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_gpu_synthesises_for_the_cpu(monkeypatch, policy):
+def test_a_gpu_synthesizes_for_the_cpu(monkeypatch, policy):
     assert train(LateCuda(POLICIES[policy]()), monkeypatch, CUDA_0, CPU)
 
 
@@ -221,7 +221,7 @@ def test_an_error_reaches_the_consumer_after_the_chunks_before_it_and_says_where
     assert [next(chunks).indices for _ in range(bad)] == CHUNKS[:bad]
     with pytest.raises(ValueError, match="no such sample") as caught:
         next(chunks)
-    assert caught.value.__notes__ == [f"while the samples {4 * bad} to {4 * bad + 3} were being synthesised"]
+    assert caught.value.__notes__ == [f"while the samples {4 * bad} to {4 * bad + 3} were being synthesized"]
     assert begun == CHUNKS[: bad + 1]
     assert next(chunks, None) is None
 
@@ -255,7 +255,7 @@ def test_an_error_of_the_device_says_which_samples_the_host_was_waiting_for(cuda
     monkeypatch.setattr(cuda, "force", fail)
     with pytest.raises(RuntimeError, match="illegal memory") as caught:
         chunk.scores()
-    assert caught.value.__notes__ == ["while the samples 0 to 3 were being synthesised"]
+    assert caught.value.__notes__ == ["while the samples 0 to 3 were being synthesized"]
 
 
 def test_closing_in_the_middle_stops_the_work_and_frees_the_ring(cuda):

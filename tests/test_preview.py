@@ -58,7 +58,8 @@ def test_the_sheet_grows_by_rows_and_enlarges_small_images(checkpoint: Checkpoin
     sizes = []
     for num in (2, 4):
         preview_sheet(checkpoint, tmp_path / "sheet.png", num=num, columns=2)
-        sizes.append(Image.open(tmp_path / "sheet.png").size)
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            sizes.append(sheet.size)
     (width, one_row), (same_width, two_rows) = sizes
     assert width == same_width == 2 * MARGIN + 2 * TILE_SIZE + GAP
     assert two_rows - one_row > 3 * TILE_SIZE

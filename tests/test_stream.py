@@ -286,7 +286,7 @@ def test_whole_aligned_chunks_are_asked_for(checkpoint):
         assert len(chunk) == 8 and chunk[0] % 8 == 0 and chunk[0] // 8 % 2 == 1
 
 
-def test_no_more_is_synthesised_than_is_asked_for(checkpoint):
+def test_no_more_is_synthesized_than_is_asked_for(checkpoint):
     fake = FakeSynthesizer()
     take(fake_stream(checkpoint, chunk_size=4, filter=None, synthesize=fake), 9)
     assert len(fake.chunks) == 3

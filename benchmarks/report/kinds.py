@@ -15,6 +15,7 @@ from benchmarks import (
     throughput,
 )
 from benchmarks.downstream import comparison
+from benchmarks.gpu import gpu_tests, training, variants
 from benchmarks.report.rows import Presentation
 
 KINDS: dict[str, Presentation] = {
@@ -25,6 +26,9 @@ KINDS: dict[str, Presentation] = {
     "overlap": overlap.PRESENTATION,
     "memory": memory.PRESENTATION,
     "rolling_lanes": rolling_lanes.PRESENTATION,
+    "variants": variants.PRESENTATION,
+    "gpu_tests": gpu_tests.PRESENTATION,
+    "generator_training": training.PRESENTATION,
     "fitting": fitting.PRESENTATION,
     "fitting_memory": fitting_memory.PRESENTATION,
     "inversion": inversion.PRESENTATION,

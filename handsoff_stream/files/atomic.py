@@ -1,9 +1,9 @@
 """Files that appear whole or not at all, and folders that one process writes at a time.
 
-A file is written in its folder under a hidden name, flushed to the disk, and renamed. Until then the old file stays,
-whatever fails. A hidden file is locked while it is written (with flock, which the kernel releases when a process ends
-for any reason). So the next writer can distinguish the leftovers of a killed run from the work of a running one, and
-removes them.
+A file is written in a hidden folder beside its place, flushed to the disk, and renamed. Until then the old file stays,
+whatever fails. The folder also holds what libraries write on their way. It is locked while it is used (with flock,
+which the kernel releases when a process ends for any reason), so the next writer can distinguish the leftovers of a
+killed run from the work of a running one, and removes them.
 
 Knows paths and disks. Does not know what is written.
 """
@@ -29,12 +29,11 @@ FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "files may not be as large",
 }
+FAILING = {**FULL, errno.EROFS: "the disk is read-only", errno.EIO: "the disk reports an error"}
 REASONS = {
-    **FULL,
-    errno.EROFS: "the disk is read-only",
+    **FAILING,
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
-    errno.EIO: "the disk reports an error",
     errno.ENOENT: "no such folder",
     errno.ENOTDIR: "a part of the path is no folder",
     errno.ENAMETOOLONG: "the name is too long",
@@ -44,7 +43,8 @@ PROBE_BYTES = 2**16
 
 @contextmanager
 def whole_file(path: str | Path, *, inputs: Sequence[str | Path] = ()) -> Iterator[Path]:
-    """Yield a hidden file to write to; it replaces `path` when the block ends, and is removed if the block fails.
+    """Yield a file in a hidden folder beside `path` to write to; it replaces `path` when the block ends, and is removed
+    if the block fails.
 
     A new file gets the permissions that the umask allows; a replaced file keeps its permissions.
 
@@ -58,22 +58,23 @@ def whole_file(path: str | Path, *, inputs: Sequence[str | Path] = ()) -> Iterat
     path = Path(path)
     check_file(path, inputs=inputs)
     _remove_leftovers(path)
-    partial, handle = _create(path)
+    folder, handle = _hidden_folder(path)
+    partial = folder / path.name
     try:
         yield partial
-        if path.is_file():
-            shutil.copymode(path, partial)
+        # Some libraries write files that only their owner may read; the folder has what the umask leaves.
+        partial.chmod(stat.S_IMODE(path.stat().st_mode) if path.is_file() else folder.stat().st_mode & 0o666)
         _sync(partial)
         check_file(path, inputs=inputs)  # `path` may have changed in the meantime
         partial.replace(path)
         _sync(path.parent)
     except BaseException as error:
         failure = _disk_failure(partial, error)
-        partial.unlink(missing_ok=True)
         if failure is not None:
             raise OutputError(f"{path}: cannot be written ({failure}); what was there before is unchanged") from error
         raise
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
 
 
@@ -195,33 +196,39 @@ def _check_parents(path: Path, needed: int) -> None:
         )
 
 
-def _create(path: Path) -> tuple[Path, int]:
-    """(path of a new hidden file, its locked handle)."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SUFFIX}")
-    try:
-        # 0o666 minus the umask; O_EXCL neither follows links nor opens existing files.
-        handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({_reason(error)}); choose another path") from error
-    _lock(handle)
-    return partial, handle
+def _hidden_folder(path: Path) -> tuple[Path, int]:
+    """(new hidden folder, its locked handle)."""
+    while True:
+        folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SUFFIX}")
+        try:
+            folder.mkdir()
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if path.parent.is_dir():
+                continue  # another writer took it for a leftover before it was locked
+            raise OutputError(f"{path}: cannot be written (no such folder); choose another path") from None
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({_reason(error)}); choose another path") from error
+        if _lock(handle) is not False and folder.exists():
+            return folder, handle
+        os.close(handle)
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove hidden files of runs that were killed while they wrote `path`."""
+    """Remove hidden folders of runs that were killed while they wrote `path`."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{SUFFIX}"):
         _remove_if_unused(leftover)
 
 
 def _remove_if_unused(leftover: Path) -> None:
-    """Remove a hidden file that no process has locked."""
+    """Remove a hidden folder that no process has locked."""
     try:
-        handle = os.open(leftover, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return
     try:
         if _lock(handle):
-            leftover.unlink(missing_ok=True)
+            shutil.rmtree(leftover, ignore_errors=True)
     finally:
         os.close(handle)
 
@@ -249,14 +256,14 @@ def _sync(path: Path) -> None:
 
 def _disk_failure(partial: Path, error: BaseException) -> str | None:
     """Why the disk refused the write, in words; None if the error has another cause."""
-    if isinstance(error, OSError) and not isinstance(error, OutputError) and error.errno in REASONS:
-        return _reason(error)
     if not isinstance(error, Exception) or isinstance(error, OutputError):
         return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return _reason(error) if error.errno in FAILING else None
     # safetensors reports a full disk with the error number in its text; torch.save reports it without a number.
     number = re.search(r"\(os error (\d+)\)", str(error))
-    if number is not None and int(number[1]) in REASONS:
-        return REASONS[int(number[1])]
+    if number is not None:
+        return FAILING.get(int(number[1]))
     try:
         with partial.open("ab") as file:
             file.write(bytes(PROBE_BYTES))

@@ -18,7 +18,6 @@ rows.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -32,6 +31,7 @@ from handsoff_stream.geometry import Size
 from handsoff_stream.label_generator.folded import FoldedLabelGenerator
 from handsoff_stream.label_generator.rows import ProjectedRows, resized_rows, table_natives
 from handsoff_stream.label_generator.tiles import TILE_COLUMNS, TILE_ROWS, Grid, MapGroup, slots, split
+from handsoff_stream.label_generator.triton_device import unsuitable
 
 TABLE_BYTES = 4 << 30
 """Largest table of projected rows; images are processed in groups that fit, of at least one image."""
@@ -39,7 +39,6 @@ TABLE_BYTES = 4 << 30
 # What fits on the chip beside the sums of a tile: samples under a tile, feature channels, hidden units, outputs.
 _MAX_SAMPLES, _MAX_CHANNELS, _MAX_HIDDEN2, _MAX_OUTPUTS = 128, 256, 128, 64
 _SMALLEST = 16  # smallest dimension of a product in Triton
-_SHARED_MEMORY = 224 << 10  # bytes per block; the most that a compiled variant takes on sm_90a
 _DTYPES = (torch.float16, torch.float32)
 
 
@@ -170,7 +169,7 @@ def unsupported(folded: FoldedLabelGenerator, pyramid: FeaturePyramid, size: Siz
         pyramid: feature maps of the geometry; their values are not read.
         size: (H, W) of the labels.
     """
-    problem = _unsuitable(folded.weight1_CD.device)
+    problem = unsuitable(folded.weight1_CD.device)
     if problem is not None:
         return problem
     _, inner, hidden = folded.weight2_MIO.shape
@@ -189,28 +188,6 @@ def unsupported(folded: FoldedLabelGenerator, pyramid: FeaturePyramid, size: Siz
         f"{folded.weight1_CD.dtype} weights, which it does not multiply": folded.weight1_CD.dtype in _DTYPES,
     }
     return next((problem for problem, fits in limits.items() if not fits), None)
-
-
-def _unsuitable(device: torch.device) -> str | None:
-    """Why the kernel cannot run on a device, as text; None if it can."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device.type != "cuda":
-        return f"the device is {device}, not CUDA"
-    shared = shared_memory(device)
-    if shared < _SHARED_MEMORY:
-        return f"it takes {_SHARED_MEMORY >> 10} KiB of shared memory (Hopper has it), the device has {shared >> 10}"
-    return None
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block of a kernel may take on a CUDA device.
-
-    Triton knows the number in all versions and refuses a kernel that takes more. PyTorch 2.6 does not give it, and the
-    type stubs of no version name it.
-    """
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 class FusedLabelHead:

@@ -42,7 +42,9 @@ class Teacher(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = smp.Unet("resnet18", encoder_weights=None, classes=len(CLASS_NAMES))
+        self.network = smp.Unet(
+            "resnet18", encoder_weights=None, decoder_channels=(128, 64, 32, 16, 16), classes=len(CLASS_NAMES)
+        )
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Logits float32 [B, K, TEACHER_SIZE, TEACHER_SIZE]."""

@@ -68,7 +68,8 @@ def test_inspect_prints_the_geometry_of_a_checkpoint_and_of_a_published_file(che
 def test_preview_writes_a_picture(checkpoint_path, tmp_path):
     code, text = run("preview", checkpoint_path, tmp_path / "sheet.png", "--num", 4)
     assert code == 0 and "wrote" in text
-    assert Image.open(tmp_path / "sheet.png").size[0] > 100
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size[0] > 100
 
 
 def test_export_writes_shards_and_refuses_another_seed_in_the_same_folder(checkpoint_path, tmp_path):

@@ -178,19 +178,33 @@ def test_a_mistake_is_named_before_the_work(place, monkeypatch, line):
     assert snapshot(place) == before
 
 
-def test_a_full_disk_while_previewing_keeps_the_old_picture_and_is_one_sentence(place, tmp_path):
+FILL = {
+    "preview": ("preview {place}/c.safetensors {out} --num 16 --device cpu", "a.png"),
+    "convert": ("convert {place}/rosinality.pt {out}", "a.safetensors"),
+    "export": ("export {place}/c.safetensors {folder} --num 40 --shard-size 40 --device cpu", "shard-000000.tar"),
+}
+
+
+@pytest.mark.parametrize("verb", FILL)
+def test_a_full_disk_keeps_the_old_file_and_is_one_sentence(place, tmp_path, verb):
     """RLIMIT_FSIZE fails the write half-way, as a full disk does."""
-    (tmp_path / "a.png").write_bytes(b"old")
-    arguments = ["preview", str(place / "c.safetensors"), str(tmp_path / "a.png"), "--num", "16", "--device", "cpu"]
+    line, name = FILL[verb]
+    out = tmp_path / name
+    if verb != "export":  # which would refuse a shard that it does not know
+        out.write_bytes(b"old")
+    arguments = line.format(place=place, out=out, folder=tmp_path).split(" ")
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
         f"sys.argv[1:] = {arguments!r}; from handsoff_stream.cli import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("handsoff-stream: ") and done.stderr.count("\n") == 1
-    assert "cannot be written (files may not be as large)" in done.stderr
-    assert (tmp_path / "a.png").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("handsoff-stream: ") and "cannot be written (files may not be as large)" in last
+    assert "Traceback" not in done.stderr
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert left.pop("export.json", None) is None or verb == "export"
+    assert left == ({} if verb == "export" else {name: b"old"})
 
 
 def test_a_second_export_into_a_folder_is_told(place, tmp_path):
@@ -198,13 +212,10 @@ def test_a_second_export_into_a_folder_is_told(place, tmp_path):
         "import sys, time; from handsoff_stream.files.atomic import locked_folder\n"
         f"with locked_folder({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
-    try:
+    arguments = ["export", str(place / "c.safetensors"), str(tmp_path), "--num", "2", "--device", "cpu"]
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
-        arguments = ["export", str(place / "c.safetensors"), str(tmp_path), "--num", "2", "--device", "cpu"]
         result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 2 and "another process is writing to it" in result.output
-    finally:
         process.kill()
-        process.wait()
+    assert result.exit_code == 2 and "another process is writing to it" in result.output
     assert CliRunner().invoke(app, arguments).exit_code == 0

@@ -1,8 +1,12 @@
 """A file appears whole or not at all, and the old file stays until the new one is complete, whatever fails."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,7 +31,8 @@ def untouched(path) -> bool:
 def test_a_file_takes_its_place_only_when_it_is_whole(path):
     with whole_file(path) as partial:
         partial.write_bytes(b"new")
-        assert path.read_bytes() == b"old" and partial.parent == path.parent and partial.name.startswith(".")
+        assert path.read_bytes() == b"old"
+        assert partial.parent.parent == path.parent and partial.parent.name.startswith(".")
     assert path.read_bytes() == b"new"
     assert list(path.parent.iterdir()) == [path]
 
@@ -86,13 +91,31 @@ def test_names_that_are_too_long_are_refused_before_the_work(tmp_path):
     write_file(tmp_path / ("x" * MAX_FILE_NAME), b"new")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_found_before_the_work(tmp_path):
-    tmp_path.chmod(0o500)
-    for check in (lambda: check_file(tmp_path / "a" / "b"), lambda: check_folder(tmp_path / "a")):
-        with pytest.raises(OutputError, match="permission denied"):
-            check()
-    tmp_path.chmod(0o700)
+def refused_to_nobody(check: str, folder: str) -> str:
+    """What a check says to a user without privileges; root may write everywhere."""
+    code = f"""
+import os
+from handsoff_stream.files.atomic import check_file, check_folder, write_file
+if os.geteuid() == 0:
+    os.setuid(65534)
+try:
+    {check}
+except OSError as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    return done.stdout + done.stderr
+
+
+def test_a_folder_without_permission_is_found_before_the_work():
+    folder = tempfile.mkdtemp()  # tmp_path lies in a folder that only its owner enters
+    try:
+        Path(folder).chmod(0o555)
+        for check in ("check_file('a/b')", "check_folder('a')", "write_file('a', b'new')"):
+            said = refused_to_nobody(check, folder)
+            assert said.startswith("OutputError") and "permission denied" in said
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_a_file_in_the_place_of_a_folder_is_found_before_the_work(path):
@@ -118,7 +141,9 @@ def test_a_new_file_has_the_permissions_of_the_umask_a_replaced_one_keeps_its_ow
     old = os.umask(umask)
     try:
         write_file(tmp_path / "a", b"1")
-        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~umask
+        write_tensors(tmp_path / "b", {"t": torch.ones(1)}, key="k", manifest={})
+        for name in ("a", "b"):
+            assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask
         (tmp_path / "a").chmod(0o640)
         write_file(tmp_path / "a", b"2")
         assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
@@ -190,40 +215,45 @@ with {block} as place:
 """
 
 
-def holding(block: str) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", HOLD.format(block=block)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "there\n"
-    return process
+@contextmanager
+def holding(block: str) -> Iterator[None]:
+    """Another process inside the block; it is killed there."""
+    command = [sys.executable, "-c", HOLD.format(block=block)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "there\n"
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(path):
-    process = holding(f"whole_file({str(path)!r})")
-    try:
+    with holding(f"whole_file({str(path)!r})"):
         write_file(path, b"mine")
         assert len(list(path.parent.iterdir())) == 2  # the other's hidden file is in use
-    finally:
-        process.kill()
-        process.wait()
     assert len(list(path.parent.iterdir())) == 2
     write_file(path, b"again")
     assert list(path.parent.iterdir()) == [path] and path.read_bytes() == b"again"
 
 
+def test_an_error_of_the_block_that_is_not_the_disks_is_passed_on(path):
+    with pytest.raises(FileNotFoundError, match="input"), whole_file(path) as partial:
+        partial.write_bytes(b"half")
+        Path("input").read_bytes()
+    assert untouched(path)
+
+
 def test_a_file_of_a_similar_name_is_no_leftover(tmp_path):
-    (tmp_path / ".a1.x.partial").write_bytes(b"another file's")
+    (tmp_path / ".a1.x.partial").mkdir()
     write_file(tmp_path / "a[0-9]", b"new")
     assert (tmp_path / ".a1.x.partial").exists()
 
 
 def test_the_second_writer_of_a_folder_is_told_and_a_killed_one_holds_nothing(tmp_path):
     folder = tmp_path / "new" / "folder"
-    process = holding(f"locked_folder({str(folder)!r})")
-    try:
+    with holding(f"locked_folder({str(folder)!r})"):
         with pytest.raises(OutputError, match="another process is writing to it"), locked_folder(folder):
             raise AssertionError("the block must not begin")
-    finally:
-        process.kill()
-        process.wait()
     with locked_folder(folder) as mine:
         assert mine == folder and not list(folder.iterdir())
     with pytest.raises(KeyError), locked_folder(folder):

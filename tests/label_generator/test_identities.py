@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from handsoff_stream.features import FeaturePyramid
 from handsoff_stream.label_generator.ensemble import StackedBatchNorm, StackedLinear
 from handsoff_stream.label_generator.rows import resized_rows
-from handsoff_stream.label_generator.tiles import Grid, Level
+from handsoff_stream.label_generator.tiles import Grid, MapGroup
 
 
 def test_halving_is_the_mean_of_two_by_two_pixels():
@@ -16,9 +16,9 @@ def test_halving_is_the_mean_of_two_by_two_pixels():
     bilinear_BChw = F.interpolate(map_BCHW, (8, 12), mode="bilinear", align_corners=False, antialias=False)
     assert torch.equal(bilinear_BChw, mean_BChw)
 
-    level = Level((0,), slice(0, 3), (16, 24))
+    group = MapGroup((0,), slice(0, 3), (16, 24))
     rows_BPC = resized_rows(
-        FeaturePyramid((map_BCHW,)), level, Grid(8, 0, 8, 8), Grid(12, 0, 12, 12), slice(0, 2), torch.float32
+        FeaturePyramid((map_BCHW,)), group, Grid(8, 0, 8, 8), Grid(12, 0, 12, 12), slice(0, 2), torch.float32
     )
     assert torch.equal(rows_BPC, mean_BChw.flatten(2).transpose(1, 2))
 

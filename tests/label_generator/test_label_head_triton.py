@@ -185,7 +185,7 @@ def test_without_a_gpu_the_kernel_is_refused_by_name() -> None:
 def test_a_device_needs_the_shared_memory_that_tritons_driver_names(kib: int, problem: str | None) -> None:
     from triton.runtime import driver
 
-    from handsoff_stream.label_generator.triton_head import _unsuitable
+    from handsoff_stream.label_generator.triton_device import unsuitable
 
     class Device:  # what the driver answers for compute capability 9.0 and 8.9, without such a device
         utils = SimpleNamespace(get_device_properties=lambda index: [{"max_shared_mem": kib << 10}][index])
@@ -193,7 +193,7 @@ def test_a_device_needs_the_shared_memory_that_tritons_driver_names(kib: int, pr
     before = dict(vars(driver))  # reset_active would look for a GPU
     driver.set_active(Device())
     try:
-        reason = _unsuitable(torch.device("cuda", 0))
+        reason = unsuitable(torch.device("cuda", 0))
     finally:
         vars(driver).update(before)
     assert reason is None if problem is None else re.search(problem, reason or "")
@@ -201,7 +201,7 @@ def test_a_device_needs_the_shared_memory_that_tritons_driver_names(kib: int, pr
 
 @pytest.mark.gpu
 def test_triton_and_torch_name_the_same_shared_memory() -> None:
-    from handsoff_stream.label_generator.triton_head import shared_memory
+    from handsoff_stream.label_generator.triton_device import shared_memory
 
     properties = torch.cuda.get_device_properties(0)
     if not hasattr(properties, "shared_memory_per_block_optin"):

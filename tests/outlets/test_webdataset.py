@@ -1,5 +1,6 @@
 """An export contains the streamed samples in complete shards; an interrupted export ends with the same bytes."""
 
+import gc
 import hashlib
 import io
 import json
@@ -23,11 +24,14 @@ def make(checkpoint):
     return lambda **options: HandsOffStream(checkpoint, batch_size=5, device="cpu", **options)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its files open
 def test_reading_the_shards_back_gives_the_streamed_tensors(make, tmp_path):
     paths = write_shards(make(), tmp_path, num_samples=23, shard_size=10)
     assert [p.name for p in paths] == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     dataset = webdataset.WebDataset([str(p) for p in paths], shardshuffle=False)
     read = list(dataset)
+    del dataset
+    gc.collect()
     assert len(read) == 23
     batches = take(make(), 5)
     images = torch.cat([b.images for b in batches])
@@ -59,7 +63,9 @@ def test_an_interrupted_export_continues_and_ends_with_the_same_bytes(make, tmp_
         write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6)
     assert [p.name for p in sorted((tmp_path / "cut").glob("*.tar"))] == ["shard-000000.tar"]
 
-    (tmp_path / "cut" / ".shard-000001.tar.k1ll3d.partial").write_bytes(b"half a shard")  # as SIGKILL leaves it
+    leftover = tmp_path / "cut" / ".shard-000001.tar.k1ll3d.partial"  # as SIGKILL leaves it
+    leftover.mkdir()
+    (leftover / "shard-000001.tar").write_bytes(b"half a shard")
     monkeypatch.setattr(outlet, "_fields", original)
     resumed = write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6)
     assert [p.read_bytes() for p in resumed] == [p.read_bytes() for p in whole]

@@ -69,6 +69,8 @@ class Kind:
     suffix: str
     read: Read
     changes: tuple[Change, ...] = (mutations.mutated,)
+    weight: float = 1.0
+    """How often it is chosen; files that take long to read are chosen less often."""
     seconds: float = 0.0
     mib: float = 0.0
     """Of the valid files, the largest."""
@@ -91,12 +93,12 @@ def kinds(folder: Path) -> list[Kind]:
     return [
         Kind("NVlabs pickle", read_files("stylegan2ada_16_resnet.pkl", "evil/evil_persistence.pkl"), ".pkl",
              load_generator, raw),
-        Kind("rosinality, zip", read_files("rosinality_32.pt"), ".pt", load_generator, zipped),
-        Kind("rosinality, legacy", read_files("rosinality_train_8.pt"), ".pt", load_generator, raw[:2]),
-        Kind("DatasetGAN", read_files("stylegan1_128.pt"), ".pt", load_generator, zipped),
+        Kind("rosinality, zip", read_files("rosinality_32.pt"), ".pt", load_generator, zipped, weight=0.5),
+        Kind("rosinality, legacy", read_files("rosinality_train_8.pt"), ".pt", load_generator, raw[:2], weight=0.5),
+        Kind("DatasetGAN", read_files("stylegan1_128.pt"), ".pt", load_generator, zipped, weight=0.5),
         Kind("hostile pickles", read_files("evil/evil.pkl", "evil/evil_storage.pkl", "evil/evil_dotted.pkl"), ".pkl",
              read_content, raw),
-        Kind("ReStyle encoder", read_files("restyle_e4e_cars_tiny.pt"), ".pt", load_restyle, zipped[1:]),
+        Kind("ReStyle encoder", read_files("restyle_e4e_cars_tiny.pt"), ".pt", load_restyle, zipped[1:], weight=0.2),
         Kind("member of a label generator", read_files("label_generator/model_0.pth"), ".pth", read_content, zipped),
         Kind("checkpoint", [own], ".safetensors", load_checkpoint, header),
         Kind("checkpoint, inspected", [own], ".safetensors", describe, header),
@@ -245,9 +247,10 @@ def run(count: int, seconds: float, seed: int) -> dict[str, Any]:
     sys.addaudithook(watch)
     outcomes: dict[str, collections.Counter[str]] = {kind.name: collections.Counter() for kind in all_kinds}
     slowest, largest = (0.0, "", 0), (0.0, "", 0)
+    weights = [kind.weight for kind in all_kinds]
     started, done = time.monotonic(), 0
     while done < count and time.monotonic() - started < seconds:
-        kind = rng.choice(all_kinds)
+        (kind,) = rng.choices(all_kinds, weights)
         data = rng.choice(kind.seeds)
         variant = rng.choice(kind.changes)(data, rng)
         path = scratch / f"variant{kind.suffix}"

@@ -34,7 +34,7 @@ def train_on_samples(model: nn.Module, device: torch.device) -> float:
         score="sum",
         precision="exact",
         kernel="torch",
-        num_samples=1000,
+        epoch_size=1000,
         shard=Shard(0, 2),
     )
     total = 0.0
@@ -51,8 +51,8 @@ def train_on_batches(model: nn.Module, path: Path, saved: Path) -> None:
     stream = HandsOffStream(checkpoint, batch_size=8, filter=BlockQuantile(), device="cpu", transforms=None)
     states: list[dict[str, Any]] = json.loads(saved.read_text())
     stream.load_state_dict(merge_states(states))
+    batch: LabelledBatch
     for batch in stream:
-        assert isinstance(batch, LabelledBatch)
         assert isinstance(batch.labels, Tensor), "a checkpoint with several heads gives a dict"
         loss_of(model, batch.images, batch.labels)
         print(batch.next_index, batch.uncertainty.max().item(), int(batch.indices[0]))
@@ -62,3 +62,9 @@ def train_on_batches(model: nn.Module, path: Path, saved: Path) -> None:
 def look_at_one(index: int) -> tuple[int, ...]:
     image, _ = HandsOffStream("faces")[index]
     return tuple(image.shape)
+
+
+def look_at_some(stop: int) -> list[int]:
+    batch = HandsOffStream("faces")[0:stop]
+    sample = HandsOffStream("faces", as_dict=True)[stop]
+    return [*map(int, batch.indices), int(sample["index"])]

@@ -141,8 +141,7 @@ class StyleGAN2(Generator):
         self.channels = tuple(channels)
         self.constant_size = (constant_size[0], constant_size[1])
         self._z_dim, self._w_dim = z_dim, w_dim
-        self.mapping_lr_multiplier = mapping_lr_multiplier
-        self.conv_clamp = conv_clamp
+        self.mapping_lr_multiplier, self.conv_clamp = mapping_lr_multiplier, conv_clamp
         self.image_channels = image_channels
         self.architecture, self.mapping_hidden = architecture, hidden
         self._label_dim, self.label_features = label_dim, embedded

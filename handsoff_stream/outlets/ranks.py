@@ -1,0 +1,57 @@
+"""The position of every rank in one state, for frameworks that write one checkpoint for all ranks.
+
+    accelerator.register_for_checkpointing(AllRanks(loader))
+
+Knows loaders, states and torch.distributed. Does not know frameworks.
+"""
+
+from typing import Any
+
+import torch.distributed
+
+from handsoff_stream.batch import LabelledBatch
+from handsoff_stream.outlets.loader import HandsOffLoader
+from handsoff_stream.state import State, merge_states
+
+
+class AllRanks:
+    """`state_dict` and `load_state_dict` of a loader, for all ranks together.
+
+    As many ranks as before go on exactly where each of them was. Another number of ranks shares what is left by
+    `merge_states`.
+
+    Args:
+        loader: of this rank.
+    """
+
+    def __init__(self, loader: HandsOffLoader[Any]) -> None:
+        self.loader = loader
+
+    def state_dict(self, *, after: LabelledBatch | None = None) -> dict[str, Any]:
+        """The state of each rank, in their order; JSON-able. A collective operation: call it on every rank.
+
+        Args:
+            after: see `HandsOffLoader.state_dict`.
+        """
+        rank, count = _rank_and_count()
+        states: list[Any] = [None] * count
+        states[rank] = self.loader.state_dict(after=after)
+        if count > 1:
+            torch.distributed.all_gather_object(states, states[rank])
+        return {"ranks": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next pass of this rank continue where `state_dict` was taken.
+
+        Raises:
+            ValueError: the states are of a stream with other options, or no states of all ranks of a run.
+        """
+        rank, count = _rank_and_count()
+        states: list[State] = state["ranks"]
+        self.loader.load_state_dict(states[rank] if len(states) == count else merge_states(states))
+
+
+def _rank_and_count() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -1,0 +1,22 @@
+"""Lightning, Accelerate and Hugging Face's Trainer, by the scripts of examples/integrations: nothing lost or twice."""
+
+import pytest
+from frameworks import run_on_ranks, uninterrupted
+
+ENDLESS = {"batch_size": 4}
+SIZED = {"batch_size": 4, "epoch_size": 24}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("options", [ENDLESS, SIZED], ids=["endless", "sized"])
+@pytest.mark.parametrize("name", ["accelerate_loop", "lightning_resume", "transformers_trainer"])
+def test_an_interrupted_run_trains_on_what_an_uninterrupted_one_does(name, options, ranks, checkpoint_path, tmp_path):
+    pytest.importorskip(name.partition("_")[0])
+    steps = [2, 3] if name == "accelerate_loop" else [2, 5]  # for 2, until 5
+    ddp = {"strategy": "ddp", "devices": ranks} if ranks > 1 and name == "lightning_resume" else {}
+    runs = [{"folder": tmp_path, "steps": n, **ddp} for n in steps]
+    by_rank = run_on_ranks(name, ranks, runs=runs, checkpoint=str(checkpoint_path), options=options)
+    for runs_of_rank in by_rank:
+        assert [len(run) for run in runs_of_rank] == [8, 12]
+    seen = [index for runs_of_rank in by_rank for run in runs_of_rank for index in run]
+    assert sorted(seen) == uninterrupted(checkpoint_path, 20 * ranks, **options)
