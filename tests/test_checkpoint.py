@@ -1,4 +1,4 @@
-"""A checkpoint is one file that comes back as it was, or a clear sentence about why it does not."""
+"""A checkpoint is one file that loads as it was saved, or is refused with one clear sentence."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, plain sentences, exit codes, no tracebacks."""
+"""The command line in real processes: plain sentences, exit codes, no tracebacks."""
 
 import shutil
 import subprocess
@@ -172,7 +172,7 @@ def test_color_masks_of_another_size_and_a_class_map_of_ones_own(labelled, tmp_p
     fitted = load_checkpoint(tmp_path / "mine.safetensors")
     assert fitted.heads["segmentation"].task.class_names == ("nothing", "person", "dog") and fitted.size == (8, 8)
     assert fitted.provenance["class_map"]["from_colors"][2] == [[0, 0, 250], 1]
-    assert run(*arguments, "--classes", "a,b")[1].count("said once") == 1
+    assert run(*arguments, "--classes", "a,b")[1].count("given once") == 1
 
 
 @pytest.mark.filterwarnings("ignore:LPIPS has no trained backbone")
