@@ -3,6 +3,7 @@
 import pytest
 from frameworks import run_on_ranks, uninterrupted
 
+pytestmark = pytest.mark.filterwarnings("default")  # of the frameworks themselves
 ENDLESS: dict[str, int] = {}
 SIZED = {"epoch_size": 24}  # per rank: runs of the Trainers go on into the next epoch
 
