@@ -69,7 +69,7 @@ def test_preview_writes_a_picture(checkpoint_path, tmp_path):
     code, text = run("preview", checkpoint_path, tmp_path / "sheet.png", "--num", 4)
     assert code == 0 and "wrote" in text
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size[0] > 100
+        assert sheet.width > 100
 
 
 def test_export_writes_shards_and_refuses_another_seed_in_the_same_folder(checkpoint_path, tmp_path):
