@@ -111,7 +111,7 @@ def main() -> None:
         "--samples",
         type=int,
         default=3000,
-        help="to synthesize; 0 takes half of the checkpoint's calibration scores as samples, the other half to calibrate",
+        help="to synthesize; 0 takes half of the calibration scores as samples, and the other half to calibrate",
     )
     options.add_argument("--long-run", type=int, default=200_000, help="scores drawn from those of the samples")
     options.add_argument("--lanes", type=int, nargs="+", default=[1, 4, LANES_WITH_HISTORY, 96])
