@@ -235,6 +235,9 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
     def __len__(self) -> int:
         """Samples (or batches) that this rank yields per epoch, on every rank the same, for any number of workers.
 
+        A DataLoader that collates samples itself does so in each worker, and so may yield a few short batches more than
+        its own length; build the stream with `batch_size` to have exactly that length.
+
         Raises:
             TypeError: the stream is endless (`epoch_size=None`).
         """
