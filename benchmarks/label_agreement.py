@@ -2,11 +2,11 @@
 
     python -m benchmarks.label_agreement --checkpoint faces other.safetensors
 
-The teacher, a small DeepLabV3, is trained on many labelled renders and then labels the samples of
-each checkpoint; printed is the IoU of its labels with those of the checkpoint. The teacher makes errors too, more on
-samples than on renders, so differences between checkpoints mean more than the numbers; its own IoU on test renders is
-printed beside them. All checkpoints must be of rendered faces and of one size. The last line of the output is the
-result as JSON.
+The teacher, a small DeepLabV3, is trained on many labelled renders and then labels the samples of each checkpoint. The
+benchmark prints the IoU of the teacher's labels with the checkpoint's. The teacher makes errors too, more on samples
+than on renders, so differences between checkpoints mean more than the numbers themselves. The teacher's IoU on test
+renders is printed beside them. All checkpoints must be of rendered faces and of one size. The last line of the output
+is the result as JSON.
 """
 
 import argparse
@@ -28,14 +28,14 @@ from handsoff_stream.progress import progress_bar
 from handsoff_stream.stream import HandsOffStream
 
 
-def train_judge(size: int, steps: int, device: torch.device) -> nn.Module:
+def train_teacher(size: int, steps: int, device: torch.device) -> nn.Module:
     """A DeepLabV3 that has seen `8 * steps` fresh renders of the validation split, glasses and hats at one third."""
-    torch.manual_seed(0)  # dropout of the judge's head
+    torch.manual_seed(0)  # dropout of the teacher's head
     faces = RenderedFaces("validation", num_images=8 * steps, size=size, glasses=1 / 3, hat=1 / 3)
-    judge = build_deeplab(len(CLASS_NAMES), backbone="resnet18")
-    with progress_bar("training the judge", steps) as update:
+    teacher = build_deeplab(len(CLASS_NAMES), backbone="resnet18")
+    with progress_bar("training the teacher", steps) as update:
         train_segmentation(
-            judge,
+            teacher,
             DataLoader(faces, batch_size=8),
             steps=steps,
             lr=3e-3,
@@ -45,7 +45,7 @@ def train_judge(size: int, steps: int, device: torch.device) -> nn.Module:
             dtype=torch.bfloat16,
             progress=lambda step, loss: update(step, f"loss {loss:.3f}"),
         )
-    return judge.eval()
+    return teacher.eval()
 
 
 def agreement(teacher: nn.Module, checkpoint: str, psi: float, args: argparse.Namespace) -> SegmentationScores:
@@ -83,13 +83,13 @@ def main() -> None:
     options.add_argument("--checkpoint", nargs="+", default=["faces"], help="names or paths")
     options.add_argument("--psi", type=float, nargs="+", default=[0.7, 1.0])
     options.add_argument("--samples", type=int, default=200)
-    options.add_argument("--judge-steps", type=int, default=1000, help="steps that the teacher is trained")
+    options.add_argument("--teacher-steps", type=int, default=1000, help="training steps of the teacher")
     options.add_argument("--test-images", type=int, default=200)
     options.add_argument("--seed", type=int, default=0)
     args = options.parse_args()
     console = Console(stderr=True)
     size = load_checkpoint(args.checkpoint[0]).size[0]
-    teacher = train_judge(size, args.judge_steps, torch.device(args.device))
+    teacher = train_teacher(size, args.teacher_steps, torch.device(args.device))
     test = RenderedFaces("test", num_images=args.test_images, size=size)
     on_renders = evaluate(teacher, test, CLASS_NAMES, device=args.device)
     found = []

@@ -1,12 +1,12 @@
-"""How the choice of a rolling filter with lanes compares with that of one window over everything.
+"""How the decisions of a rolling filter with lanes compare with those of one window over all samples.
 
     python -m benchmarks.rolling_lanes --samples 3000
 
-The scores of the stream's first samples are computed once. Then filters with several numbers of lanes judge them, as a
-stream would: chunk k belongs to lane k % lanes, every window starts from the calibration scores. Compared are the share
-that is kept, how many decisions equal those of one window, and how many equal "generate all, drop the top tenth". The
-same is done for a long run of scores drawn from these with replacement, so that every window has been filled with
-scores of its own.
+The scores of the stream's first samples are computed once. Then filters with different numbers of lanes decide on
+them, as in a stream: chunk k belongs to lane k % lanes, and every window starts from the calibration scores. The
+benchmark compares the share of samples kept, how many decisions equal those of one window, and how many equal those of
+"generate all, drop the top tenth". It repeats this for a long sequence of scores drawn from the first ones with
+replacement, so that every window is eventually filled with scores of its own lane.
 """
 
 from collections import defaultdict
@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.common import parser, result_name, settings, stream_options, write_result
+from benchmarks.common import add_stream_options, parser, result_name, settings, stream_options, write_result
 from benchmarks.report.rows import Presentation, Result, Row
+from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.filters import LANES_WITH_HISTORY, RollingPercentile
 from handsoff_stream.stream import HandsOffStream
 
@@ -27,7 +28,7 @@ Bools = NDArray[np.bool_]
 
 
 def decisions(scores: list[float], calibration: list[float], lanes: int, chunk_size: int) -> Bools:
-    """What `RollingPercentile(lanes=lanes)` says to scores in the order of their indices."""
+    """Decisions of `RollingPercentile(lanes=lanes)` on scores in the order of their indices; True: kept."""
     filters: defaultdict[int, RollingPercentile] = defaultdict(lambda: _started(calibration))
     kept = [filters[index // chunk_size % lanes].push(score)[0] for index, score in enumerate(scores)]
     return np.array(kept)
@@ -40,7 +41,7 @@ def _started(calibration: list[float]) -> RollingPercentile:
 
 
 def offline(scores: list[float]) -> Bools:
-    """Generate all, drop the top tenth."""
+    """Decisions of "generate all, drop the top tenth"; True: kept."""
     return np.array(scores) <= np.quantile(scores, 0.9, method="inverted_cdf")
 
 
@@ -64,6 +65,7 @@ def compare(scores: list[float], calibration: list[float], counts: list[int], ch
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> Table:
+    """One row per number of lanes, in percent."""
     table = Table("lanes", "kept, %", "of each 1000, %", "as one window, %", "as offline, %", title=title)
     for row in rows:
         low, high = row["kept_of_each_1000"]
@@ -74,7 +76,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def rows(result: Result) -> list[Row]:
-    """The share that each number of lanes keeps, beside that of one window, and how often both decide alike."""
+    """The share that each number of lanes keeps, beside that of one window, and how often both decisions agree."""
     found = []
     for run in ("samples", "long_run"):
         one = next(row for row in result[run] if row["lanes"] == 1)
@@ -94,17 +96,31 @@ def rows(result: Result) -> list[Row]:
 PRESENTATION = Presentation(rows)
 
 
+def synthesized(stream: HandsOffStream[LabelledBatch], samples: int) -> list[float]:
+    """Scores of the first samples of the stream, whole batches of 20."""
+    batches = track(zip(range(samples // 20), stream, strict=False), total=samples // 20)
+    return [score for _, batch in batches for score in batch.uncertainty.tolist()]
+
+
 def main() -> None:
+    """Compare the decisions, print two tables, and write the result."""
     options = parser(__doc__, name="rolling_lanes")
+    add_stream_options(options)
     options.add_argument("--checkpoint", default="faces", help="name or path")
-    options.add_argument("--samples", type=int, default=3000)
+    options.add_argument(
+        "--samples",
+        type=int,
+        default=3000,
+        help="to synthesize; 0: half of the checkpoint's calibration scores are samples, the other half calibrates",
+    )
     options.add_argument("--long-run", type=int, default=200_000, help="scores drawn from those of the samples")
     options.add_argument("--lanes", type=int, nargs="+", default=[1, 4, LANES_WITH_HISTORY, 96])
     args = options.parse_args()
     stream = HandsOffStream(args.checkpoint, filter=None, batch_size=20, device=args.device, **stream_options(args))
-    batches = track(zip(range(args.samples // 20), stream, strict=False), total=args.samples // 20)
-    scores = [score for _, batch in batches for score in batch.uncertainty.tolist()]
     calibration = stream._source.calibration_scores(stream.options)
+    scores = synthesized(stream, args.samples)
+    if not scores:
+        calibration, scores = calibration[::2], calibration[1::2]
     drawn = np.random.default_rng(0).choice(scores, args.long_run).tolist()
     runs = {"samples": scores, "long_run": drawn}
     result: dict[str, Any] = {

@@ -1,14 +1,16 @@
-"""The whole story on the embedded faces: one network trained on the stream, its twin on the 16 labelled images.
+"""The demo on the included faces: one network is trained on the stream, another one on the 16 labelled images.
 
-Both see the same number of batches of the same size, from the same random initial weights, and are scored on the same
-held-out renders, which neither the generator, nor the label generator, nor the networks have seen. Both are augmented
-alike. Composes what the other rooms offer.
+Both networks start from the same random weights, are trained on the same number of batches of the same size with the
+same augmentation, and are scored on the same held-out renders. Neither the generator, nor the label generator, nor the
+networks were trained on those renders.
+
+Knows which functions of the other modules to call, and in which order. Does not know how they work.
 """
 
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from rich.text import Text
 from torch import nn
 from torch.utils.data import DataLoader
 
-from handsoff_stream.checkpoint import load_checkpoint, resolve
+from handsoff_stream.checkpoint import Checkpoint, load_checkpoint, resolve
 from handsoff_stream.datasets.labelled_images import LabelledImages, list_labelled
 from handsoff_stream.datasets.labelled_images.class_maps import ClassMap
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
@@ -47,22 +49,25 @@ NUM_LABELLED = 16
 
 @dataclass(frozen=True)
 class Budget:
-    """What both trainings get."""
+    """What both trainings are given."""
 
     steps: int
     backbone: str
     batch_size: int = 8
     lr: float = 1e-3
-    """Of Adam, at its highest; it falls to zero along a half cosine."""
+    """Highest learning rate of Adam; it falls to zero along a half cosine."""
     warmup: int = 0
-    """Steps over which it first rises."""
+    """Steps over which the learning rate rises linearly at the start."""
 
 
 def default_budget(device: torch.device) -> Budget:
-    """Two CPU cores end the demo within six minutes. The GPU's budget is the published network's, and not yet timed."""
+    """A budget with which two CPU cores finish the demo within six minutes.
+
+    On a GPU the budget is meant for the published network, and has not been timed yet.
+    """
     if device.type == "cuda":
         return Budget(steps=4000, backbone="resnet101", warmup=100)
-    # Pairs take most of the time, and twice as much of it where the CPU has no 16-bit products.
+    # Generating pairs takes most of the time, and twice as long on CPUs without 16-bit products.
     steps = 300 if fastest_precision(device) == "fast" else 150
     return Budget(steps=steps, backbone="resnet18", lr=3e-3, warmup=20)
 
@@ -77,7 +82,24 @@ def run_demo(
     device: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Preview, train twice, compare; writes `out`/preview.png and `out`/result.json and returns the latter."""
+    """Draw a preview, train both networks and compare them.
+
+    Args:
+        out: folder for preview.png and result.json; created if missing.
+        steps: optimizer steps of each training; None means `default_budget`.
+        backbone: name for `build_deeplab`; None means `default_budget`.
+        test_images: number of held-out renders.
+        seed: of the stream, the augmentation and the initial weights.
+        device: where to compute; None means CUDA if available.
+        console: where to print.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        OutputError: `out` cannot be written; this is checked before the training.
+        ValueError: an unknown backbone.
+    """
     console = console or Console()
     started = time.perf_counter()
     chosen = usable_device(device)
@@ -91,38 +113,46 @@ def run_demo(
     preview_sheet(checkpoint, out / "preview.png", num=16, seed=seed, device=chosen)
     console.print(f"[bold]faces[/bold]: fitted on {NUM_LABELLED} labelled images; see {_shown(out)}/preview.png")
 
-    stream = HandsOffStream(
-        checkpoint,
-        seed=seed,
-        device=chosen,
-        precision=fastest_precision(chosen),
-        transforms=ordinary_augmentation(),
-    )
     test = RenderedFaces("test", num_images=test_images, size=size)
-    console.print(f"\n[bold]1.[/bold] {budget.steps} steps on pairs synthesized and labelled while the network trains")
-    on_stream, stream_report = _train_and_score(budget, stream, test, seed, chosen, console)
-    rejected = stream.rejected / (stream.accepted + stream.rejected)
-    console.print(
-        f"    {stream.accepted} pairs used once each, {rejected:.1%} rejected as too uncertain, "
-        f"{stream_report['waiting_share']:.0%} of the time spent waiting for pairs"
-    )
-
+    on_stream, stream_record = _train_on_pairs(checkpoint, budget, test, seed, chosen, console)
     console.print(f"\n[bold]2.[/bold] {budget.steps} steps on the {NUM_LABELLED} labelled images, augmented")
-    views = RepeatedAugmented(
+    repeated = RepeatedAugmented(
         labelled_faces(NUM_LABELLED, size=size), length=budget.steps * budget.batch_size, seed=seed
     )
-    on_labelled, labelled_report = _train_and_score(budget, views, test, seed, chosen, console)
+    on_labelled, labelled_report = _train_and_score(budget, repeated, test, seed, chosen, console)
 
     console.print(comparison(on_stream, on_labelled, f"IoU on {test_images} held-out renders"))
+    setting = {"seed": seed, "device": str(chosen), "precision": fastest_precision(chosen)}
     result: dict[str, Any] = {
-        "stream": {**on_stream.record(), **stream_report, "rejected": rejected, "accepted": stream.accepted},
+        "stream": stream_record,
         "labelled_images": {**on_labelled.record(), **labelled_report},
-        "budget": {**vars(budget), "seed": seed, "device": str(chosen), "precision": stream.options.precision},
+        "budget": vars(budget) | setting,
         "seconds": time.perf_counter() - started,
     }
     write_file(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
-    console.print(f"{result['seconds'] / 60:.1f} minutes; all numbers are of this run and in {_shown(out)}/result.json")
+    console.print(f"{result['seconds'] / 60:.1f} minutes; {_shown(out)}/result.json holds all numbers of this run")
     return result
+
+
+def _train_on_pairs(
+    checkpoint: Checkpoint, budget: Budget, test: RenderedFaces, seed: int, device: torch.device, console: Console
+) -> tuple[SegmentationScores, dict[str, Any]]:
+    """Scores of the network trained on the stream, and their record."""
+    stream = HandsOffStream(
+        checkpoint,
+        seed=seed,
+        device=device,
+        precision=fastest_precision(device),
+        transforms=ordinary_augmentation(),
+    )
+    console.print(f"\n[bold]1.[/bold] {budget.steps} steps on pairs synthesized and labelled while the network trains")
+    scores, report = _train_and_score(budget, stream, test, seed, device, console)
+    rejected = stream.rejected / (stream.accepted + stream.rejected)
+    console.print(
+        f"    {stream.accepted} pairs used once each, {rejected:.1%} rejected as too uncertain, "
+        f"{report['waiting_share']:.0%} of the time spent waiting for pairs"
+    )
+    return scores, {**scores.record(), **report, "rejected": rejected, "accepted": stream.accepted}
 
 
 def _train_and_score(
@@ -138,7 +168,14 @@ def _train_and_score(
 def train_with_bar(
     model: nn.Module, batches: Iterable[Any], budget: Budget, device: torch.device, console: Console
 ) -> dict[str, float]:
-    """`train_segmentation` with a progress bar; returns where the time went."""
+    """`train_segmentation` with a progress bar.
+
+    Returns:
+        train_seconds, images_per_s, waiting_share (of the time, in [0, 1]) and final_loss (in nats).
+
+    Raises:
+        ValueError: as `train_segmentation`.
+    """
     with progress_bar("    training", budget.steps, console=console) as update:
         report = train_segmentation(
             model,
@@ -159,7 +196,7 @@ def train_with_bar(
 
 
 def comparison(on_stream: SegmentationScores, on_labelled: SegmentationScores, title: str) -> Table:
-    """Both networks side by side, in percent."""
+    """IoU of both networks per class and their difference, in percent."""
     table = Table("class", "stream", f"{NUM_LABELLED} images", "difference", title=title, show_footer=True)
     rows = zip(on_stream.class_names, on_stream.iou_per_class, on_labelled.iou_per_class, strict=True)
     for name, *values in rows:
@@ -194,12 +231,26 @@ def train_on_stream(
     precision: Precision | None = None,
     console: Console,
 ) -> None:
-    """Train DeepLabV3 on a checkpoint's stream, save its state dict, and score it if there is something to score on.
+    """Train DeepLabV3 on a checkpoint's stream, save its state dict, and score it if there are test images.
+
+    Args:
+        checkpoint: name or path; `faces` is scored on held-out renders if no test folders are given.
+        out: file of the state dict.
+        steps: optimizer steps, at least 1.
+        batch_size: samples per step, at least 2.
+        backbone: name for `build_deeplab`.
+        lr: highest learning rate of Adam.
+        test_folders: folders of test images and of their masks, or None.
+        seed: of the stream and the initial weights.
+        device: where to compute; None means CUDA if available.
+        precision: of the stream; None means the device's default.
+        console: where to print.
 
     Raises:
         CheckpointError: the checkpoint has no segmentation head.
-        LabelledImagesError: test folders that do not fit.
-        OutputError: the state dict cannot be written; this is found out before the training.
+        LabelledImagesError: test folders whose images and masks do not match.
+        OutputError: the state dict cannot be written; this is checked before the training.
+        ValueError: steps, batch size or learning rate out of range, or an unknown backbone.
     """
     chosen = usable_device(device)
     check_file(out, inputs=[resolve(checkpoint)])
@@ -213,12 +264,7 @@ def train_on_stream(
     names = next((h.task.class_names for h in loaded.heads.values() if hasattr(h.task, "class_names")), None)
     if names is None:
         raise CheckpointError(f"{checkpoint}: no segmentation head, so there are no masks to train DeepLabV3 on")
-    test: Any = None
-    if test_folders is not None:
-        folder = LabelledImages(list_labelled(*test_folders), ClassMap.of_ids(names))
-        test = DataLoader([(image, mask) for _, image, mask in folder], batch_size=1)  # type: ignore[arg-type]
-    elif checkpoint == "faces":
-        test = RenderedFaces("test", num_images=200, size=loaded.size[0])
+    test = _test_images(test_folders, names, loaded.size[0] if checkpoint == "faces" else None)
     stream = HandsOffStream(loaded, seed=seed, device=chosen, precision=precision)
     model = build_deeplab(len(names), backbone=backbone, seed=seed)
     budget = Budget(steps, backbone, batch_size, lr, warmup=min(100, steps // 10))
@@ -230,3 +276,11 @@ def train_on_stream(
     )
     if test is not None:
         console.print(evaluate(model, test, names, device=chosen).table("IoU on test images"))
+
+
+def _test_images(folders: tuple[Path, Path] | None, class_names: Sequence[str], faces_size: int | None) -> Any:
+    """Batches from the folders of images and masks, else held-out renders of `faces_size` pixels, else None."""
+    if folders is not None:
+        samples = LabelledImages(list_labelled(*folders), ClassMap.of_ids(class_names))
+        return DataLoader([(image, mask) for _, image, mask in samples], batch_size=1)  # type: ignore[arg-type]
+    return None if faces_size is None else RenderedFaces("test", num_images=200, size=faces_size)

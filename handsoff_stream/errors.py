@@ -1,14 +1,16 @@
-"""Errors that callers may want to tell apart, and what a message may show. Everything else is a ValueError or TypeError
-where it arose."""
+"""Errors that callers may want to distinguish, and the text that error messages may show.
 
-MAX_LINE = 300  # characters of a message
+All other errors are a `ValueError` or `TypeError` raised where they occur. Knows text. Does not know files or networks.
+"""
+
+MAX_LINE = 300  # characters in a message
 
 
 def printable(text: str, limit: int = MAX_LINE) -> str:
-    """One line of printable characters, at most `limit` of them; the middle of a longer text is left out.
+    """The text as one line of at most `limit` printable characters; the middle of a longer text is left out.
 
-    Names, paths and values of foreign files end in messages and on terminals: line breaks become spaces, and control
-    characters, terminal escapes, direction marks and lone surrogates their escape sequences.
+    Messages and terminals show names, paths and values of untrusted files. Line breaks become spaces; control
+    characters, terminal escapes, direction marks and lone surrogates are replaced by escape sequences.
     """
     if len(text) > 4 * limit:
         text = f"{text[: 2 * limit]} ... {text[-2 * limit :]}"
@@ -16,14 +18,14 @@ def printable(text: str, limit: int = MAX_LINE) -> str:
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     if len(escaped) <= limit:
         return escaped
-    tail = (limit - 5) * 2 // 5  # remedies stand at the end
+    tail = (limit - 5) * 2 // 5  # messages end with the remedy
     return f"{escaped[: limit - 5 - tail]} ... {escaped[-tail:]}"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint file cannot be used: missing, damaged, unsupported, or not what was asked for.
+    """A file cannot be used: it is missing, damaged, unsupported, or not what was asked for.
 
-    The message is one printable line, whatever the file holds.
+    The message is one printable line, whatever the file contains.
     """
 
     def __init__(self, message: str) -> None:
@@ -31,11 +33,11 @@ class CheckpointError(ValueError):
 
 
 class OutputError(OSError):
-    """A file or folder cannot be written, or not there: what stood there before is untouched."""
+    """A file or folder cannot be written at its path. What was there before is unchanged."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
 
 class StreamError(RuntimeError):
-    """A stream cannot go on: no such device here, NaN from a network, or nearly every sample rejected."""
+    """A stream cannot continue: a missing device, NaN from a network, or nearly all samples rejected."""

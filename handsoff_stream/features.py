@@ -1,13 +1,14 @@
-"""What a generator computes for every pixel: feature maps at native resolution, which stand for hypercolumns.
+"""A generator's feature maps at their native resolutions, which represent the hypercolumns of all pixels.
 
-The hypercolumn of a pixel (HandsOff, section 3.2) is the concatenation of all feature maps, each resized to the label
-resolution. At 1024 x 1024 hypercolumns take 6.4 GB per image, so the pyramid of native maps is passed on instead. This
-module defines which values the hypercolumns have (`bilinear_taps`), and reads a few of them (`rows_at`).
+The hypercolumn of a pixel (HandsOff, section 3.2) is the concatenation of all feature maps at that pixel, after each
+map is resized to the label resolution. At 1024 x 1024 hypercolumns take 6.4 GB per image, so the pyramid of native maps
+is passed on instead. This module defines the values of hypercolumns (`bilinear_taps`), and computes them for a few
+pixels (`rows_at`).
 
 Knows feature maps. Does not know which network made them, or what is predicted from them.
 
-Shape letters: B batch, C channels of all maps together, P pixels, H W output size. Sampling is
-`F.interpolate(mode="bilinear", align_corners=False, antialias=False)` throughout, up and down.
+Shape letters: B batch, C channels of all maps together, P pixels, H W output size. All resizing, up or down, is
+`F.interpolate(mode="bilinear", align_corners=False, antialias=False)`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from handsoff_stream.geometry import Rectangle, Size
 
 
 class Taps(NamedTuple):
-    """Along one axis, output i lies `weight[i]` of the way from sample `low[i]` to sample `high[i]`."""
+    """Interpolation along one axis: output i is (1 - weight[i]) * sample[low[i]] + weight[i] * sample[high[i]]."""
 
     low: Tensor  # int64 [n]
     high: Tensor  # int64 [n]
@@ -69,12 +70,12 @@ class FeaturePyramid:
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Of each map."""
+        """Channels of each map."""
         return tuple(feature_map.shape[1] for feature_map in self.maps)
 
     @property
     def num_channels(self) -> int:
-        """C: of all maps together."""
+        """C: channels of all maps together."""
         return sum(self.channels)
 
     @property
@@ -84,17 +85,17 @@ class FeaturePyramid:
 
     @property
     def device(self) -> torch.device:
-        """Where the maps lie."""
+        """The device of the maps."""
         return self.maps[0].device
 
     @property
     def resolution(self) -> Size:
-        """(H, W) of the finest map, or of its crop: the output size at which a pixel is one of the image."""
+        """(H, W) of the finest map or of its crop: the output size at which one pixel is one pixel of the image."""
         return self.part.size
 
     @property
     def part(self) -> Rectangle:
-        """`window`, or the whole image."""
+        """`window`, or the rectangle of the whole image."""
         if self.window is not None:
             return self.window
         height, width = self.finest
@@ -102,16 +103,16 @@ class FeaturePyramid:
 
     @property
     def finest(self) -> Size:
-        """(H, W) of the finest map, in whose pixels windows are given."""
+        """(H, W) of the finest map; windows are given in its pixels."""
         return max(m.shape[2] for m in self.maps), max(m.shape[3] for m in self.maps)
 
     def crop(self, rows: Size, columns: Size) -> FeaturePyramid:
         """The pyramid of a part of the image; `rows`, `columns`: (first, end) in pixels of the finest map.
 
-        The maps stay whole, because resizing a map that was cut would treat the cut as the border of the image. An
-        output `size` is the size of the cropped part from then on: `p.crop((a, b), (c, d)).hypercolumn((b - a, d - c))`
-        equals `p.hypercolumn(p.resolution)[..., a:b, c:d]`, and so on at other scales. A second crop counts from the
-        first.
+        The maps stay whole, because resizing a cropped map would treat the cut as the border of the image. In the
+        result, output sizes are sizes of the part: `p.crop((a, b), (c, d)).hypercolumn((b - a, d - c))` equals
+        `p.hypercolumn(p.resolution)[..., a:b, c:d]`, and likewise at other scales. The coordinates of a second crop
+        start at the corner of the first.
 
         Raises:
             ValueError: the part is empty or reaches beyond the image.
@@ -123,7 +124,7 @@ class FeaturePyramid:
         return replace(self, window=window)
 
     def placement(self, size: Size) -> tuple[Size, Size]:
-        """Where an output of `size` lies: (H, W) of the whole image at its scale, and (top, left) in it.
+        """Where an output of `size` lies: (H, W) of the whole image at the output's scale, and (top, left) in it.
 
         Raises:
             ValueError: the crop does not fall on whole output pixels.
@@ -131,21 +132,21 @@ class FeaturePyramid:
         return self.part.placement(size, self.finest)
 
     def hypercolumn(self, size: Size) -> Tensor:
-        """Hypercolumns of all pixels, float32 [B, C, H, W]: enormous; for the reference path and for tests."""
+        """Hypercolumns of all pixels, float32 [B, C, H, W], which are very large; for the reference path and tests."""
         return torch.cat([self._resize(_promote(feature_map), size) for feature_map in self.maps], dim=1)
 
     def rows_at(self, pixels_P: Tensor, size: Size, sample: Tensor | None = None) -> Tensor:
-        """Hypercolumns of a few pixels, float32 [P, C], without those of the others.
+        """Hypercolumns of a few pixels, float32 [P, C], without computing those of other pixels.
 
         Args:
             pixels_P: int64 row-major indices in an output of `size`, in [0, H * W).
             size: (H, W) of the output.
-            sample: int64 [P], the image of each pixel in [0, B); needed if there are several images.
+            sample: int64 [P], the image of each pixel in [0, B); required if there are several images.
 
         Maps in `torch.channels_last` are read faster.
 
         Raises:
-            ValueError: several images, but no `sample`; a crop that does not fall on whole output pixels.
+            ValueError: several images without `sample`, or a crop that does not fall on whole output pixels.
         """
         if sample is None:
             if self.batch_size != 1:

@@ -1,6 +1,6 @@
-"""What a checkpoint file is, in words and numbers: the function behind `handsoff-stream inspect`.
+"""Facts about a checkpoint or a generator file in words and numbers, as `handsoff-stream inspect` prints them.
 
-Knows files and their geometry. Runs no network.
+Knows files and the sizes that they declare. Runs no network.
 """
 
 import json
@@ -14,7 +14,7 @@ from handsoff_stream.generators.published import read_generator
 
 
 def describe(name_or_path: str | Path) -> dict[str, str]:
-    """Facts about a checkpoint or a generator file, in reading order.
+    """Facts about a checkpoint or a generator file: name of the fact => its value in words, in the order to be read.
 
     Raises:
         CheckpointError: the file is missing, damaged or unsupported.
@@ -61,7 +61,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
         part = f", rows {top}:{bottom}, columns {left}:{right} of the image"
     facts["output"] = f"{checkpoint.size[0]} x {checkpoint.size[1]}{part}, truncation {checkpoint.truncation}"
     if checkpoint.calibration is None:
-        facts["calibration"] = "none: a rolling filter begins with an empty window"
+        facts["calibration"] = "none: a rolling filter starts with an empty window"
     else:
         counts = {kind: len(scores) for kind, scores in checkpoint.calibration.scores.items()}
         facts["calibration"] = ", ".join(f"{n} scores ({kind})" for kind, n in counts.items())

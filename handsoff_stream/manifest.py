@@ -1,7 +1,7 @@
-"""The schema of a checkpoint's manifest: what it may say, of which type, within which bounds.
+"""The schema of a checkpoint's manifest: names, types and bounds of its entries.
 
-Knows names, types and bounds. Does not know what generators, tasks and label generators do with them: their
-constructors check that.
+Knows names, types and bounds. Does not know whether the values suit each other; the constructors of generators, tasks
+and label generators check that.
 """
 
 from typing import Annotated, Any
@@ -20,15 +20,15 @@ Width = Annotated[Count, Field(ge=1)]
 
 def _of_a_file(name: str) -> str:
     if not all(c.isalnum() or c in " _-" for c in name):
-        raise ValueError("is no name of letters, digits, spaces, underscores and hyphens")
+        raise ValueError("must consist of letters, digits, spaces, underscores and hyphens")
     return name
 
 
-HeadName = Annotated[Name, AfterValidator(_of_a_file)]  # becomes a part of tensors' names and of exported files'
+HeadName = Annotated[Name, AfterValidator(_of_a_file)]  # part of the names of tensors and of exported files
 
 
 class GeneratorPart(Schema):
-    """Family and the arguments of its constructor."""
+    """The generator's family and the arguments of its constructor."""
 
     family: Name
     config: dict[Name, Any]
@@ -44,14 +44,14 @@ class LabelGeneratorPart(Schema):
 
 
 class HeadPart(Schema):
-    """A task, `Task.config()`, and its label generator."""
+    """A task, as `Task.config()` describes it, and its label generator."""
 
     task: dict[Name, Any]
     label_generator: LabelGeneratorPart
 
 
 class CropPart(Schema):
-    """`Window`: rows and columns of the generator's image; the ends are exclusive."""
+    """The output's part of the generator's image, in pixels; bottom and right are exclusive."""
 
     top: Coordinate
     bottom: Coordinate
@@ -60,14 +60,14 @@ class CropPart(Schema):
 
 
 class CalibrationPart(Schema):
-    """`Calibration`."""
+    """The scores of calibration samples by kind, and the options that they were made with."""
 
     options: dict[Name, Number | Name]
     scores: dict[Name, Annotated[list[Number], Field(max_length=MAX_SCORES)]]
 
 
 class Manifest(Schema):
-    """All that a checkpoint says beside its weights."""
+    """Everything that a checkpoint stores except its tensors."""
 
     format_version: Count
     generator: GeneratorPart

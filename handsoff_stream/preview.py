@@ -1,6 +1,6 @@
-"""A sheet of samples to look at: image, label over image, uncertainty, and which ones a filter would drop.
+"""A sheet of samples in one PNG: images, labels over images, uncertainties, and which samples a filter would reject.
 
-Knows pictures. Does not know how samples are made: it asks a `Synthesizer`, as a stream does.
+Knows how to draw. Does not know how samples are made: a `Synthesizer` makes them, as in a stream.
 
 Shape letters: B batch, H W image size.
 """
@@ -31,7 +31,7 @@ from handsoff_stream.uncertainty import ScoreKind, image_score
 
 Pixels = NDArray[np.uint8]
 
-# Black through violet and orange to pale yellow; lightness rises evenly, so that more uncertain looks brighter.
+# From black through violet and orange to pale yellow: lightness rises evenly, so brighter means more uncertain.
 HEAT_ANCHORS = (
     (0, 0, 4),
     (28, 16, 68),
@@ -44,7 +44,7 @@ HEAT_ANCHORS = (
     (252, 253, 191),
 )
 OPACITY = 0.6  # of the label over the image
-MAX_SAMPLES = 1024  # on a sheet, whose pixels must all be in memory
+MAX_SAMPLES = 1024  # per sheet, whose pixels are all in memory at once
 TILE_SIZE = 192  # small images are enlarged to about this many pixels
 GAP, MARGIN, TEXT, LINE = 4, 16, 13, 20
 PAPER, INK, ACCEPTED, REJECTED = (255, 255, 255), (40, 40, 40), (90, 90, 90), (200, 30, 40)
@@ -52,7 +52,7 @@ PAPER, INK, ACCEPTED, REJECTED = (255, 255, 255), (40, 40, 40), (90, 90, 90), (2
 
 @dataclass(frozen=True)
 class PreviewSample:
-    """One sample as pictures are made of it."""
+    """One sample, as it is drawn."""
 
     index: int
     image: Pixels
@@ -62,8 +62,9 @@ class PreviewSample:
     uncertainty: NDArray[np.float32]
     """[H, W], Jensen-Shannon divergence in nats"""
     score: float
+    """The image's score, of the kind that was asked for."""
     kept: bool | None
-    """None if the checkpoint has no calibration scores to judge by."""
+    """Whether the filter keeps the sample; None if the checkpoint has no calibration scores."""
 
 
 def preview_sheet(
@@ -89,22 +90,22 @@ def preview_sheet(
     Args:
         checkpoint: name, path or loaded checkpoint with a segmentation head.
         path: PNG to write.
-        num: how many samples, from index 0; unused if `indices` is given.
-        indices: which samples.
-        seed: which stream.
-        columns: samples side by side.
+        num: number of samples, which start at index 0; unused if `indices` is given.
+        indices: indices of the samples.
+        seed: seed of the stream.
+        columns: samples per row.
         truncation: psi; None means the checkpoint's own.
         score: "top10_mean" or "sum".
         percentile: in (0, 100].
         device: where to synthesize; None means CUDA if there is one.
 
     Returns:
-        What was drawn, in order.
+        The samples in the order in which they are drawn.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or has no head.
-        OutputError: the PNG cannot be written; this is found out before anything is drawn.
-        ValueError: nothing to draw, or no segmentation head.
+        OutputError: the PNG cannot be written; this is checked before anything is synthesized.
+        ValueError: no or too many samples, no columns, or no segmentation head.
     """
     chosen = _chosen(range(num) if indices is None else list(indices), columns)
     source = CheckpointSource(checkpoint)
@@ -113,12 +114,12 @@ def preview_sheet(
     options = SynthesisOptions(seed=seed, truncation=psi, score=score, precision=default_precision(where))
     loaded = source.load()
     name, task = _segmentation_head(loaded)
-    judge = _judge(source.calibration_scores(options), percentile)
+    threshold = _threshold(source.calibration_scores(options), percentile)
     check_file(path, inputs=[] if isinstance(checkpoint, Checkpoint) else [resolve(checkpoint)])
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with isolated():
         synthesizer = Synthesizer(loaded, options, where)
-        samples = _synthesize(synthesizer, name, chosen, judge)
+        samples = _synthesize(synthesizer, name, chosen, threshold)
     sheet = draw_sheet(samples, task, columns=columns)
     with whole_file(path) as partial:
         sheet.save(partial, format="PNG")
@@ -144,7 +145,7 @@ def _segmentation_head(checkpoint: Checkpoint) -> tuple[str, Segmentation]:
     )
 
 
-def _judge(calibration: Sequence[float], percentile: float) -> Threshold | None:
+def _threshold(calibration: Sequence[float], percentile: float) -> Threshold | None:
     if not calibration:
         return None
     threshold = Threshold(percentile)
@@ -153,9 +154,9 @@ def _judge(calibration: Sequence[float], percentile: float) -> Threshold | None:
 
 
 def _synthesize(
-    synthesizer: Synthesizer, head: str, indices: Sequence[int], judge: Threshold | None
+    synthesizer: Synthesizer, head: str, indices: Sequence[int], threshold: Threshold | None
 ) -> list[PreviewSample]:
-    """In the chunks of a stream, whose samples these are bit for bit."""
+    """The samples, bit for bit those of a stream because the chunks are the same."""
     samples: dict[int, PreviewSample] = {}
     for chunk, rows, places in in_chunks(indices, default_chunk_size(synthesizer.device)):
         images_B3HW, features = synthesizer.generate(chunk)
@@ -168,7 +169,7 @@ def _synthesize(
                 label=label_BHW[row].cpu().numpy(),
                 uncertainty=uncertainty_BHW[row].cpu().numpy(),
                 score=scores[row],
-                kept=None if judge is None else judge.push(scores[row])[0],
+                kept=None if threshold is None else threshold.push(scores[row])[0],
             )
     return [samples[place] for place in range(len(indices))]
 
@@ -177,11 +178,11 @@ def _pixels(image_3HW: Tensor) -> Pixels:
     return image_3HW.mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
-# Colours ---------------------------------------------------------------------------------------------------------
+# Colors ---------------------------------------------------------------------------------------------------------
 
 
 def heat_table() -> Pixels:
-    """256 colours for 0 to 1, uint8 [256, 3], piecewise linear between the anchors."""
+    """256 colors for values from 0 to 1, uint8 [256, 3], piecewise linear between `HEAT_ANCHORS`."""
     anchors = np.array(HEAT_ANCHORS, dtype=np.float64)
     position = np.linspace(0, len(anchors) - 1, 256)
     channels = [np.interp(position, np.arange(len(anchors)), anchors[:, c]) for c in range(3)]
@@ -189,13 +190,24 @@ def heat_table() -> Pixels:
 
 
 def heat_map(values_HW: NDArray[np.float32], top: float) -> Pixels:
-    """Colours of values in [0, top], uint8 [H, W, 3]; larger values get the last colour."""
+    """Colors for values in [0, top], uint8 [H, W, 3]; larger values get the last color.
+
+    Args:
+        values_HW: float32, at least 0.
+        top: value of the last color.
+    """
     scaled = np.clip(values_HW / max(top, 1e-12), 0, 1) * 255
     return heat_table()[scaled.round().astype(np.int64)]
 
 
 def overlay(image_HW3: Pixels, label_HW: NDArray[Any], palette: Sequence[tuple[int, ...]]) -> Pixels:
-    """The label's colours over the image, uint8 [H, W, 3]."""
+    """The label's colors blended over the image, uint8 [H, W, 3].
+
+    Args:
+        image_HW3: uint8.
+        label_HW: class ids.
+        palette: RGB color of each class, 0 to 255.
+    """
     colors = np.array(palette, dtype=np.float64)[label_HW]
     return ((1 - OPACITY) * image_HW3 + OPACITY * colors).round().astype(np.uint8)
 
@@ -204,7 +216,7 @@ def overlay(image_HW3: Pixels, label_HW: NDArray[Any], palette: Sequence[tuple[i
 
 
 def draw_sheet(samples: Sequence[PreviewSample], task: Segmentation, *, columns: int) -> Image.Image:
-    """The sheet: a row of three-picture columns for every `columns` samples, then legend and uncertainty scale."""
+    """The sheet: `columns` samples per row, each as three pictures one below the other; legend and scale at the end."""
     columns = min(columns, len(samples))
     tile_h, tile_w = _tile_size(*samples[0].label.shape)
     top = max(float(sample.uncertainty.max()) for sample in samples)
@@ -251,7 +263,7 @@ def _draw_sample(
 
 
 def _legend(task: Segmentation, width: int, top: float) -> Image.Image:
-    """Class colours with their names, wrapped to `width`, and the colour scale of the uncertainty."""
+    """Class colors with their names, wrapped to `width`, and the color scale of the uncertainty."""
     font, swatch = _font(), TEXT
     places: list[tuple[int, int]] = []
     x = y = 0

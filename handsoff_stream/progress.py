@@ -1,4 +1,4 @@
-"""A progress bar on the terminal, or none. Knows nothing of what is being done."""
+"""A progress bar on the terminal. Knows the terminal. Does not know what is being done."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def progress_bar(
     description: str, total: int, *, show: bool = True, console: Console | None = None
 ) -> Iterator[Callable[[int, str], None]]:
-    """Yields `update(steps done, note)`; the note is a few words behind the bar, such as the current loss."""
+    """Yield `update(done, note)`, which sets the number of finished steps and a short note beside the bar.
+
+    Args:
+        description: text in front of the bar.
+        total: number of steps.
+        show: whether to draw a bar; if not, `update` does nothing.
+        console: where to draw; None means standard output.
+    """
     if not show:
         yield lambda done, note: None
         return

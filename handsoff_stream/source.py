@@ -17,6 +17,7 @@ from torch import Tensor
 from handsoff_stream.checkpoint import Checkpoint, load_checkpoint, read_manifest, resolve
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.files.tensors import read_tensors
+from handsoff_stream.isolation import isolated
 from handsoff_stream.options import SynthesisOptions
 
 SAMPLED_WEIGHTS = 4096  # per tensor
@@ -40,12 +41,13 @@ class CheckpointSource:
         self._path = None if isinstance(source, Checkpoint) else resolve(source)
         self.name = "a checkpoint in memory" if isinstance(source, Checkpoint) else str(source)
         """As the user said it."""
-        if isinstance(source, Checkpoint):
-            self._manifest = source.manifest()
-            self.fingerprint = identity(self._manifest, source.tensors())
-        else:
-            self._manifest = read_manifest(source)
-            self.fingerprint = identity(self._manifest, _read(self._path))
+        with isolated():
+            if isinstance(source, Checkpoint):
+                self._manifest = source.manifest()
+                self.fingerprint = identity(self._manifest, source.tensors())
+            else:
+                self._manifest = read_manifest(source)
+                self.fingerprint = identity(self._manifest, _read(self._path))
         if not self._manifest["heads"]:
             raise CheckpointError(
                 f"{self._path or 'this checkpoint'}: holds a generator but no labelling head, so there is nothing to "
@@ -78,10 +80,12 @@ class CheckpointSource:
             CheckpointError: it is not the one that the stream was built with any more, or `verify` finds other weights
                 than were saved.
         """
-        checkpoint = copy.deepcopy(self._loaded) if self._path is None else load_checkpoint(self._path)
-        assert checkpoint is not None
-        manifest = checkpoint.manifest() if self._verify else self._manifest_of(checkpoint)
-        if identity(manifest, checkpoint.tensors()) != self.fingerprint:
+        with isolated():
+            checkpoint = copy.deepcopy(self._loaded) if self._path is None else load_checkpoint(self._path)
+            assert checkpoint is not None
+            manifest = checkpoint.manifest() if self._verify else self._manifest_of(checkpoint)
+            found = identity(manifest, checkpoint.tensors())
+        if found != self.fingerprint:
             raise CheckpointError(
                 f"{self.name} has been changed since this stream was built, so samples would not be those that its "
                 "saved states mean; build a new stream, and give each version of a checkpoint a file of its own"

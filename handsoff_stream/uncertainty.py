@@ -21,19 +21,20 @@ def jensen_shannon_divergence(logits_MPK: Tensor) -> Tensor:
     H(mean_m p_m) - mean_m H(p_m), with p = softmax(logits) (HandsOff, section 3.3); in [0, ln min(M, K)].
     `logits_MPK` must be finite.
     """
-    # Pixels in the last dimension: vectorized over them, a softmax of few classes takes a tenth of the time on a CPU.
+    # With pixels in the last dimension a softmax over few classes is vectorized over pixels, and takes a tenth of the
+    # time on a CPU.
     log_p_MKP = logits_MPK.float().transpose(1, 2).contiguous().log_softmax(dim=1)
     p_MKP = log_p_MKP.exp()
     entropy_of_mean_P = torch.special.entr(p_MKP.mean(dim=0)).sum(dim=0)
     mean_entropy_P = -(p_MKP * log_p_MKP).sum(dim=1).mean(dim=0)
-    # For members that agree, rounding may give slightly less than zero.
+    # If all members agree, rounding can make the result slightly negative.
     return (entropy_of_mean_P - mean_entropy_P).clamp_(min=0)
 
 
 def variance(outputs_MPK: Tensor) -> Tensor:
     """Population variance across the members, averaged over the outputs, float32 [P] (HandsOff, section 3.3).
 
-    The unit is the square of the outputs' unit; a single member has variance 0.
+    The unit is the square of the outputs' unit; the variance of a single member is 0.
     """
     return outputs_MPK.float().var(dim=0, correction=0).mean(dim=-1)
 
@@ -50,13 +51,13 @@ def majority_vote(votes_MP: Tensor, num_classes: int) -> Tensor:
 
 
 def image_score(map_BHW: Tensor, kind: ScoreKind = "sum") -> Tensor:
-    """One uncertainty per image, float32 [B], from its uncertainty map.
+    """One score per image, float32 [B], from its uncertainty map.
 
     Args:
         map_BHW: floating point, at least 0.
         kind: "sum" over all pixels (HandsOff, section 3.3), which grows with the resolution; or "top10_mean", the mean
             of the most uncertain tenth of the pixels, floor(H * W / 10) but at least one (the published code), which
-            does not.
+            does not grow with it.
 
     Raises:
         ValueError: an unknown kind.

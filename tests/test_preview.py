@@ -1,4 +1,4 @@
-"""The sheet of samples that a person looks at before training on them."""
+"""The sheet of samples, which users look at before a training."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def test_the_sheet_grows_by_rows_and_enlarges_small_images(checkpoint: Checkpoin
     sizes = []
     for num in (2, 4):
         preview_sheet(checkpoint, tmp_path / "sheet.png", num=num, columns=2)
-        sizes.append(Image.open(tmp_path / "sheet.png").size)
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            sizes.append(sheet.size)
     (width, one_row), (same_width, two_rows) = sizes
     assert width == same_width == 2 * MARGIN + 2 * TILE_SIZE + GAP
     assert two_rows - one_row > 3 * TILE_SIZE
@@ -89,7 +90,7 @@ def test_more_uncertain_is_always_brighter() -> None:
     assert np.array_equal(heat_map(np.zeros((1, 1), np.float32), top=0.0)[0, 0], heat_table()[0])
 
 
-def test_an_overlay_blends_each_class_colour_over_its_pixels() -> None:
+def test_an_overlay_blends_each_class_color_over_its_pixels() -> None:
     image = np.full((1, 2, 3), 100, np.uint8)
     blended = overlay(image, np.array([[0, 1]]), ((0, 0, 0), (200, 100, 0)))
     expected = [[100 * (1 - OPACITY)] * 3, [c * OPACITY + 100 * (1 - OPACITY) for c in (200, 100, 0)]]

@@ -1,4 +1,4 @@
-"""A stream is of one checkpoint: what decides samples is its identity, and a checkpoint that changes is noticed."""
+"""A stream belongs to one checkpoint: everything that decides samples is its identity, and changes are noticed."""
 
 import copy
 import dataclasses
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from handsoff_stream.checkpoint import Calibration, Checkpoint, save_checkpoint
 from handsoff_stream.errors import CheckpointError
+from handsoff_stream.geometry import Rectangle
 from handsoff_stream.labeller import on_device
 from handsoff_stream.source import CheckpointSource, identity
 from handsoff_stream.stream import HandsOffStream
@@ -34,7 +35,7 @@ def test_the_identity_covers_all_that_decides_samples(checkpoint):
         "no calibration": {"calibration": None},
         "truncation": {"truncation": 0.6},
         "size": {"output_size": (32, 32)},
-        "crop": {"crop": (2, 14, 0, 16)},
+        "crop": {"crop": Rectangle(2, 0, 14, 16)},
     }
     found = [fingerprint(dataclasses.replace(checkpoint, **change)) for change in changes.values()]
     assert len({fingerprint(checkpoint), *found}) == len(changes) + 1

@@ -10,29 +10,31 @@ from typing import Any
 
 import torch
 
-from benchmarks.downstream.batches import Experiment, judged, labelled, mixed, sampled, stream, unlimited
+from benchmarks.downstream.batches import Experiment, labelled, mixed, sampled, stream, teacher_labelled, unlimited
 from handsoff_stream.downstream import SegmentationScores, evaluate, train_segmentation
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Some of an arm's steps."""
+    """A part of an arm's steps that all use the same batches and learning rate."""
 
     batches: Callable[[Experiment, int, int], Iterable[Any]]
     """(experiment, seed, steps) => (images, labels) batches."""
     share: float = 1.0
-    """Of the steps."""
+    """Share of the arm's steps, in (0, 1]."""
     rate: float = 1.0
-    """Times the learning rate."""
+    """Factor on the experiment's learning rate."""
 
 
 @dataclass(frozen=True)
 class Arm:
+    """One way to train the network: its phases run one after the other, and their shares sum to 1."""
+
     phases: tuple[Phase, ...]
     frozen: bool = False
-    """Train the head only."""
+    """Whether the backbone is frozen, so that the head alone is trained."""
     needs: str = ""
-    """What else it takes: a "checkpoint", or a "judge" too."""
+    """What the arm needs besides labelled images: "", "checkpoint", or "teacher" (a checkpoint and a teacher)."""
 
 
 ARMS: dict[str, Arm] = {
@@ -41,15 +43,15 @@ ARMS: dict[str, Arm] = {
     "stream": Arm((Phase(stream),), needs="checkpoint"),
     "mixed": Arm((Phase(mixed),), needs="checkpoint"),
     "stream-then-labelled": Arm((Phase(stream, 0.8), Phase(labelled, 0.2, rate=0.1)), needs="checkpoint"),
-    "datasetgan": Arm((Phase(sampled),), needs="judge"),
-    "judged": Arm((Phase(judged),), needs="judge"),
+    "datasetgan": Arm((Phase(sampled),), needs="teacher"),
+    "teacher-labelled": Arm((Phase(teacher_labelled),), needs="teacher"),
     "unlimited": Arm((Phase(unlimited),)),
 }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One training and its test."""
+    """What one training took, and how the trained network scored."""
 
     arm: str
     seed: int
@@ -62,6 +64,7 @@ class Outcome:
     scores: SegmentationScores
 
     def record(self) -> dict[str, Any]:
+        """JSON-able; the test scores are under "scores"."""
         return {
             "arm": self.arm,
             "seed": self.seed,
@@ -74,7 +77,10 @@ class Outcome:
 
 
 def run(experiment: Experiment, arm: str, seed: int) -> Outcome:
-    """Train one network on one arm and score it on test renders; validation renders are scored on the way."""
+    """Train one network on one arm and score it on test renders.
+
+    Validation renders are scored after the steps that `experiment.curve` lists.
+    """
     torch.manual_seed(seed)  # dropout
     model = experiment.network(seed)
     if ARMS[arm].frozen:

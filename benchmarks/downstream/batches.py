@@ -31,7 +31,7 @@ from handsoff_stream.tasks import Segmentation
 
 Batches = Iterable[Any]
 MOST_LABELLED = 50
-"""Faces of the train split that are kept for labelled sets; unlimited annotation starts behind them."""
+"""The first faces of the train split are kept for labelled sets; unlimited annotation starts after so many."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Experiment:
     labelled: int
     """Labelled images, at most `MOST_LABELLED`."""
     size: int
-    """Pixels a side."""
+    """Height and width of the images, in pixels."""
     varied: bool
-    """Of the varied faces, which the checkpoint's generator must have learnt."""
+    """Whether the faces are the varied ones, which the checkpoint's generator must then have learned."""
     backbone: str
     pretrained: bool
     steps: int
@@ -60,25 +60,29 @@ class Experiment:
     validation_images: int
     curve: tuple[int, ...]
     """Steps after which the validation renders are scored."""
-    judge: str
-    """File of the weights of a network that had unlimited annotation; written by `downstream_judge.train_judge`."""
+    teacher: str
+    """File of the weights of a network that had unlimited annotation; written by `teacher.train_teacher`."""
     sampled: str
-    """File of a checkpoint fitted on samples; written by `downstream_judge.fit_on_samples`."""
+    """File of a checkpoint fitted on samples; written by `teacher.fit_on_samples`."""
 
     @property
     def fine(self) -> bool:
+        """Whether the labels are the fine classes."""
         return self.class_names == FINE_CLASS_NAMES
 
     def network(self, seed: int) -> Any:
+        """A new network, whose random weights depend on `seed`."""
         return build_deeplab(
             len(self.class_names), backbone=self.backbone, pretrained_backbone=self.pretrained, seed=seed
         )
 
     def faces(self, split: str, num_images: int) -> RenderedFaces:
+        """The first faces of a split, in the experiment's size and classes."""
         return RenderedFaces(split, num_images=num_images, size=self.size, fine=self.fine, varied=self.varied)
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
+        """dtype of the forward pass; None: what `train_segmentation` chooses."""
         return None if self.dtype is None else getattr(torch, self.dtype)
 
 
@@ -100,29 +104,30 @@ def class_names_of(checkpoint: str) -> tuple[str, ...]:
 # Batches -------------------------------------------------------------------------------------------------------------
 
 
-def load_judge(experiment: Experiment) -> nn.Module:
-    judge = build_deeplab(len(experiment.class_names), backbone=experiment.backbone)
-    judge.load_state_dict(torch.load(experiment.judge, map_location="cpu", weights_only=True))
-    return judge.to(resolve_device(None)).eval()
+def load_teacher(experiment: Experiment) -> nn.Module:
+    """The trained teacher in evaluation mode, on the default device."""
+    teacher = build_deeplab(len(experiment.class_names), backbone=experiment.backbone)
+    teacher.load_state_dict(torch.load(experiment.teacher, map_location="cpu", weights_only=True))
+    return teacher.to(resolve_device(None)).eval()
 
 
 @torch.no_grad()
-def labels_of(judge: nn.Module, images_BCHW: Tensor) -> Tensor:
+def labels_of(teacher: nn.Module, images_BCHW: Tensor) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] => int64 [B, H, W], where the images are."""
-    device = next(judge.parameters()).device
-    labels: Tensor = judge(images_BCHW.to(device)).argmax(dim=1)
+    device = next(teacher.parameters()).device
+    labels: Tensor = teacher(images_BCHW.to(device)).argmax(dim=1)
     return labels.to(images_BCHW.device)
 
 
 class Relabelled:
-    """A joint transform: the label is the judge's, then ordinary augmentation."""
+    """A joint transform: replaces the label by the teacher's, then applies ordinary augmentation."""
 
     def __init__(self, experiment: Experiment):
-        self.judge = load_judge(experiment)
+        self.teacher = load_teacher(experiment)
         self.augmentation = ordinary_augmentation(experiment.class_names)
 
     def __call__(self, image_3HW: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        label_HW = labels_of(self.judge, image_3HW[None].as_subclass(Tensor))[0]
+        label_HW = labels_of(self.teacher, image_3HW[None].as_subclass(Tensor))[0]
         relabelled: tuple[Tensor, Tensor] = self.augmentation(image_3HW, tv_tensors.Mask(label_HW))
         return relabelled
 
@@ -130,6 +135,7 @@ class Relabelled:
 def stream_of(
     experiment: Experiment, checkpoint: str, seed: int, batch: int, transforms: Callable[..., Any] | None = None
 ) -> Batches:
+    """Endless batches of a checkpoint's stream; `transforms`: None means ordinary augmentation."""
     stream = HandsOffStream(
         checkpoint,
         batch_size=batch,
@@ -142,26 +148,31 @@ def stream_of(
 
 
 def stream(experiment: Experiment, seed: int, steps: int) -> Batches:
+    """The checkpoint's stream."""
     return stream_of(experiment, experiment.checkpoint, seed, experiment.batch)
 
 
 def sampled(experiment: Experiment, seed: int, steps: int) -> Batches:
+    """The stream of the checkpoint that was fitted on samples labelled by the teacher."""
     return stream_of(experiment, experiment.sampled, seed, experiment.batch)
 
 
-def judged(experiment: Experiment, seed: int, steps: int) -> Batches:
+def teacher_labelled(experiment: Experiment, seed: int, steps: int) -> Batches:
+    """The images of the checkpoint's stream with the teacher's labels."""
     return stream_of(experiment, experiment.checkpoint, seed, experiment.batch, Relabelled(experiment))
 
 
 def labelled(experiment: Experiment, seed: int, steps: int, *, batch: int | None = None) -> Batches:
+    """The labelled images, augmented, for `steps` batches; `batch`: None means the experiment's batch size."""
     batch = batch or experiment.batch
     faces = labelled_faces(experiment.labelled, size=experiment.size, fine=experiment.fine, varied=experiment.varied)
     augmentation = ordinary_augmentation(experiment.class_names)
-    views = RepeatedAugmented(faces, length=steps * batch, seed=seed, transforms=augmentation)
-    return DataLoader(views, batch_size=batch, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    repeated = RepeatedAugmented(faces, length=steps * batch, seed=seed, transforms=augmentation)
+    return DataLoader(repeated, batch_size=batch, shuffle=True, generator=torch.Generator().manual_seed(seed))
 
 
 def mixed(experiment: Experiment, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches whose first half comes from the checkpoint's stream and whose second half from the labelled images."""
     half = experiment.batch // 2
     synthetic = stream_of(experiment, experiment.checkpoint, seed, half)
     real = labelled(experiment, seed, steps, batch=experiment.batch - half)
@@ -170,19 +181,20 @@ def mixed(experiment: Experiment, seed: int, steps: int) -> Iterator[tuple[Tenso
 
 
 def unlimited(experiment: Experiment, seed: int, steps: int) -> Batches:
+    """Fresh labelled renders for `steps` batches, augmented; no face occurs twice, or with two seeds."""
     num_images = steps * experiment.batch
     first = MOST_LABELLED + seed * num_images
     faces = labelled_faces(first + num_images, size=experiment.size, fine=experiment.fine, varied=experiment.varied)
-    views = RepeatedAugmented(
+    repeated = RepeatedAugmented(
         Subset(faces, range(first, first + num_images)),
         length=num_images,
         seed=seed,
         transforms=ordinary_augmentation(experiment.class_names),
         keep=False,
     )
-    return DataLoader(views, batch_size=experiment.batch)
+    return DataLoader(repeated, batch_size=experiment.batch)
 
 
 def fingerprint(checkpoint: str) -> str:
-    """Of the checkpoint that was streamed from."""
+    """The fingerprint of a checkpoint, sha256 in hexadecimal."""
     return str(read_manifest(checkpoint)["fingerprint"])

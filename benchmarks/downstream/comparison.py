@@ -1,26 +1,29 @@
-"""The yardstick: how much of the annotation gap does the stream close?
+"""The main benchmark: which share of the gap between few and unlimited labels does the stream close?
 
     python -m benchmarks.downstream --steps 1000 --seeds 0 1 2
     python -m benchmarks.downstream --steps 1000 --seeds 0 1 2 --from-scratch --name downstream-scratch
     python -m benchmarks.downstream --arms labelled unlimited --classes fine --varied --name downstream-gap
 
-Each arm gets the same network, steps, batch size, optimiser, rate and augmentation; all are scored once, at the end, on
-the same rendered test faces, which no training saw. Whatever is chosen is chosen on validation faces (`--curve`).
+Each arm gets the same network, steps, batch size, optimizer, learning rate and augmentation. Every network is scored
+once, at the end, on the same rendered test faces, which no training saw. Settings are chosen on validation faces only
+(`--curve`).
 
-    transfer              the labelled images; the ImageNet backbone is frozen, the head is trained
-    labelled              the labelled images; everything is fine-tuned: the strong baseline
-    stream                an endless stream of synthesised pairs
+    transfer              the labelled images; the ImageNet backbone is frozen and only the head is trained
+    labelled              the labelled images; the whole network is fine-tuned: the strong baseline
+    stream                an endless stream of synthesized pairs
     mixed                 half of each batch from `stream`, half from `labelled`
-    stream-then-labelled  `stream`, and for the last fifth `labelled` at a tenth of the rate
-    datasetgan            as `stream`, from a label generator fitted on as many samples of the same generator, which
-                          the judge has labelled: a network trained on `--judge-steps` batches of unlimited annotation
-    judged                the stream's images, labelled by the judge
-    unlimited             fresh faces from the source of the labelled ones, never the same twice
+    stream-then-labelled  `stream` for four fifths of the steps, then `labelled` at a tenth of the learning rate
+    datasetgan            like `stream`, but the label generator is fitted on samples of the same generator, as many as
+                          there are labelled images; the teacher labels them
+    teacher-labelled      the stream's images, labelled by the teacher
+    unlimited             fresh faces from the source of the labelled ones, none of them twice
 
     gap closed = (arm - labelled) / (unlimited - labelled), for each seed
 
-What `stream` lacks to `judged` is the labels' fault, what `judged` lacks to `unlimited` the images', as far as the
-judge is right. Arms with a stream are compared in the classes that the checkpoint was fitted on.
+The teacher is a segmentation network trained on `--teacher-steps` batches of unlimited labelled renders. As far as the
+teacher is right, the difference between `stream` and `teacher-labelled` measures errors of the stream's labels, and the
+difference between `teacher-labelled` and `unlimited` measures flaws of its images. Arms with a stream are compared in
+the classes that the checkpoint was fitted on.
 """
 
 import argparse
@@ -39,7 +42,7 @@ from rich.table import Table
 from benchmarks.common import write_result
 from benchmarks.downstream.arms import ARMS, Outcome, run
 from benchmarks.downstream.batches import MOST_LABELLED, Experiment, class_names_of, fingerprint
-from benchmarks.downstream.judge import fit_on_samples, train_judge
+from benchmarks.downstream.teacher import fit_on_samples, train_teacher
 from benchmarks.report.bar_chart import Chart
 from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, FINE_CLASS_NAMES
@@ -51,7 +54,7 @@ CLASSES = {"coarse": CLASS_NAMES, "fine": FINE_CLASS_NAMES}
 def gap_closed(outcomes: list[Outcome]) -> dict[str, dict[int, float]]:
     """Arm => seed => share of the gap; empty unless `labelled` and `unlimited` were trained with that seed.
 
-    A share of a gap that is not there (unlimited annotation no better) is left out.
+    A seed for which unlimited annotation is no better than the labelled images has no gap, and is left out.
     """
     miou = {(o.arm, o.seed): o.scores.miou for o in outcomes}
     shares: dict[str, dict[int, float]] = {}
@@ -63,7 +66,7 @@ def gap_closed(outcomes: list[Outcome]) -> dict[str, dict[int, float]]:
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
-    """Mean and spread over the seeds, for each arm."""
+    """Mean and standard deviation over the seeds, for each arm."""
     rows: dict[str, dict[str, Any]] = {}
     shares = gap_closed(outcomes)
     for arm in dict.fromkeys(o.arm for o in outcomes):
@@ -83,7 +86,7 @@ def summary(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
 
 
 def table(experiment: Experiment, outcomes: list[Outcome]) -> Table:
-    """One column an arm: mIoU, gap closed, IoU of each class (means over the seeds), seconds."""
+    """One column per arm: mIoU, gap closed, IoU of each class (means over the seeds), seconds."""
     rows = summary(outcomes)
     seeds = len({o.seed for o in outcomes})
     weights = "ImageNet" if experiment.pretrained else "from scratch"
@@ -103,25 +106,26 @@ def table(experiment: Experiment, outcomes: list[Outcome]) -> Table:
 
 
 def _mean(values: list[float]) -> float:
-    """Of the values that are not NaN, which an absent class has."""
+    """Mean of the values that are not NaN; the IoU of an absent class is NaN."""
     there = [value for value in values if value == value]
     return statistics.fmean(there) if there else math.nan
 
 
 def arguments() -> argparse.Namespace:
+    """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[arm for arm in ARMS if arm != "judged"])
-    parser.add_argument("--checkpoint", default="faces", help="name or path, of the arms with a stream")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[arm for arm in ARMS if arm != "teacher-labelled"])
+    parser.add_argument("--checkpoint", default="faces", help="name or path; used by the arms with a stream")
     parser.add_argument("--truncation", type=float, help="psi of the stream; default: the checkpoint's")
-    parser.add_argument("--classes", choices=CLASSES, help="of arms without a stream; default: the checkpoint's")
+    parser.add_argument("--classes", choices=CLASSES, help="for arms without a stream; default: the checkpoint's")
     parser.add_argument("--labelled", type=int, default=16, help=f"labelled images, at most {MOST_LABELLED}")
-    parser.add_argument("--size", type=int, default=128, help="pixels a side, those of the checkpoint")
+    parser.add_argument("--size", type=int, default=128, help="height and width in pixels, as of the checkpoint")
     parser.add_argument(
         "--varied", action="store_true", help="varied faces, for a checkpoint whose generator draws them"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--judge-steps", type=int, default=1000, help="steps that the judge is trained")
+    parser.add_argument("--teacher-steps", type=int, default=1000, help="training steps of the teacher")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--test-images", type=int, default=200)
     parser.add_argument("--validation-images", type=int, default=100)
@@ -135,12 +139,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, default=1, help="trainings at once, which share the cores and, on a GPU, the device"
     )
-    parser.add_argument("--name", default="downstream", help="of the result file")
+    parser.add_argument("--name", default="downstream", help="name of the result file")
     args = parser.parse_args()
     if not 1 <= args.labelled <= MOST_LABELLED:
         parser.error(f"--labelled {args.labelled}: there are 1 to {MOST_LABELLED} labelled faces to choose from")
     if args.from_scratch and "transfer" in args.arms:
-        args.arms.remove("transfer")  # a frozen backbone of random weights is nobody's baseline
+        args.arms.remove("transfer")  # nobody would freeze a backbone of random weights
     return args
 
 
@@ -148,7 +152,7 @@ def experiment_of(args: argparse.Namespace, folder: str) -> Experiment:
     """What is compared.
 
     Raises:
-        ValueError: a stream in other classes than those asked for.
+        ValueError: the checkpoint labels other classes than `--classes`.
     """
     streams = any(ARMS[arm].needs for arm in args.arms)
     names = class_names_of(args.checkpoint) if streams or args.classes is None else CLASSES[args.classes]
@@ -162,7 +166,7 @@ def experiment_of(args: argparse.Namespace, folder: str) -> Experiment:
         **shared | {"curve": tuple(args.curve)},
         class_names=names,
         pretrained=not args.from_scratch,
-        judge=f"{folder}/judge.pt",
+        teacher=f"{folder}/teacher.pt",
         sampled=f"{folder}/sampled.safetensors",
     )
 
@@ -187,9 +191,10 @@ ARM_NAMES = {
     "mixed": "half stream, half labelled images",
     "stream-then-labelled": "the stream, then the labelled images",
     "datasetgan": "a stream from labelled samples",
-    "judged": "the stream's images, labelled by a network trained on renders",
+    "teacher-labelled": "the stream's images, labelled by a network trained on renders",
     "unlimited": "unlimited labelled images",
-    # Of results from before November 25, 2026:
+    # Names of arms in result files written before November 26, 2026:
+    "judged": "the stream's images, labelled by a network trained on renders",
     "plain": "the stream without augmentation",
     "rendered": "unlimited labelled images",
 }
@@ -220,15 +225,16 @@ PRESENTATION = Presentation(rows, charts)
 
 
 def main() -> None:
+    """Train and score every arm with every seed, print a table, and write the result."""
     args = arguments()
     console = Console(stderr=True)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         experiment = experiment_of(args, folder)
-        if any(ARMS[arm].needs == "judge" for arm in args.arms):
-            judge = train_judge(experiment, args.judge_steps)
-            console.print(f"judge: mIoU {judge.miou:.3f} on validation renders")
-            result["judge_on_validation_renders"] = judge.record()
+        if any(ARMS[arm].needs == "teacher" for arm in args.arms):
+            teacher = train_teacher(experiment, args.teacher_steps)
+            console.print(f"teacher: mIoU {teacher.miou:.3f} on validation renders")
+            result["judge_on_validation_renders"] = teacher.record()
         if "datasetgan" in args.arms:
             fit_on_samples(experiment)
         outcomes = train(args, experiment, console)

@@ -1,6 +1,6 @@
-"""handsoff-stream: each verb is a few lines over a function that scripts can call as well."""
+"""The command `handsoff-stream`. Each subcommand calls one function of the package, which scripts can call as well."""
 
-from handsoff_stream.cli import offline, online  # noqa: F401  (they register their verbs)
+from handsoff_stream.cli import offline, online  # noqa: F401  (importing them registers their commands)
 from handsoff_stream.cli.app import app, show_warnings_in_one_line
 
 __all__ = ["app", "main"]

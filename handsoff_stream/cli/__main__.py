@@ -1,4 +1,4 @@
-"""python -m handsoff_stream.cli"""
+"""`python -m handsoff_stream.cli` is the command `handsoff-stream`."""
 
 from handsoff_stream.cli import main
 

@@ -1,8 +1,9 @@
-"""The command-line application: arguments that verbs share, verbs of many options, what becomes of errors, and what
-reaches the terminal.
+"""The command-line application: shared options, commands with many options, error messages and terminal output.
 
-A user's mistake ends in one sentence on stderr and exit code 2; a traceback is a bug of ours. Names and values that
-come from files are escaped before they are printed, and are never read as rich's markup.
+A user's mistake ends in one sentence on stderr and exit code 2; a traceback is a bug of this package. Names and values
+that come from files are escaped before they are printed, and are never interpreted as rich's markup.
+
+Knows typer and the terminal. Does not know what the commands do.
 """
 
 import sys
@@ -30,23 +31,25 @@ app = typer.Typer(
 )
 console = Console()
 
-CheckpointArgument = Annotated[str, typer.Argument(help="A name that ships (faces) or a .safetensors file.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: CUDA if there is one.")]
+CheckpointArgument = Annotated[
+    str, typer.Argument(help="Name of an included checkpoint (faces), or a .safetensors file.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu; default: CUDA if available.")]
 PrecisionOption = Annotated[Precision | None, typer.Option(help="exact or fast; default: fast on CUDA, else exact.")]
-SeedOption = Annotated[int, typer.Option(help="Which stream; in [0, 2**64).")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the random numbers, in [0, 2**64).")]
 
-# What a user can get wrong. Anything else is a defect of this program and keeps its traceback.
+# Errors that a user can cause. Any other error is a defect of this program and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, StreamError, ImportError, FloatingPointError)
-MAX_CELL = 2000  # characters of a table's cell
+MAX_CELL = 2000  # characters in a table cell or a printed line
 
 
 def tell(text: str) -> None:
-    """Print one line; what it holds of files and names is shown as it is, escaped, and never as markup."""
+    """Print one line, with unprintable characters escaped; nothing in it is interpreted as markup."""
     console.print(Text(printable(text, MAX_CELL)), soft_wrap=True)
 
 
 def cell(text: str) -> Text:
-    """A table's cell that shows what a file says."""
+    """A table cell with text from a file, escaped and never interpreted as markup."""
     return Text(printable(text, MAX_CELL))
 
 
@@ -54,10 +57,10 @@ Arguments = TypeVar("Arguments")
 
 
 def arguments_of(kind: type[Arguments]) -> Callable[[Callable[[Arguments], None]], Callable[..., None]]:
-    """Let a verb of many options take them as one object.
+    """A decorator for a command that takes its many options as one object.
 
-    The fields of the dataclass become the verb's arguments and options on the command line, in their order; their
-    annotations say which, as those of parameters do elsewhere.
+    The fields of the dataclass `kind` become the command's arguments and options on the command line, in their order.
+    Their annotations are typer's, as for the parameters of other commands.
     """
     hints = get_type_hints(kind, include_extras=True)
     parameters = [
@@ -75,7 +78,7 @@ def arguments_of(kind: type[Arguments]) -> Callable[[Callable[[Arguments], None]
         def run(**given: Any) -> None:
             verb(kind(**given))
 
-        # Typer reads the command line off these two.
+        # Typer derives the command line from these two.
         run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
@@ -84,7 +87,11 @@ def arguments_of(kind: type[Arguments]) -> Callable[[Callable[[Arguments], None]
 
 
 def plain_errors(verb: Callable[..., None]) -> Callable[..., None]:
-    """Turn expected errors into one printable sentence and exit code 2."""
+    """A decorator that turns expected errors of a command into one printable sentence and exit code 2.
+
+    Raises:
+        typer.Exit: by the decorated command, with code 2, after a user's mistake or for lack of memory.
+    """
 
     @wraps(verb)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -103,7 +110,7 @@ def plain_errors(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def show_warnings_in_one_line() -> None:
-    """Warnings as a sentence, without the line of code that gave them."""
+    """From now on print warnings as one sentence, without the line of code that issued them."""
 
     def one_line(message: Warning | str, *_: Any) -> str:
         return f"handsoff-stream: {printable(str(message))}\n"
@@ -113,8 +120,8 @@ def show_warnings_in_one_line() -> None:
 
 def _sentence(error: BaseException) -> str:
     if isinstance(error, ImportError):
-        return printable(f"{error}; install the optional parts with pip install 'handsoff_stream[all]'")
-    if hasattr(error, "problems"):  # a set of labelled images, whose problems are listed together, a line each
+        return printable(f"{error}; install the optional packages with pip install 'handsoff_stream[all]'")
+    if hasattr(error, "problems"):  # labelled images, whose problems are listed together, one per line
         return str(error)
     return printable(str(error) or type(error).__name__)
 

@@ -1,6 +1,6 @@
-"""Options of the offline verbs: what they are called, what their help says, and those of `fit` as one object.
+"""Options of the offline commands with their help texts, and the options of `fit` as one object.
 
-Imports inside functions: the offline half takes seconds to read, which `--help` should not.
+The offline part is imported inside functions: importing it takes seconds, and `--help` should be fast.
 """
 
 from __future__ import annotations
@@ -20,69 +20,98 @@ if TYPE_CHECKING:
     from handsoff_stream.fitting.from_files import FitOptions
     from handsoff_stream.fitting.labelled_files import LabelledFiles
 
-GeneratorArgument = Annotated[str, typer.Argument(help="Generator or checkpoint file, or a name that ships.")]
+GeneratorArgument = Annotated[
+    str, typer.Argument(help="Generator or checkpoint file, or the name of an included checkpoint.")
+]
 NetOption = Annotated[str | None, typer.Option(help="LPIPS backbone: vgg, alex or squeeze.")]
-EncoderOption = Annotated[Path | None, typer.Option(help="ReStyle encoder to start from and stay near.")]
+EncoderOption = Annotated[
+    Path | None, typer.Option(help="ReStyle encoder whose latents inversion starts from and stays near.")
+]
 DomainOption = Annotated[
-    str | None, typer.Option(help="Settings of the paper: faces, cars, full-bodies-8, full-bodies-10 or streets.")
+    str | None,
+    typer.Option(help="Use the paper's settings for: faces, cars, full-bodies-8, full-bodies-10 or streets."),
 ]
 StepsOption = Annotated[
     int | None, typer.Option(min=0, help="Gradient steps per image; default: the domain's, or 500.")
 ]
-RadiusOption = Annotated[float, typer.Option(help="With an encoder: c_reg, the largest |w - w_e|^2; inf: no bound.")]
+RadiusOption = Annotated[float, typer.Option(help="With an encoder: c_reg, the bound on |w - w_e|^2; inf: no bound.")]
 DEFAULT_RADIUS = 0.5
-ResizeOption = Annotated[str, typer.Option(help="Images of another size: exact (refuse), crop or pad.")]
+ResizeOption = Annotated[
+    str, typer.Option(help="How images of another size are fitted: exact (refuse them), crop or pad.")
+]
 HalfOption = Annotated[bool, typer.Option(help="Store weights as float16.")]
 CalibrationOption = Annotated[
     int,
     typer.Option(
         min=0,
         max=1_000_000,
-        help="Samples whose scores a rolling filter starts from; 0: it starts with the stream's own.",
+        help="Samples whose scores fill the rolling filter's window at the start; 0: the window starts empty.",
     ),
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitArguments:
-    """What `fit` takes; the help texts say what each field means."""
+    """The arguments of `fit`; the help texts say what each field means."""
 
     generator: GeneratorArgument
     images: Annotated[Path, typer.Option(help="Folder of at most about 50 labelled images, or a .csv/.json manifest.")]
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")]
     labels: Annotated[Path | None, typer.Option(help="Folder of masks (PNG or .npy), matched by name.")] = None
-    class_map: Annotated[str | None, typer.Option(help="What ids or colors mean: a map that ships, or YAML.")] = None
-    classes: Annotated[str | None, typer.Option(help="Or, for plain ids: names in their order, with commas.")] = None
+    class_map: Annotated[
+        str | None,
+        typer.Option(help="Meaning of ids or colors in masks: name of an included class map, or a YAML file."),
+    ] = None
+    classes: Annotated[
+        str | None, typer.Option(help="Instead, for masks of class ids: class names in order, separated by commas.")
+    ] = None
     resize: ResizeOption = "exact"
-    crop_box: Annotated[str | None, typer.Option(help="TOP,LEFT,BOTTOM,RIGHT in pixels, cut out first.")] = None
+    crop_box: Annotated[
+        str | None, typer.Option(help="TOP,LEFT,BOTTOM,RIGHT in pixels; images are cropped to it first.")
+    ] = None
     label_size: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="Height of the labels; default: the generator's.")
+        int | None,
+        typer.Option(min=1, max=4096, help="Height of the labels in pixels; default: that of the generator's images."),
     ] = None
     smallest_region: Annotated[
-        int, typer.Option(min=0, help="Connected components of fewer pixels become unlabelled; HandsOff: 30.")
+        int, typer.Option(min=0, help="Connected components with fewer pixels become unlabelled; HandsOff uses 30.")
     ] = 0
     augmentations: Annotated[
         int,
-        typer.Option(min=0, max=1000, help="Per image, inverted and learned from too; more where classes are rare."),
+        typer.Option(
+            min=0,
+            max=1000,
+            help="Augmented copies per image, more for images with rare classes; they are inverted and fitted too.",
+        ),
     ] = 0
     flip: Annotated[bool, typer.Option("--flip", help="Mirror every other augmentation.")] = False
     any_color: Annotated[
-        str | None, typer.Option(help="Classes that augmentations recolor freely, with commas, such as hat.")
+        str | None, typer.Option(help="Classes that augmentations recolor freely, separated by commas, such as hat.")
     ] = None
     domain: DomainOption = None
     latents: Annotated[Path | None, typer.Option(help="Folder of inversions; default: OUT.latents/.")] = None
-    given_latents: Annotated[Path | None, typer.Option(help="Published .npy of latents, instead of inversion.")] = None
-    latent_space: Annotated[str, typer.Option(help="Of latents that are given: w+, w or z.")] = "w+"
-    latent_truncation: Annotated[float, typer.Option(help="psi that the images of given z or w were made with.")] = 1.0
-    latent_cutoff: Annotated[int | None, typer.Option(min=0, help="On how many style inputs; default: all.")] = None
+    given_latents: Annotated[
+        Path | None, typer.Option(help="Published .npy of latents to use instead of inversion.")
+    ] = None
+    latent_space: Annotated[str, typer.Option(help="Space of the given latents: w+, w or z.")] = "w+"
+    latent_truncation: Annotated[
+        float, typer.Option(help="Truncation psi that the images of given z or w were generated with.")
+    ] = 1.0
+    latent_cutoff: Annotated[
+        int | None, typer.Option(min=0, help="Number of style inputs that were truncated; default: all.")
+    ] = None
     steps: StepsOption = None
     encoder: EncoderOption = None
     radius: RadiusOption = DEFAULT_RADIUS
     net: NetOption = None
-    hidden: Annotated[tuple[int, int] | None, typer.Option(help="Widths of the layers; default: the domain's.")] = None
+    hidden: Annotated[
+        tuple[int, int] | None, typer.Option(help="Widths of the two hidden layers; default: the domain's.")
+    ] = None
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of fitting.")] = None
-    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without progress.")] = None
-    memory_gb: Annotated[float | None, typer.Option(help="For features on the device; the rest goes to disk.")] = None
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without improvement.")] = None
+    memory_gb: Annotated[
+        float | None, typer.Option(help="Memory for features on the device, in GB; the rest is kept on disk.")
+    ] = None
     half: HalfOption = False
     calibration_samples: CalibrationOption = 2000
     device: DeviceOption = None
@@ -91,14 +120,16 @@ class FitArguments:
         """The labelled images, and how they are read.
 
         Raises:
-            ValueError: a class map, crop box or latent space that is wrong.
+            ValueError: a wrong class map, crop box or latent space, or options that do not go together.
         """
         if self.latents is not None and self.given_latents is not None:
             raise ValueError(
-                "--latents is where inversions are kept, but with --given-latents there are none; pass one of them"
+                "--latents is the folder of inversions, but --given-latents replaces inversion; pass one of them"
             )
         if self.encoder is None and self.radius != DEFAULT_RADIUS:
-            raise ValueError(f"--radius {self.radius} bounds the distance from an encoder's guess; pass --encoder too")
+            raise ValueError(
+                f"--radius {self.radius} bounds the distance from an encoder's latents; pass --encoder too"
+            )
         from handsoff_stream.fitting import LatentSpace
         from handsoff_stream.fitting.labelled_files import LabelledFiles
 
@@ -117,7 +148,7 @@ class FitArguments:
         )
 
     def fit_options(self, class_map: ClassMap) -> FitOptions:
-        """Everything else.
+        """All options that do not concern how the labelled images are read.
 
         Raises:
             ValueError: a setting out of its range.
@@ -141,7 +172,7 @@ class FitArguments:
         )
 
     def _fit_settings(self) -> FitSettings:
-        """The defaults, but for what is given."""
+        """The default settings, overridden by the given options."""
         from handsoff_stream.fitting import FitSettings
 
         settings = FitSettings()

@@ -1,6 +1,6 @@
-"""Verbs that make a checkpoint: convert, import-labels, train-encoder, invert, sample, fit.
+"""Commands that make a checkpoint: convert, import-labels, train-encoder, invert, sample, fit.
 
-Imports inside functions: the offline half takes seconds to read, which `--help` should not.
+The offline part is imported inside functions: importing it takes seconds, and `--help` should be fast.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,9 @@ from handsoff_stream.cli.fit_arguments import (
 )
 from handsoff_stream.cli.parsing import parse_inversion, parse_names
 
-AverageLatentOption = Annotated[Path | None, typer.Option(help=".npy file, where the generator stores none.")]
+AverageLatentOption = Annotated[
+    Path | None, typer.Option(help=".npy file of the average latent, if the generator file has none.")
+]
 
 
 @app.command(epilog="Example: `handsoff-stream convert stylegan2-ffhq-config-f.pt ffhq.safetensors`")
@@ -36,7 +38,7 @@ def convert(
     average_latent: AverageLatentOption = None,
     half: HalfOption = False,
 ) -> None:
-    """Rewrite a published generator file as a checkpoint, which holds nothing but numbers."""
+    """Convert a published generator file into a checkpoint, which contains no code."""
     from handsoff_stream.checkpoint import import_generator, save_checkpoint
     from handsoff_stream.files.atomic import check_file
 
@@ -47,13 +49,17 @@ def convert(
 
 @dataclass(frozen=True, kw_only=True)
 class ImportArguments:
-    """What `import-labels` takes."""
+    """The arguments of `import-labels`; the help texts say what each field means."""
 
     generator: Annotated[Path, typer.Argument(help="Published generator file that the experiment used.")]
     experiment: Annotated[Path, typer.Argument(help="The experiment's JSON.")]
     out: Annotated[Path, typer.Argument(help="Checkpoint to write, .safetensors.")]
-    members: Annotated[Path | None, typer.Option(help="Folder of model_0.pth, ...; default: the JSON's.")] = None
-    classes: Annotated[str | None, typer.Option(help="Class names in order of their ids, with commas.")] = None
+    members: Annotated[
+        Path | None, typer.Option(help="Folder of model_0.pth, ...; default: the one that the JSON names.")
+    ] = None
+    classes: Annotated[str | None, typer.Option(help="Class names in the order of their ids, separated by commas.")] = (
+        None
+    )
     average_latent: AverageLatentOption = None
     half: HalfOption = False
     calibration_samples: CalibrationOption = 2000
@@ -64,7 +70,7 @@ class ImportArguments:
 @arguments_of(ImportArguments)
 @plain_errors
 def import_labels(given: ImportArguments) -> None:
-    """Make a checkpoint of a label generator that HandsOff's or DatasetGAN's code trained."""
+    """Make a checkpoint from a label generator that was trained with HandsOff's or DatasetGAN's code."""
     from handsoff_stream.fitting.from_files import PublishedFiles, import_label_generator
 
     files = PublishedFiles(
@@ -91,12 +97,12 @@ def train_encoder_verb(
     images: Annotated[Path, typer.Argument(help="Folder of images; they need no labels.")],
     out: Annotated[Path, typer.Argument(help="Encoder to write, .safetensors; an unfinished training continues.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
-    architecture: Annotated[str, typer.Option(help="small, or ReStyle's resnet34 and ir_se50.")] = "small",
+    architecture: Annotated[str, typer.Option(help="small, or ReStyle's resnet34 or ir_se50.")] = "small",
     resize: ResizeOption = "exact",
     net: NetOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Train a ReStyle encoder for a domain that has none: it predicts the latents that inversion starts from."""
+    """Train a ReStyle encoder, which predicts the latents that inversion starts from, for a domain without one."""
     from handsoff_stream.fitting import EncoderSettings
     from handsoff_stream.fitting.from_files import train_encoder_on_folder
 
@@ -107,7 +113,7 @@ def train_encoder_verb(
 
 @dataclass(frozen=True, kw_only=True)
 class InvertArguments:
-    """What `invert` takes."""
+    """The arguments of `invert`; the help texts say what each field means."""
 
     generator: GeneratorArgument
     images: Annotated[Path, typer.Argument(help="Folder of images.")]
@@ -125,7 +131,7 @@ class InvertArguments:
 @arguments_of(InvertArguments)
 @plain_errors
 def invert_verb(given: InvertArguments) -> None:
-    """Find the latents of real images; run again to continue an interrupted run."""
+    """Find the latents of real images; repeat the command to continue an interrupted run."""
     from handsoff_stream.fitting.from_files import InversionOptions, invert_folder
 
     settings = parse_inversion(given.domain, given.steps, given.radius)
@@ -141,19 +147,21 @@ def invert_verb(given: InvertArguments) -> None:
 @plain_errors
 def sample(
     generator: GeneratorArgument,
-    out: Annotated[Path, typer.Argument(help="Folder to write; an unfinished one continues.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; an unfinished run is continued.")],
     num: Annotated[int, typer.Option(min=1, max=100_000, help="Images to annotate.")] = 12,
     candidates: Annotated[
         int | None,
         typer.Option(
-            min=1, max=1_000_000, help="Select actively among so many (DatasetGAN); needs a checkpoint with a head."
+            min=1,
+            max=1_000_000,
+            help="Select the most informative images among so many (DatasetGAN); needs a checkpoint with a head.",
         ),
     ] = None,
     seed: SeedOption = 0,
     truncation: Annotated[float | None, typer.Option(help="psi; default: the checkpoint's.")] = None,
     device: DeviceOption = None,
 ) -> None:
-    """Write generated images with their latents, to draw labels on instead of on real ones."""
+    """Write generated images with their latents, to be annotated instead of real images."""
     from handsoff_stream.fitting import write_samples
 
     manifest = write_samples(
@@ -180,7 +188,7 @@ def sample(
 @arguments_of(FitArguments)
 @plain_errors
 def fit_verb(given: FitArguments) -> None:
-    """Learn to label what a generator makes, from a few labelled images; writes a checkpoint to stream from."""
+    """Fit a label generator to a few labelled images, and write a checkpoint to stream from."""
     from handsoff_stream.fitting.from_files import fit_files
 
     files = given.files()
@@ -190,4 +198,4 @@ def fit_verb(given: FitArguments) -> None:
         note = f"; accuracy on held-out pixels of the labelled images {summary.accuracy:.1%}"
     tell(f"wrote {given.out}{note}")
     if summary.unseen_classes:
-        tell(f"no labelled image shows {', '.join(summary.unseen_classes)}, so the stream never will")
+        tell(f"no labelled image shows {', '.join(summary.unseen_classes)}, so the stream will not label them either")

@@ -1,4 +1,8 @@
-"""Verbs that run a checkpoint: inspect, preview, train, export, demo."""
+"""Commands that use a checkpoint: inspect, preview, train, export, demo.
+
+Functions are imported where they are called: importing them takes seconds, and `--help` should be fast. The docstrings
+of commands are their help texts, and so have no sections.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -27,12 +31,12 @@ def inspect(
         bool,
         typer.Option(
             "--scan",
-            help="List every global that the pickles in a file or folder would import, loading none. Exit code 0: all "
-            "are known; 1: another one is there; 2: something could not be looked into.",
+            help="List every global that the pickles in a file or folder would import, without loading them. Exit "
+            "code 0: all are known; 1: at least one is unknown; 2: something could not be read.",
         ),
     ] = False,
 ) -> None:
-    """Say what a checkpoint or generator file is."""
+    """Describe a checkpoint or a generator file."""
     if scan:
         _scan(checkpoint)
         return
@@ -68,7 +72,7 @@ def preview(
     truncation: Annotated[float | None, typer.Option(help="psi; default: the checkpoint's.")] = None,
     device: DeviceOption = None,
 ) -> None:
-    """Draw a sheet: images, label overlays, uncertainty maps; rejected samples are marked."""
+    """Draw a sheet of images, label overlays and uncertainty maps, with rejected samples marked."""
     from handsoff_stream.preview import preview_sheet
 
     preview_sheet(checkpoint, out, num=num, seed=seed, truncation=truncation, device=device)
@@ -81,7 +85,7 @@ def train(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="State dict of the trained network.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
-    batch_size: Annotated[int, typer.Option(min=2, max=4096, help="Samples a step.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=2, max=4096, help="Samples per step.")] = 8,
     backbone: Annotated[str, typer.Option(help="resnet101, resnet50, mobilenet_v3_large or resnet18.")] = "resnet18",
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
     test_images: Annotated[Path | None, typer.Option(help="Folder of real test images.")] = None,
@@ -90,12 +94,12 @@ def train(
     precision: PrecisionOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Train DeepLabV3 on the stream, and score it on real images (the held-out renders for `faces`)."""
+    """Train DeepLabV3 on the stream, and score it on real images (for `faces`, on held-out renders)."""
     from handsoff_stream.demo import train_on_stream
 
     if (test_images is None) != (test_labels is None):
         raise ValueError(
-            "images to test on need their masks and masks their images; pass --test-images and --test-labels"
+            "test images and their masks are only of use together; pass both --test-images and --test-labels"
         )
     train_on_stream(
         checkpoint,
@@ -116,14 +120,14 @@ def train(
 @plain_errors
 def export(
     checkpoint: CheckpointArgument,
-    out: Annotated[Path, typer.Argument(help="Folder for shard-000000.tar, ...; an unfinished export continues.")],
-    num: Annotated[int, typer.Option(min=1, help="Accepted samples in all.")] = 10_000,
-    shard_size: Annotated[int, typer.Option(min=1, help="Samples a shard.")] = 1000,
+    out: Annotated[Path, typer.Argument(help="Folder for shard-000000.tar, ...; an unfinished export is continued.")],
+    num: Annotated[int, typer.Option(min=1, help="Total number of accepted samples.")] = 10_000,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 1000,
     seed: SeedOption = 0,
     precision: PrecisionOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Write samples as WebDataset shards, lossless and resumable."""
+    """Write samples as WebDataset shards without loss; an interrupted export can be continued."""
     from handsoff_stream.outlets.webdataset import write_shards
     from handsoff_stream.progress import progress_bar
     from handsoff_stream.stream import HandsOffStream
@@ -138,13 +142,13 @@ def export(
 @plain_errors
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for preview.png and result.json.")] = Path("demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each training.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each of the two trainings.")] = None,
     backbone: Annotated[str | None, typer.Option(help="resnet101, resnet50, mobilenet_v3_large or resnet18.")] = None,
     test_images: Annotated[int, typer.Option(min=1, max=100_000, help="Held-out renders to score on.")] = 200,
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ) -> None:
-    """Train one network on the stream and one on the 16 labelled images, with equal budgets; compare them."""
+    """Train one network on the stream and one on the 16 labelled images, with equal budgets, and compare them."""
     from handsoff_stream.demo import run_demo
 
     run_demo(out, steps=steps, backbone=backbone, test_images=test_images, seed=seed, device=device, console=console)

@@ -1,7 +1,7 @@
-"""Strings and numbers of the command line => what the functions behind the verbs take.
+"""Strings and numbers of the command line => arguments of the functions that the commands call.
 
-Knows how a user writes options, and which of them go together. Does not know what becomes of them. Imports the offline
-half inside functions: reading it takes seconds, which `--help` should not.
+Knows how users write options, and which options go together. Does not know how they are used. The offline part is
+imported inside functions: importing it takes seconds, and `--help` should be fast.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def parse_names(text: str | None) -> tuple[str, ...]:
-    """Names separated by commas; none for None."""
+    """Names separated by commas; None gives no names."""
     return () if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def parse_crop_box(text: str | None) -> Rectangle | None:
-    """ "TOP,LEFT,BOTTOM,RIGHT" in pixels.
+    """A rectangle from "TOP,LEFT,BOTTOM,RIGHT" in pixels; None gives None.
 
     Raises:
         ValueError: anything but four whole numbers.
@@ -41,7 +41,7 @@ def parse_class_map(name_or_path: str | None, class_names: str | None) -> ClassM
     """The class map of a name or YAML file, or, for masks that hold class ids, of names separated by commas.
 
     Raises:
-        ValueError: both or neither, or a class map that is wrong.
+        ValueError: both or neither are given, or the class map is wrong.
     """
     from handsoff_stream.config import load_class_map
     from handsoff_stream.datasets.labelled_images import ClassMap
@@ -52,12 +52,14 @@ def parse_class_map(name_or_path: str | None, class_names: str | None) -> ClassM
         return ClassMap.of_ids(parse_names(class_names))
     given = "both --class-map and --classes" if class_names is not None else "neither --class-map nor --classes"
     raise ValueError(
-        f"{given}, but what masks mean is said once; pass --class-map NAME|FILE, or --classes a,b,c for plain ids"
+        f"{given}, but the meaning of masks is given once; pass --class-map NAME|FILE, or --classes a,b,c for plain ids"
     )
 
 
 def parse_inversion(domain: str | None, steps: int | None, radius: float) -> InversionSettings:
-    """The paper's settings for a domain, the defaults without one; `steps` overrides. An infinite radius is no bound.
+    """The paper's settings for a domain, or the default settings without one.
+
+    `steps` overrides the number of steps; an infinite radius means no bound.
 
     Raises:
         ValueError: an unknown domain, or a setting out of its range.
@@ -76,7 +78,13 @@ def parse_inversion(domain: str | None, steps: int | None, radius: float) -> Inv
 def parse_augmentation(
     class_map: ClassMap, *, per_image: int, flip: bool, any_color: str | None
 ) -> AugmentationSettings | None:
-    """How to augment; None for no augmentations. `any_color`: names of classes separated by commas.
+    """Settings of the augmentation, or None for no augmentations.
+
+    Args:
+        class_map: of the labelled images.
+        per_image: augmentations per image.
+        flip: mirror every other augmentation.
+        any_color: names of classes that are recolored freely, separated by commas.
 
     Raises:
         ValueError: a name that the class map lacks, or settings of augmentations without augmentations.

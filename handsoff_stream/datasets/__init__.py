@@ -1,1 +1,1 @@
-"""Labelled image sources; they know nothing of generators, label generators or streams."""
+"""Datasets of labelled images. They do not know generators, label generators or streams."""

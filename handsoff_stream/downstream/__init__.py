@@ -1,4 +1,4 @@
-"""What the stream is for: train DeepLabV3 on it, and measure what came of it."""
+"""Training a segmentation network on the stream, and measuring how well it segments."""
 
 from handsoff_stream.downstream.deeplab import build_deeplab
 from handsoff_stream.downstream.metrics import SegmentationMeter, SegmentationScores

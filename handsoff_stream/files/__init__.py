@@ -1,5 +1,5 @@
-"""Bytes on disk: writing whole files, tensors with a manifest, and the strict reader of foreign files.
+"""Files on disk: atomic writing, tensors with a manifest, and the strict reader of untrusted files.
 
-Knows no network. A published file is read here into inert content; `generators.published`, `fitting.encoder` and
-`fitting.published` give that content a meaning.
+Does not know networks. This package reads a published file into inert content; `generators.published`,
+`fitting.encoder` and `fitting.published` interpret that content.
 """

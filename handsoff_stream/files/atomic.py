@@ -1,8 +1,9 @@
 """Files that appear whole or not at all, and folders that one process writes at a time.
 
-A file is written beside its place under a hidden name, flushed to the disk, and renamed. Until then what stood there
-stays, whatever fails. A hidden file is locked while it is written (flock, which the kernel releases when a process dies
-in any way), so the next writer tells the leftovers of a killed run from the work of a living one, and removes them.
+A file is written in a hidden folder beside its place, flushed to the disk, and renamed. Until then the old file stays,
+whatever fails. The folder also holds what libraries write on their way. It is locked while it is used (with flock,
+which the kernel releases when a process ends for any reason), so the next writer can distinguish the leftovers of a
+killed run from the work of a running one, and removes them.
 
 Knows paths and disks. Does not know what is written.
 """
@@ -28,12 +29,11 @@ FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "files may not be as large",
 }
+FAILING = {**FULL, errno.EROFS: "the disk is read-only", errno.EIO: "the disk reports an error"}
 REASONS = {
-    **FULL,
-    errno.EROFS: "the disk is read-only",
+    **FAILING,
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
-    errno.EIO: "the disk reports an error",
     errno.ENOENT: "no such folder",
     errno.ENOTDIR: "a part of the path is no folder",
     errno.ENAMETOOLONG: "the name is too long",
@@ -43,41 +43,43 @@ PROBE_BYTES = 2**16
 
 @contextmanager
 def whole_file(path: str | Path, *, inputs: Sequence[str | Path] = ()) -> Iterator[Path]:
-    """A hidden file beside `path` to write to; it takes `path`'s place when the block ends, and goes if it fails.
+    """Yield a file in a hidden folder beside `path` to write to; it replaces `path` when the block ends, and is removed
+    if the block fails.
 
-    A new file gets the permissions that the umask leaves, a replaced one keeps its own.
+    A new file gets the permissions that the umask allows; a replaced file keeps its permissions.
 
     Args:
-        path: file to write; its folder exists.
-        inputs: files that the content is made from; `path` may be none of them.
+        path: file to write, in an existing folder.
+        inputs: files that the content is made from; `path` must not be one of them.
 
     Raises:
-        OutputError: whatever `check_file` refuses; a write that failed (full disk, quota, permissions).
+        OutputError: what `check_file` refuses, or a failed write (full disk, quota, permissions).
     """
     path = Path(path)
     check_file(path, inputs=inputs)
     _remove_leftovers(path)
-    partial, handle = _create(path)
+    folder, handle = _hidden_folder(path)
+    partial = folder / path.name
     try:
         yield partial
-        if path.is_file():
-            shutil.copymode(path, partial)
+        # Some libraries write files that only their owner may read; the folder has what the umask leaves.
+        partial.chmod(stat.S_IMODE(path.stat().st_mode) if path.is_file() else folder.stat().st_mode & 0o666)
         _sync(partial)
-        check_file(path, inputs=inputs)  # it may have changed meanwhile
+        check_file(path, inputs=inputs)  # `path` may have changed in the meantime
         partial.replace(path)
         _sync(path.parent)
     except BaseException as error:
         failure = _disk_failure(partial, error)
-        partial.unlink(missing_ok=True)
         if failure is not None:
-            raise OutputError(f"{path}: cannot be written ({failure}); what was there before is untouched") from error
+            raise OutputError(f"{path}: cannot be written ({failure}); what was there before is unchanged") from error
         raise
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
 
 
 def write_file(path: str | Path, content: bytes) -> None:
-    """Write bytes, whole or not at all.
+    """Write a file whole or not at all.
 
     Raises:
         OutputError: as `whole_file`.
@@ -87,16 +89,16 @@ def write_file(path: str | Path, content: bytes) -> None:
 
 
 def check_file(path: str | Path, *, inputs: Sequence[str | Path] = (), needed: int = 0) -> None:
-    """Find out, before the work, whether a file can be written; nothing is created.
+    """Check, before the work, whether a file can be written; nothing is created.
 
     Args:
-        path: file to write; missing folders above it count as writable if the first that exists is.
-        inputs: files and folders that it may not replace.
+        path: file to write; a missing folder counts as writable if its first existing parent is writable.
+        inputs: files and folders that `path` must not replace.
         needed: bytes that must be free on its disk.
 
     Raises:
-        OutputError: a link, device, pipe or folder stands there; the folder cannot be written; the name is too long; it
-            is one of the inputs; too little free space.
+        OutputError: `path` is a link, device, pipe or folder, or one of the inputs; its name is too long; its folder
+            cannot be written; the disk has too little free space.
     """
     path = Path(path)
     if len(os.fsencode(path.name)) > MAX_FILE_NAME:
@@ -110,41 +112,46 @@ def check_file(path: str | Path, *, inputs: Sequence[str | Path] = (), needed: i
     else:
         if stat.S_ISLNK(mode):
             raise OutputError(
-                f"{path}: is a symbolic link, which would be replaced, not followed; pass the file that it points to, "
-                "or remove the link"
+                f"{path}: is a symbolic link, which would be replaced instead of followed; pass the file that it "
+                "points to, or remove the link"
             )
         if not stat.S_ISREG(mode):
             kind = "folder" if stat.S_ISDIR(mode) else "device, pipe or socket"
-            raise OutputError(f"{path}: is a {kind}, which a file would replace; pass the name of a file")
+            raise OutputError(f"{path}: is a {kind}, which cannot be replaced by a file; pass the name of a file")
         for file in inputs:
             if Path(file).exists() and path.samefile(file):
-                raise OutputError(f"{path}: is read and written at once; pass another output, the input stays")
+                raise OutputError(
+                    f"{path}: is read and written at once, so the input would be lost; pass another output"
+                )
     _check_parents(path, needed)
 
 
 def check_folder(folder: str | Path, *, needed: int = 0) -> None:
-    """Find out, before the work, whether files can be written into a folder that may not exist yet.
+    """Check, before the work, whether files can be written into a folder; nothing is created.
+
+    Args:
+        folder: a folder, which may not exist yet.
+        needed: bytes that must be free on its disk.
 
     Raises:
-        OutputError: it is no folder, cannot be written, or has too little free space.
+        OutputError: `folder` is not a folder or cannot be written, or its disk has too little free space.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: is no folder; pass the name of a folder, it is made if it does not exist")
+        raise OutputError(f"{folder}: is no folder; pass the name of a folder, which is created if missing")
     _check_parents(folder / "file", needed)
 
 
 @contextmanager
 def locked_folder(folder: str | Path) -> Iterator[Path]:
-    """The folder, made if it does not exist, as this process's own; the lock ends with the block or the process.
+    """Yield the folder, created if missing and locked for this process until the block or the process ends.
 
-    What killed runs left in it is removed; a folder that was made and is still empty goes if the block fails.
-
-    flock on the folder itself, so nothing is left in it; where the file system has no locks (some network drives), none
-    is taken.
+    Leftovers of killed runs in it are removed. If the block fails, a new folder that is still empty is removed too. The
+    lock is flock on the folder itself, so there is no lock file. File systems without locks (some network drives) are
+    used without.
 
     Raises:
-        OutputError: another process writes to it; it cannot be made or written.
+        OutputError: another process writes to the folder, or it cannot be created or written.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -174,7 +181,7 @@ def _check_parents(path: Path, needed: int) -> None:
     folder = path.parent
     while len(os.fsencode(folder.name)) > MAX_FILE_NAME or not os.path.lexists(folder):
         if len(os.fsencode(folder.name)) > MAX_FILE_NAME:
-            raise OutputError(f"{folder}: a folder's name of more than {MAX_FILE_NAME} bytes; choose a shorter one")
+            raise OutputError(f"{folder}: a name of more than {MAX_FILE_NAME} bytes; choose a shorter one")
         folder = folder.parent
     if not folder.is_dir():
         raise OutputError(f"{folder}: is no folder, so {path.name} cannot be written into it; choose another path")
@@ -189,39 +196,45 @@ def _check_parents(path: Path, needed: int) -> None:
         )
 
 
-def _create(path: Path) -> tuple[Path, int]:
-    """(new hidden file, its locked handle)."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SUFFIX}")
-    try:
-        # 0o666 minus the umask; O_EXCL neither follows a link nor opens what somebody else has put there.
-        handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({_reason(error)}); choose another path") from error
-    _lock(handle)
-    return partial, handle
+def _hidden_folder(path: Path) -> tuple[Path, int]:
+    """(new hidden folder, its locked handle)."""
+    while True:
+        folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SUFFIX}")
+        try:
+            folder.mkdir()
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if path.parent.is_dir():
+                continue  # another writer took it for a leftover before it was locked
+            raise OutputError(f"{path}: cannot be written (no such folder); choose another path") from None
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({_reason(error)}); choose another path") from error
+        if _lock(handle) is not False and folder.exists():
+            return folder, handle
+        os.close(handle)
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Hidden files of runs that were killed while they wrote `path`."""
+    """Remove hidden folders of runs that were killed while they wrote `path`."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{SUFFIX}"):
         _remove_if_unused(leftover)
 
 
 def _remove_if_unused(leftover: Path) -> None:
-    """Remove a hidden file that nobody holds a lock on."""
+    """Remove a hidden folder that no process has locked."""
     try:
-        handle = os.open(leftover, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return
     try:
         if _lock(handle):
-            leftover.unlink(missing_ok=True)
+            shutil.rmtree(leftover, ignore_errors=True)
     finally:
         os.close(handle)
 
 
 def _lock(handle: int) -> bool | None:
-    """Whether the file could be locked; None where the file system has no locks."""
+    """Whether the file was locked; None if the file system has no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -230,27 +243,27 @@ def _lock(handle: int) -> bool | None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's entries, are on the disk."""
+    """Wait until a file's content, or a folder's list of files, is on the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without fsync
             raise
     finally:
         os.close(handle)
 
 
 def _disk_failure(partial: Path, error: BaseException) -> str | None:
-    """Why the disk refused, in words; None if something else went wrong."""
-    if isinstance(error, OSError) and not isinstance(error, OutputError) and error.errno in REASONS:
-        return _reason(error)
+    """Why the disk refused the write, in words; None if the error has another cause."""
     if not isinstance(error, Exception) or isinstance(error, OutputError):
         return None
-    # safetensors reports a full disk with the system's number in the text, torch.save without it.
+    if isinstance(error, OSError) and error.errno is not None:
+        return _reason(error) if error.errno in FAILING else None
+    # safetensors reports a full disk with the error number in its text; torch.save reports it without a number.
     number = re.search(r"\(os error (\d+)\)", str(error))
-    if number is not None and int(number[1]) in REASONS:
-        return REASONS[int(number[1])]
+    if number is not None:
+        return FAILING.get(int(number[1]))
     try:
         with partial.open("ab") as file:
             file.write(bytes(PROBE_BYTES))

@@ -1,7 +1,7 @@
-"""What reading a file may cost: every limit of every reader, in one place.
+"""The limits of all file readers: how much memory and time reading a file may take.
 
-A foreign file claims sizes, counts and depths. What is done about them is bounded by the bytes that it really has, or
-by a number that no honest file comes near. Knows numbers. Does not know formats.
+An untrusted file claims sizes, counts and depths. The memory and time that they may cost are bounded by the file's real
+size, or by numbers far above those of real files. Knows numbers. Does not know formats.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,36 +10,39 @@ from typing import Any
 
 from handsoff_stream.errors import CheckpointError
 
-# In proportion to the file. The published files stay below half of each.
-EXPANSION = 4  # bytes of content per byte of file, for content that a file may refer to more than once
+# Limits in proportion to the size of the file. The published files stay below half of each.
+EXPANSION = 4  # bytes of content per byte of file; more than 1, since content may be referred to repeatedly
 SLACK = 2**20  # bytes of content that even the smallest file may have
-BYTES_PER_OPERATION = 8  # one pickle instruction, or one entry copied by it; the published files have 50 to 5000
-FEW_OPERATIONS = 30_000  # what even the smallest file may do
-MAX_OPERATIONS = 1_000_000  # what the largest may do
+BYTES_PER_OPERATION = 8  # an operation is a pickle instruction or a copied entry; published files have 50 to 5000
+FEW_OPERATIONS = 30_000  # that even the smallest file may take
+MAX_OPERATIONS = 1_000_000  # that even the largest file may take
 
-# Whatever the file's size.
+# Limits for files of any size.
 MAX_NESTING = 64  # containers inside containers; a module inside a module takes three, NVlabs files have 18
-MAX_KEY = 512  # characters of a dictionary key: hashing and comparing them takes time at each use
+MAX_KEY = 512  # characters of a dictionary key, which are hashed and compared at each use
 MAX_ZIP_ENTRIES = 20_000  # storages of a PyTorch file; the largest published one has 3,000
 MAX_TENSORS = 20_000  # of a safetensors file
 MAX_HEADER_BYTES = 2**23  # of a safetensors file; faces.safetensors has 96 KB, most of it calibration scores
 MAX_TEXT_BYTES = 2**22  # of a manifest, a class map, a list of images, an experiment
 
-# Of what a file describes.
+# Limits on what a file describes.
 MAX_SIDE = 4096  # pixels; the largest published generator has 1024
-MAX_WIDTH = 8192  # channels or numbers of anything; published generators have at most 512, and some thousand classes
+MAX_WIDTH = 8192  # channels or any other count; published generators have at most 512 channels and about 1000 classes
 MAX_LEVELS = 11  # resolutions, each twice the one before: 4 to 4096
 MAX_LAYERS = 64  # of a mapping network; published ones have 8
 MAX_HEADS = 64
 MAX_MEMBERS = 1000
 MAX_NAMES = 1000  # classes or points of a head
-MAX_NAME = 200  # characters of one
+MAX_NAME = 200  # characters of a name
 MAX_SCORES = 1_000_000  # calibration scores of one kind
 
 
 @dataclass
 class Budget:
-    """What reading one file may still cost; shared by all pickles inside it."""
+    """The memory and time that reading one file may still take; shared by all pickles inside it.
+
+    memory: bytes. operations: pickle instructions and copied entries.
+    """
 
     file_size: int
     memory: int = field(init=False)
@@ -50,41 +53,49 @@ class Budget:
         self.operations = min(FEW_OPERATIONS + self.file_size // BYTES_PER_OPERATION, MAX_OPERATIONS)
 
     def spend(self, num_bytes: int) -> None:
-        """Account for memory that is not part of the file's own bytes."""
+        """Count bytes of memory beside those of the mapped file.
+
+        Raises:
+            CheckpointError: the memory is used up.
+        """
         self.memory -= num_bytes
         if self.memory < 0:
             raise CheckpointError(
                 f"its content would take more than {EXPANSION} times the {self.file_size} bytes of the file, "
-                "which no honest file does; get the file from its publisher again"
+                "which no real file does; get the file from its publisher again"
             )
 
     def step(self, operations: int = 1) -> None:
-        """Account for time: instructions, or entries that one instruction copies."""
+        """Count operations: instructions, or entries that one instruction copies.
+
+        Raises:
+            CheckpointError: the operations are used up.
+        """
         self.operations -= operations
         if self.operations < 0:
             raise CheckpointError(
-                f"more instructions and copied entries than its {self.file_size} bytes can honestly need; get the file "
-                "from its publisher again"
+                f"it needs more instructions and copied entries than real files of {self.file_size} bytes do; get the "
+                "file from its publisher again"
             )
 
 
 def check_count(count: int, limit: int, what: str) -> int:
-    """The count, if it is at most the limit.
+    """The count, which must not exceed the limit.
 
     Raises:
-        CheckpointError: it is not; `what` names it in the message.
+        CheckpointError: the count exceeds the limit; the message calls the counted things `what`.
     """
     if count > limit:
-        raise CheckpointError(f"{count} {what}; up to {limit} are read, and no honest file has more")
+        raise CheckpointError(f"{count} {what}; up to {limit} are read, and no real file has more")
     return count
 
 
 def check_nesting(value: Any, children: Callable[[Any], Iterable[Any] | None]) -> None:
-    """Refuse containers that are nested too deep or contain themselves; takes time in proportion to their number.
+    """Refuse containers that are nested too deeply or contain themselves; takes time in proportion to their number.
 
     Args:
-        value: what was read.
-        children: container => what it holds; None for anything else.
+        value: content of a file.
+        children: container => its items; None for anything else.
 
     Raises:
         CheckpointError: more than `MAX_NESTING` levels.
@@ -92,7 +103,7 @@ def check_nesting(value: Any, children: Callable[[Any], Iterable[Any] | None]) -
     first = children(value)
     if first is None:
         return
-    heights: dict[int, int] = {}  # of finished containers: a shared one is walked once
+    heights: dict[int, int] = {}  # of finished containers, so that a shared one is visited once
     path, waiting = [value], [iter(first)]
     tallest = [1]
     open_ids = {id(value)}

@@ -1,7 +1,8 @@
-"""Published files => inert Python content, whatever the container: raw pickle, torch.save old and new, `.npy`.
+"""Published files => inert Python content, for all containers: raw pickle, old and new torch.save, and `.npy`.
 
-Told apart by their first bytes. Knows containers; `strict_pickle` and `torch_pickle` know what may be inside, the
-adapters next door what it means. No file is ever given to the standard unpickler, to torch.load or to numpy.load.
+The first bytes of a file tell its container. Knows containers. Does not know what may be inside (`strict_pickle`,
+`torch_pickle`), nor what it means (the callers). No file is ever passed to the standard unpickler, to torch.load or to
+numpy.load.
 """
 
 import io
@@ -42,22 +43,22 @@ HEAD_BYTES = 16
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds."""
+    """The content of a file."""
 
     value: Any
-    """Inert: scalars, strings, containers, tensors, arrays, `strict_pickle.Record`."""
+    """Inert content: scalars, strings, containers, tensors, arrays, `strict_pickle.Record`."""
     container: str
-    """In words, for messages and `inspect`."""
+    """Name of the container, for messages and `inspect`."""
 
 
 def read_content(path: str | Path) -> Content:
     """Read a published file without executing or importing anything that it names.
 
-    The file is mapped into memory, not copied, once its first bytes have said what it is.
+    The file is mapped into memory instead of copied.
 
     Raises:
-        CheckpointError: missing or damaged file, unknown container, a global that is not allowed (named in the
-            message), or sizes that the file does not have. The messages begin with the path.
+        CheckpointError: a missing or damaged file, an unknown container, a global that is not allowed (the message
+            names it), or sizes that exceed the file. The messages begin with the path.
     """
     path = Path(path)
     if not path.is_file():
@@ -72,7 +73,11 @@ def read_content(path: str | Path) -> Content:
 
 
 def parse(data: bytes) -> Content:
-    """As `read_content`, for bytes in memory; messages do not name a path."""
+    """As `read_content`, for bytes in memory.
+
+    Raises:
+        CheckpointError: as `read_content`; the messages do not begin with a path.
+    """
     return _parse(io.BytesIO(data), len(data))
 
 
@@ -89,13 +94,13 @@ def _parse(file: BinaryIO, size: int) -> Content:
             return Content(loads(_view(file), GLOBALS, budget)[0], f"pickle of protocol {head[1]}")
     except (CheckpointError, OSError):
         raise
-    except Exception as error:  # whatever numpy, zipfile or torch say of damaged headers and numbers
+    except Exception as error:  # numpy, zipfile and torch raise many kinds for damaged files
         raise CheckpointError(
             f"damaged file ({type(error).__name__}: {printable(str(error), 100)}); copy or download it again"
         ) from error
     raise CheckpointError(
-        "none of safetensors, PyTorch file, pickle, NumPy array (damaged at the front, or another format); "
-        "generators are read from handsoff_stream, rosinality, NVlabs and DatasetGAN files"
+        "none of safetensors, PyTorch file, pickle, NumPy array (damaged at the start, or another format); pass a file "
+        "of handsoff_stream, rosinality, NVlabs or DatasetGAN"
     )
 
 
@@ -112,8 +117,7 @@ def _read_zip(file: BinaryIO, budget: Budget) -> Any:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
         raise CheckpointError(
-            f"neither a whole PyTorch zip archive ({error}; truncated, or another format) nor any other file that is "
-            "read; copy or download it again"
+            f"not a complete PyTorch zip archive ({error}; truncated, or another format); copy or download it again"
         ) from error
     main = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(main) != 1:
@@ -121,7 +125,7 @@ def _read_zip(file: BinaryIO, budget: Budget) -> Any:
     root = main[0].removesuffix("data.pkl")
     names = set(archive.namelist())
     if f"{root}byteorder" in names and _member(archive, f"{root}byteorder", budget) != b"little":
-        raise CheckpointError("written on a big-endian machine; re-save it on an ordinary one")
+        raise CheckpointError("written on a big-endian machine; save it again on a little-endian one")
     storages: dict[str, Storage] = {}
 
     def persistent(pid: Any) -> Storage:
@@ -129,19 +133,21 @@ def _read_zip(file: BinaryIO, budget: Budget) -> Any:
         if key not in storages:
             raw = _member(archive, f"{root}data/{key}", budget)
             if len(raw) != numel * dtype.itemsize:
-                raise CheckpointError(f"storage {shown(key)} has {len(raw)} bytes for {numel} numbers of {dtype}")
+                raise CheckpointError(
+                    f"storage {shown(key)} has {len(raw)} bytes for {numel} numbers of {dtype}; copy it again"
+                )
             storages[key] = Storage(flat_tensor(memoryview(raw), dtype, budget))
         if (storages[key].data.dtype, storages[key].data.numel()) != (dtype, numel):
-            raise CheckpointError(f"storage {shown(key)} is used as two different types")
+            raise CheckpointError(f"storage {shown(key)} is used with two different types; copy the file again")
         return storages[key]
 
     return loads(memoryview(_member(archive, main[0], budget)), GLOBALS, budget, persistent=persistent)[0]
 
 
 def _directory_bytes(file: BinaryIO) -> int:
-    """Size of a zip archive's directory, from the record at the very end of the file, where zipfile looks first.
+    """Size of a zip archive's directory, from the record at the end of the file, which zipfile reads first too.
 
-    zipfile reads the directory whole, however long it is.
+    It must be checked before zipfile opens the archive, since zipfile reads the whole directory, however long it is.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - ZIP64_BYTES - END_BYTES))
@@ -150,8 +156,7 @@ def _directory_bytes(file: BinaryIO) -> int:
     end = tail[-END_BYTES:]
     if not end.startswith(ZIP_END) or end[-2:] != b"\0\0":
         raise CheckpointError(
-            "neither a whole PyTorch zip archive (truncated, or another format) nor any other file that is read; copy "
-            "or download it again"
+            "not a complete PyTorch zip archive (truncated, or another format); copy or download it again"
         )
     if len(tail) > END_BYTES and tail.startswith(ZIP64_END):  # more than 4 GiB or 65,535 entries
         return int.from_bytes(tail[40:48], "little")
@@ -159,10 +164,10 @@ def _directory_bytes(file: BinaryIO) -> int:
 
 
 def _member(archive: zipfile.ZipFile, name: str, budget: Budget) -> bytes:
-    """One stored entry; every byte of it is in the file, so only copies cost anything."""
+    """The bytes of one uncompressed entry, which the file really holds."""
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise CheckpointError(f"{shown(name)} is compressed, which torch.save never does; re-save the file")
+        raise CheckpointError(f"{shown(name)} is compressed, which torch.save never does; save the file again")
     if info.file_size > budget.file_size:
         raise CheckpointError(f"{shown(name)} claims {info.file_size} bytes, more than the file has; copy it again")
     return archive.read(info)
@@ -173,7 +178,7 @@ def _read_npy(data: memoryview, budget: Budget) -> np.ndarray:
     width = 2 if major == 1 else 4
     start = 8 + width
     end = start + int.from_bytes(data[8:start], "little")
-    # numpy reads headers with Python's own parser, which deep nesting can exhaust; it writes exactly this form.
+    # numpy.load would parse the header as Python code, which deep nesting can exhaust. numpy always writes this form.
     header = NPY_HEADER.fullmatch(bytes(data[start : min(end, start + MAX_NPY_HEADER)]))
     if not 1 <= major <= 3 or end > len(data) or header is None:
         raise CheckpointError("a damaged NumPy header, or an array of records; copy the file again")
@@ -182,7 +187,7 @@ def _read_npy(data: memoryview, budget: Budget) -> np.ndarray:
     if dtype.hasobject:
         array = loads(data, GLOBALS, budget, start=end)[0]
         if not isinstance(array, np.ndarray) or array.shape != shape:
-            raise CheckpointError("an array of objects that is not the array its header announces")
+            raise CheckpointError("an array of objects that differs from its header; copy the file again")
         return array
     if dtype.kind not in "fiub" or math.prod(shape) * dtype.itemsize != len(data) - end:
         raise CheckpointError(f"{len(data) - end} bytes for a {list(shape)} array of {dtype}; copy the file again")

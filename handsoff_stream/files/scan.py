@@ -1,10 +1,12 @@
-"""Which globals the pickles in a file would import or call, without loading any: `handsoff-stream inspect --scan`.
+"""Lists the globals that the pickles in a file would import or call, without loading them.
 
-Python's own `pickletools` splits a pickle into instructions. Here they are run on a stack of names alone, so that a
-name put together on the stack is found as well, and one that is computed is reported as such. Zip archives (PyTorch,
-npz), PyTorch's older container, raw pickles of every protocol, object arrays, and pickles inside byte strings are read.
+It is the function behind `handsoff-stream inspect --scan`. Python's `pickletools` splits a pickle into instructions.
+They are run here on a stack that holds only strings, so names that are assembled on the stack are found too, and
+computed names are reported as such. Zip archives (PyTorch, npz), PyTorch's older container, raw pickles of every
+protocol, object arrays, and pickles inside byte strings are scanned.
 
-Knows instructions and containers. Does not judge: a global is known if the strict reader would read it.
+Knows instructions and containers. Does not know which globals are dangerous: every global that the strict reader does
+not read counts as suspicious.
 """
 
 import io
@@ -23,24 +25,24 @@ from handsoff_stream.files.containers import NPY_START, ZIP_START
 from handsoff_stream.files.torch_pickle import GLOBALS
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
-MAX_MEMBER = 2**28  # bytes of a compressed archive member that is looked into
-MAX_DEPTH = 4  # pickles inside byte strings inside pickles
+MAX_MEMBER = 2**28  # bytes of the largest archive member that is scanned
+MAX_DEPTH = 4  # levels of pickles inside byte strings of pickles
 COMPUTED = "(computed while loading)"
 MARK, UNKNOWN = object(), None
 
 
 @dataclass
 class Findings:
-    """What one file holds."""
+    """The globals and problems found in one file."""
 
     path: Path
     pickles: int = 0
     known: set[str] = field(default_factory=set)
-    """Globals that the strict reader reads, by its own stand-ins; the published loaders import them."""
+    """Globals for which the strict reader has replacements; the published loaders import them."""
     suspicious: set[str] = field(default_factory=set)
-    """All others."""
+    """All other globals."""
     problems: list[str] = field(default_factory=list)
-    """What kept a part of the file from being looked into."""
+    """Why parts of the file could not be scanned."""
 
     @property
     def verdict(self) -> str:
@@ -48,7 +50,7 @@ class Findings:
         return "suspicious" if self.suspicious else "error" if self.problems else "clean"
 
     def sentence(self) -> str:
-        """One line: verdict, file, globals; not yet escaped."""
+        """Verdict, file, globals and problems in one line; unprintable characters are not escaped."""
         parts = [f"would call {name}" for name in sorted(self.suspicious)]
         parts += self.problems
         if self.known:
@@ -59,10 +61,10 @@ class Findings:
 
 
 def scan(path: str | Path) -> Iterator[Findings]:
-    """Look into a file, or all files of a tree; links are not followed.
+    """Scan a file, or all files below a folder; links are not followed.
 
     Raises:
-        OSError: there is no such file or folder.
+        OSError: the file or folder does not exist or cannot be read.
     """
     path = Path(path)
     if not path.is_dir():
@@ -79,7 +81,7 @@ def scan(path: str | Path) -> Iterator[Findings]:
 
 
 def scan_file(path: Path) -> Findings:
-    """Look into one file."""
+    """Scan one file; read errors are reported among its problems."""
     found = Findings(path)
     try:
         with path.open("rb") as file:
@@ -105,7 +107,7 @@ def _scan_zip(file: BinaryIO, found: Findings) -> None:
         return
     infos = archive.infolist()
     if len(infos) > MAX_ZIP_ENTRIES:
-        found.problems.append(f"{len(infos)} entries in its zip directory, of which {MAX_ZIP_ENTRIES} are looked into")
+        found.problems.append(f"{len(infos)} entries in its zip directory, of which {MAX_ZIP_ENTRIES} are scanned")
     for info in infos[:MAX_ZIP_ENTRIES]:
         sure = Path(info.filename).suffix.lower() in PICKLE_SUFFIXES
         try:
@@ -114,22 +116,22 @@ def _scan_zip(file: BinaryIO, found: Findings) -> None:
                 if not (sure or start[:1] == b"\x80" or start == NPY_START):
                     continue  # the numbers of a storage
                 if info.file_size > MAX_MEMBER:
-                    found.problems.append(f"{info.filename}: {info.file_size} bytes, too many to be looked into")
+                    found.problems.append(f"{info.filename}: {info.file_size} bytes, too many to be scanned")
                     continue
                 data = io.BytesIO(start + member.read(MAX_MEMBER))
-        except Exception as error:  # zlib, checksums, encryption: each has errors of its own
+        except Exception as error:  # zlib, checksums and encryption raise different errors
             found.problems.append(f"{info.filename}: cannot be read ({printable(str(error), 80)})")
             continue
         _scan_stream(data, found, sure=sure)
 
 
 def _scan_stream(data: Any, found: Findings, *, sure: bool) -> None:
-    """All pickles one behind the other, from the start, or behind the header of an object array.
+    """Scan consecutive pickles, from the start or after the header of an object array.
 
     Args:
-        data: BytesIO or mmap, whose `read` never promises more than there is.
-        found: is added to.
-        sure: the name says that it is a pickle, so what cannot be read as one is a problem.
+        data: BytesIO or mmap, whose `read` returns no more than there is.
+        found: receives the results.
+        sure: whether the file name says that it is a pickle, so that damage is a problem.
     """
     data.seek(0)
     start = data.read(12)
@@ -149,7 +151,7 @@ def _scan_stream(data: Any, found: Findings, *, sure: bool) -> None:
         scratch = Findings(found.path)
         whole = _scan_pickle(data, scratch, depth=0)
         if not whole and not (sure and first) and not (scratch.suspicious and modern):
-            return  # not a pickle: text or numbers that begin like one, numbers behind the last one
+            return  # not a pickle, but text or numbers that begin like one, or numbers after the last pickle
         found.known |= scratch.known
         found.suspicious |= scratch.suspicious
         if not whole:
@@ -161,19 +163,19 @@ def _scan_stream(data: Any, found: Findings, *, sure: bool) -> None:
 
 
 def _scan_pickle(data: Any, found: Findings, depth: int) -> bool:
-    """One pickle from the current position; whether it was read to its end."""
+    """Scan one pickle from the current position; returns whether its end was reached."""
     machine = _Names(found, depth)
     try:
         for opcode, argument, _ in pickletools.genops(data):
             machine.run(opcode, argument)
-    except Exception as error:  # damaged on purpose or by chance; what comes before would still be called
-        found.problems.append(f"a pickle that ends in damage ({type(error).__name__}: {printable(str(error), 80)})")
+    except Exception as error:  # a loader would still execute what comes before the damage
+        found.problems.append(f"a damaged pickle ({type(error).__name__}: {printable(str(error), 80)})")
         return False
     return True
 
 
 class _Names:
-    """A pickle machine that knows strings, and nothing else."""
+    """A pickle machine whose stack holds only strings; all other values are unknown."""
 
     def __init__(self, found: Findings, depth: int) -> None:
         self.found, self.depth = found, depth
@@ -222,7 +224,7 @@ class _Names:
         (self.found.known if known else self.found.suspicious).add(name)
 
     def look_into(self, raw: bytes) -> None:
-        """A byte string that begins like a pickle, as the storages inside NVlabs' files do."""
+        """Scan a byte string that begins like a pickle, such as the storages inside NVlabs' files."""
         inner, scratch = io.BytesIO(raw), Findings(self.found.path)
         while inner.tell() < len(raw) and raw[inner.tell() : inner.tell() + 1] == b"\x80":
             if not _scan_pickle(inner, scratch, self.depth + 1):

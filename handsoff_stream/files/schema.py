@@ -1,7 +1,7 @@
-"""Foreign dictionaries => values of known types, checked by pydantic; a refusal is one sentence that names the entry.
+"""Untrusted dictionaries => values of known types, checked by pydantic; an error names the wrong entry in one sentence.
 
-A schema lists what a dictionary may say: everything else, another type, NaN and infinity are refused. Knows types and
-bounds. Does not know what the entries mean.
+A schema lists the allowed entries with their types. Other entries, other types, NaN and infinity are refused. Knows
+types and bounds. Does not know what the entries mean.
 """
 
 import inspect
@@ -20,12 +20,12 @@ from pydantic_core import from_json
 from handsoff_stream.errors import CheckpointError, printable
 from handsoff_stream.files.budget import MAX_NAME, MAX_NAMES, MAX_TEXT_BYTES, MAX_WIDTH
 
-NUM_NAMED = 2  # entries that a message names
+NUM_NAMED = 2  # wrong entries that a message names
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tabs and line breaks
 
 
 class Schema(BaseModel):
-    """Base of all schemas: no conversion, no unknown entry, no NaN, no infinity."""
+    """Base class of all schemas: values are not converted; unknown entries, NaN and infinity are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
@@ -45,11 +45,15 @@ S = TypeVar("S", bound=Schema)
 
 
 def validated(schema: type[S], value: Any, what: str) -> S:
-    """The value, as the schema has it.
+    """The value as an instance of the schema.
+
+    Args:
+        schema: its class.
+        value: a dictionary.
+        what: name of the dictionary in messages.
 
     Raises:
-        CheckpointError: the first entries that are missing, unknown, or of another type or range; `what` is how the
-            message calls the whole.
+        CheckpointError: entries that are missing, unknown, or of another type or range; the message names the first.
     """
     try:
         return schema.model_validate(value)
@@ -62,7 +66,7 @@ def validated(schema: type[S], value: Any, what: str) -> S:
 
 @cache
 def arguments_of(function: Callable[..., Any]) -> type[Schema]:
-    """The schema of a constructor's arguments, from its annotations: of these, numbers, strings and lists of them."""
+    """The schema of a constructor's arguments that are numbers, strings or lists of them, from its annotations."""
     hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
@@ -73,17 +77,18 @@ def arguments_of(function: Callable[..., Any]) -> type[Schema]:
 
 
 def parse_json(text: str | bytes, what: str) -> Any:
-    """JSON of unknown origin, without NaN, infinity, control characters, or nesting beyond 200.
+    """Parse untrusted JSON; `what`: its name in messages.
 
     Raises:
-        CheckpointError: no JSON, too long, or with one of these.
+        CheckpointError: the text is not JSON or too long, is nested more than 200 levels deep, or contains NaN,
+            infinity or control characters.
     """
     if len(text) > MAX_TEXT_BYTES:
-        raise CheckpointError(f"{what} has {len(text)} characters; up to {MAX_TEXT_BYTES} are read")
+        raise CheckpointError(f"{what} has {len(text)} characters, but up to {MAX_TEXT_BYTES} are read; shorten it")
     try:
         value = from_json(text)
     except ValueError as error:
-        raise CheckpointError(f"{what} is no JSON that is read ({error})") from None
+        raise CheckpointError(f"{what} is not readable JSON ({error}); correct it") from None
     found = _bad_scalar(value)
     if found is not None:
         where, problem = found
@@ -92,14 +97,14 @@ def parse_json(text: str | bytes, what: str) -> Any:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """`parse_json` of a file, whose size is looked at first.
+    """Parse untrusted JSON in a file, after a check of its size; `what`: its name in messages.
 
     Raises:
-        CheckpointError: as `parse_json`, or a file that cannot be read; the message begins with the path.
+        CheckpointError: as `parse_json`, or the file cannot be read; the message begins with the path.
     """
     try:
         if path.stat().st_size > MAX_TEXT_BYTES:
-            raise CheckpointError(f"{path}: larger than {what} can be, {MAX_TEXT_BYTES} bytes; check the path")
+            raise CheckpointError(f"{path}: more than {MAX_TEXT_BYTES} bytes, the limit for {what}; check the path")
         return parse_json(path.read_bytes(), what)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path") from error
@@ -108,7 +113,7 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def _bad_scalar(value: Any) -> tuple[list[str], str] | None:
-    """(keys from the inside out, what is wrong) of the first number that is none or text that is no text."""
+    """(keys from the inside out, the problem) of the first non-finite number or text with control characters."""
     if isinstance(value, float):
         return None if math.isfinite(value) else ([], str(value))
     if isinstance(value, str):
@@ -133,7 +138,7 @@ def _sentence(detail: Mapping[str, Any]) -> str:
 
 
 def _strict(hint: Any) -> Any:
-    """An annotation => the type of what JSON has for it; None for what JSON has nothing for."""
+    """An annotation => the type of its JSON values; None if JSON cannot express it."""
     origin, parts = get_origin(hint), get_args(hint)
     if hint in PLAIN:
         return PLAIN[hint]

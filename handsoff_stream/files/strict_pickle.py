@@ -1,11 +1,11 @@
-"""A pickle reader that cannot execute anything: it interprets the opcodes itself and never resolves a name.
+"""A pickle reader that cannot execute code: it interprets the instructions itself and never imports a name.
 
-The standard unpickler imports whatever module a file names. Here a name is a pair of strings that is looked up in an
-allow-list; what is called is a function of this package, and all that can come out is inert: None, bool, int, float,
-str, list, tuple, dict, set, memoryviews for byte strings, tensors, numpy arrays, and the plain records of this package.
+The standard unpickler imports any module that a file names. Here a name is a pair of strings that is looked up in an
+allow-list. Only functions of this package are called, and the result is inert: None, bool, int, float, str, list,
+tuple, dict, set, memoryviews for byte strings, tensors, numpy arrays, and the plain records of this package. A `Budget`
+bounds memory and time in proportion to the size of the file, whatever sizes the file claims.
 
-Knows the opcodes of protocols 2 to 5 and nothing of PyTorch: `torch_pickle` brings the allow-list. Memory and time
-are bounded by a `Budget` in proportion to the size of the file, whatever sizes the file claims.
+Knows the instructions of protocols 2 to 5. Does not know PyTorch: `torch_pickle` contains the allow-list.
 """
 
 import struct
@@ -23,12 +23,12 @@ MAX_NAME_BYTES = 256
 
 Constructor = Callable[..., Any]
 AllowList = Mapping[tuple[str, str], Constructor | None]
-"""(module, name) => what stands in for it; None for names that may be mentioned but not called."""
+"""(module, name) => the function that replaces it; None for names that may be mentioned but not called."""
 
 
 @dataclass(frozen=True)
 class Name:
-    """An allowed global that was mentioned: a pair of strings, nothing behind it."""
+    """An allowed global that the file mentions: only a pair of strings."""
 
     module: str
     name: str
@@ -50,18 +50,21 @@ def loads(
     start: int = 0,
     persistent: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, int]:
-    """One pickle => (inert content, offset behind it).
+    """Read one pickle.
 
     Args:
-        data: bytes that hold the pickle.
-        allowed: the only globals it may mention.
-        budget: shared limits.
+        data: bytes that contain the pickle.
+        allowed: the only globals that the pickle may mention.
+        budget: limits, shared with other pickles of the same file.
         start: offset of the pickle in `data`.
-        persistent: resolves persistent ids; None refuses them.
+        persistent: persistent id => object; None means that persistent ids are refused.
+
+    Returns:
+        (inert content, offset after the pickle).
 
     Raises:
-        CheckpointError: a global that is not allowed (named in the message), an instruction that is not allowed,
-            damage, or a cost beyond the budget. Nothing else leaves.
+        CheckpointError: a global that is not allowed (the message names it), an instruction that is not allowed,
+            damage, or a cost beyond the budget. No other exception is raised.
     """
     machine = _Machine(data, allowed, budget, start, persistent)
     try:
@@ -70,7 +73,7 @@ def loads(
         return value, machine.position
     except CheckpointError:
         raise
-    except Exception as error:  # the instructions of a damaged file apply anything to anything
+    except Exception as error:  # instructions of a damaged file may fail in any way
         raise CheckpointError(
             f"damaged pickle at byte {machine.position} ({type(error).__name__}: {printable(str(error), 100)}); "
             "copy or download it again"
@@ -78,21 +81,28 @@ def loads(
 
 
 def check_key(key: Any) -> Any:
-    """Dictionary keys and set members are short strings and small integers, which hash fast and without collisions.
+    """The key of a dictionary or member of a set, which must be a short string, a small integer, a bool or None.
 
-    Hashing nested tuples can take exponential time, and inserting huge integers of equal hash, or comparing long equal
-    strings again and again, quadratic time.
+    These hash fast and without collisions. Hashing nested tuples can take exponential time. Inserting huge integers of
+    equal hash, or repeatedly comparing long equal strings, can take quadratic time.
+
+    Raises:
+        CheckpointError: any other key.
     """
     if type(key) is str:
         if len(key) > MAX_KEY:
-            raise CheckpointError(f"a dictionary key of {len(key)} characters, which no published file has")
+            raise CheckpointError(
+                f"a dictionary key of {len(key)} characters, which no published file has; copy the file again"
+            )
     elif not (key is None or type(key) is bool or type(key) is int and abs(key) < 2**31):
-        raise CheckpointError(f"a {type(key).__name__} as a dictionary key, which no published file has")
+        raise CheckpointError(
+            f"a {type(key).__name__} as a dictionary key, which no published file has; copy the file again"
+        )
     return key
 
 
 def children(value: Any) -> Iterable[Any] | None:
-    """What a container holds; None for anything else."""
+    """The items of a container; None for other values."""
     if type(value) in (list, tuple, set):
         return value
     if type(value) is dict:
@@ -103,20 +113,20 @@ def children(value: Any) -> Iterable[Any] | None:
 
 
 def shown(value: Any) -> str:
-    """What a message may show of a foreign value: printable, short; containers, which may unfold forever, by type."""
+    """A short printable form of an untrusted value for messages; containers, which may be endless, by their type."""
     return ascii(value[:80])[1:-1] if isinstance(value, str) else f"<{type(value).__name__}>"
 
 
 def blocked(module: Any, name: Any) -> CheckpointError:
-    """The refusal of a global."""
+    """The error for a global that is not allowed."""
     if isinstance(module, str) and module.startswith("dnnlib.tflib"):
         return CheckpointError(
             "a TensorFlow-era StyleGAN pickle, which only TensorFlow code can open; convert it with `python legacy.py "
             "--source=IN.pkl --dest=OUT.pkl` of NVlabs/stylegan2-ada-pytorch and load OUT.pkl"
         )
     return CheckpointError(
-        f"blocked global '{shown(module)}.{shown(name)}': reading it might execute code, so nothing was read. If the "
-        "file is what a known training code wrote, report the name; if not, delete the file"
+        f"blocked global '{shown(module)}.{shown(name)}': reading it might execute code, so nothing was read. If a "
+        "known training code wrote the file, report the name; if not, delete the file"
     )
 
 
@@ -132,7 +142,7 @@ class _Machine:
         self.data, self.position = data, start
         self.allowed, self.budget, self.persistent = allowed, budget, persistent
         self.stack: list[Any] = []
-        self.outer: list[list[Any]] = []  # stacks below each open mark
+        self.outer: list[list[Any]] = []  # the stack below each open mark
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
@@ -144,13 +154,13 @@ class _Machine:
             instruction = _INSTRUCTIONS.get(code)
             if instruction is None:
                 raise CheckpointError(
-                    f"pickle instruction {bytes([code])!r} at byte {self.position - 1} is not one that StyleGAN files "
-                    "use; the file is damaged or of another format"
+                    f"pickle instruction {bytes([code])!r} at byte {self.position - 1} does not occur in StyleGAN "
+                    "files; the file is damaged or has another format, so copy or download it again"
                 )
             instruction(self)
 
     def take(self, size: int) -> memoryview:
-        """The next bytes, without a copy; a size that exceeds the file is refused before anything is allocated."""
+        """The next bytes, without a copy; sizes that exceed the file are refused before anything is allocated."""
         if size > len(self.data) - self.position:
             raise CheckpointError(f"claims {size} bytes at byte {self.position}, beyond its end; copy it again")
         self.position += size
@@ -174,7 +184,7 @@ class _Machine:
         self.stack.append(str(raw, "utf-8", "surrogatepass"))
 
     def items(self) -> list[Any]:
-        """What was pushed since the last mark."""
+        """The values that were pushed since the last mark."""
         items, self.stack = self.stack, self.outer.pop()
         return items
 
@@ -206,7 +216,7 @@ class _Machine:
         self.stack.append(values)
 
     def mention(self, module: Any, name: Any) -> None:
-        # Exact pairs only: a dotted name would reach through a harmless module into another.
+        # Only exact pairs are allowed: a dotted name could reach another module through a harmless one.
         if type(module) is not str or type(name) is not str or (module, name) not in self.allowed:
             raise blocked(module, name)
         self.stack.append(Name(module, name))
@@ -221,18 +231,18 @@ class _Machine:
         if constructor is None or type(arguments) is not tuple:
             called = f"{name.module}.{name.name}" if type(name) is Name else f"a {type(name).__name__}"
             raise CheckpointError(
-                f"calls {called}, which nothing that may be read does; the file is damaged or hostile"
+                f"calls {called}, which no readable file does; the file is damaged or malicious, so delete it"
             )
         self.stack.append(constructor(self.budget, *arguments))
 
     def build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if type(target) is dict:
-            return  # attributes of an OrderedDict, such as a state dict's _metadata, and EasyDict's empty state
+            return  # attributes of an OrderedDict, such as a state dict's _metadata, or EasyDict's empty state
         if type(target) is Record and type(state) is dict:
             self.budget.step(len(state))
             if not all(type(key) is str for key in state):
-                raise CheckpointError("sets attributes whose names are no strings, which no published file does")
+                raise CheckpointError("sets attributes whose names are not strings, which no published file does")
             target.state.update(state)
         elif hasattr(type(target), "set_pickle_state"):
             target.set_pickle_state(self.budget, state)
@@ -264,7 +274,7 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine], Any]] = {
     for code, instruction in {
         # Framing and marks.
         b"\x80": _Machine.protocol,
-        b"\x95": lambda m: m.uint(8),  # frame length, of no use without a stream
+        b"\x95": lambda m: m.uint(8),  # frame length, which is not needed for data in memory
         b"(": _Machine.mark,
         b"0": lambda m: m.stack.pop(),
         b"1": _Machine.items,

@@ -1,7 +1,7 @@
-"""Tensors and one JSON manifest in a file: the safetensors container, read and written in one place.
+"""Reads and writes safetensors files with one JSON manifest.
 
-Checkpoints, inversions, encoders, latents and the states of unfinished trainings are such files. Nothing in them can
-execute. Knows the container. Does not know what the tensors are, nor what a manifest says.
+Checkpoints, inversions, encoders, latents and the states of unfinished trainings are such files. They cannot contain
+code. Knows the container. Does not know what the tensors are, nor what a manifest says.
 """
 
 import json
@@ -23,10 +23,10 @@ DTYPES = frozenset(("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8"
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins with eight bytes of header length and a JSON object, as this container does.
+    """Whether a file begins like this container, with eight bytes of header length and a JSON object.
 
     Raises:
-        CheckpointError: it does, but the header is longer than any honest one.
+        CheckpointError: it does, but claims a header of more than `MAX_HEADER_BYTES` bytes.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
@@ -43,10 +43,10 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_manifest(path: Path, key: str) -> dict[str, Any]:
-    """The JSON object stored under `key` in the header, without reading any tensor.
+    """The JSON object under `key` in the header; no tensor is read.
 
     Raises:
-        CheckpointError: a damaged container, or one without this manifest.
+        CheckpointError: a damaged file, or one without this manifest.
     """
     return read_tensors(path, key, wanted=lambda name: False)[0]
 
@@ -58,15 +58,14 @@ def read_tensors(
 
     Args:
         path: the file.
-        key: where the header keeps the manifest; None for a file that needs none.
+        key: key of the manifest in the header; None if no manifest is needed.
         wanted: name of a tensor => whether to read it.
 
     Returns:
         The manifest, empty if `key` is None, and the tensors by name.
 
     Raises:
-        CheckpointError: a damaged container, tensors of a number format that is not read, or a container without this
-            manifest.
+        CheckpointError: a damaged file, a tensor of an unsupported number format, or a file without this manifest.
     """
     try:
         if not is_safetensors(path):
@@ -78,7 +77,9 @@ def read_tensors(
             for name in names:
                 dtype = str(file.get_slice(name).get_dtype())
                 if dtype not in DTYPES:
-                    raise CheckpointError(f"{path}: tensor {name!r} is of {dtype}; numbers of 8 to 64 bits are read")
+                    raise CheckpointError(
+                        f"{path}: tensor {name!r} is of {dtype}; only numbers of 8 to 64 bits are read"
+                    )
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged safetensors file ({error}); copy or download it again") from error
@@ -93,7 +94,14 @@ def write_tensors(
     manifest: Mapping[str, Any],
     inputs: Sequence[str | Path] = (),
 ) -> None:
-    """Write tensors and manifest, whole or not at all; an existing file is replaced, unless it is one of `inputs`.
+    """Write a file of tensors with a manifest, whole or not at all; an existing file is replaced.
+
+    Args:
+        path: the file; it must not be one of `inputs`.
+        tensors: by name, on any device.
+        key: key of the manifest in the header.
+        manifest: JSON-able; NaN and infinity are written as null.
+        inputs: files that the content was made from.
 
     Raises:
         OutputError: the file cannot be written.
@@ -107,7 +115,7 @@ def _manifest(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str, An
     try:
         manifest = parse_json(metadata.get(key, ""), f"the manifest {key}")
         if not isinstance(manifest, dict):
-            raise CheckpointError(f"it is a {type(manifest).__name__}, no object")
+            raise CheckpointError(f"it is a {type(manifest).__name__} instead of an object")
     except CheckpointError as error:
         raise CheckpointError(
             f"{path}: a safetensors file without a readable {key} manifest ({error}); pass a file that "
@@ -117,7 +125,7 @@ def _manifest(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str, An
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinity as null: JSON has no number for them, and no manifest with one would be read back."""
+    """The value with null for NaN and infinity, which JSON cannot express."""
     if isinstance(value, Mapping):
         return {key: _finite(child) for key, child in value.items()}
     if isinstance(value, list | tuple):

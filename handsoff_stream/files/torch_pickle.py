@@ -1,11 +1,13 @@
-"""What a published generator's pickle may mention, and what stands in for it: storages, tensors, numpy numbers.
+"""The allow-list for pickles of published generators, with a replacement for each global: storages, tensors, numpy.
 
-Every stand-in takes the reader's `Budget` first and the pickled arguments after it, checks each of them, and returns
-inert data. The list is complete for what the PyTorch StyleGAN code bases write; see `GLOBALS` at the end.
+Each replacement takes the reader's `Budget` and then the pickled arguments, checks all of them, and returns inert data.
+The list, `GLOBALS` at the end, covers everything that the PyTorch StyleGAN code bases write.
 
-Storages are parsed by hand, those nested in a pickle too. torch.load(weights_only=True) would read them as well, but
-it allocates what a file claims before it looks whether the bytes are there, its allow-list is not ours, and it has
-once let code through (CVE-2025-32434); the format is five pickles and raw numbers.
+Storages are parsed here, including those nested in a pickle: the format is five pickles and raw numbers.
+torch.load(weights_only=True) could read them too, but it allocates the claimed sizes before it checks that the bytes
+exist, has another allow-list, and once allowed code to run (CVE-2025-32434).
+
+Knows the formats of PyTorch and numpy. Does not know generators.
 """
 
 import math
@@ -24,7 +26,7 @@ from handsoff_stream.files.strict_pickle import AllowList, Record, check_key, lo
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 MAX_DIMENSIONS = 8
-SCALAR_BYTES = 64  # what one more reference in a list or a set costs, roughly
+SCALAR_BYTES = 64  # approximate memory of one more entry in a dictionary or a set
 
 STORAGE_TYPES: dict[str, torch.dtype] = {
     "FloatStorage": torch.float32,
@@ -42,32 +44,43 @@ STORAGE_TYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """Flat numbers that tensors view."""
+    """The numbers of one or several tensors, as a one-dimensional tensor."""
 
     data: Tensor
 
 
 @dataclass(eq=False)
 class ElementType:
-    """A numpy dtype of numbers, or of references for an object array; its byte order comes in a second step."""
+    """A numpy dtype of numbers or, for object arrays, of references; its byte order is set in a second step."""
 
     code: str
     order: str = "<"
 
     def set_pickle_state(self, budget: Budget, state: Any) -> None:
+        """Set the byte order from the pickled state of a numpy dtype.
+
+        Raises:
+            CheckpointError: a dtype with fields or metadata.
+        """
         if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
             raise CheckpointError("a numpy dtype with fields or metadata, which no published file has")
         self.order = state[1]
 
     @property
     def numpy(self) -> np.dtype:
+        """The numpy dtype."""
         return np.dtype(object) if self.code[0] == "O" else np.dtype(self.order + self.code)
 
 
 class Array(np.ndarray):
-    """A numpy array whose shape and content come in a second step."""
+    """A numpy array whose shape and content are set in a second step."""
 
     def set_pickle_state(self, budget: Budget, state: Any) -> None:
+        """Set shape, dtype and content from the pickled state of a numpy array.
+
+        Raises:
+            CheckpointError: content of another size or kind, or too much of it.
+        """
         _, shape, element_type, fortran, content = state
         dtype = _expect(element_type, ElementType).numpy
         numel = math.prod(_sizes(shape))
@@ -82,14 +95,22 @@ class Array(np.ndarray):
 
 
 def storage_type(name: Any) -> torch.dtype:
-    """`torch.FloatStorage` and its siblings => dtype of the elements."""
+    """`torch.FloatStorage` or another storage class => dtype of its elements.
+
+    Raises:
+        CheckpointError: any other name.
+    """
     if getattr(name, "module", None) != "torch" or name.name not in STORAGE_TYPES:
         raise CheckpointError("a storage of an unknown type of elements")
     return STORAGE_TYPES[name.name]
 
 
 def flat_tensor(raw: memoryview, dtype: torch.dtype, budget: Budget) -> Tensor:
-    """A copy of little-endian numbers as a one-dimensional tensor."""
+    """A copy of little-endian numbers as a one-dimensional tensor.
+
+    Raises:
+        CheckpointError: the copy exceeds the budget.
+    """
     budget.spend(len(raw))
     if not len(raw):
         return torch.empty(0, dtype=dtype)
@@ -99,10 +120,10 @@ def flat_tensor(raw: memoryview, dtype: torch.dtype, budget: Budget) -> Tensor:
 
 
 def read_legacy(data: memoryview, allowed: AllowList, budget: Budget) -> Any:
-    """torch.save's container before PyTorch 1.6, and of every nested storage: five pickles, then raw numbers.
+    """Read the container of torch.save before PyTorch 1.6, and of all nested storages: five pickles, then raw numbers.
 
     Raises:
-        CheckpointError: as `strict_pickle.loads`; storages whose numbers are missing or of another size.
+        CheckpointError: as `strict_pickle.loads`, or storages whose numbers are missing or have another size.
     """
     storages: dict[str, Storage] = {}
 
@@ -125,23 +146,29 @@ def read_legacy(data: memoryview, allowed: AllowList, budget: Budget) -> Any:
     content, position = loads(data, allowed, budget, start=position, persistent=persistent)
     keys, position = loads(data, {}, budget, start=position)
     if type(keys) is not list or len(keys) != len(storages) or set(map(check_key, keys)) != storages.keys():
-        raise CheckpointError("the list of its storages is not that of its tensors; copy the file again")
+        raise CheckpointError("the list of its storages does not match its tensors; copy the file again")
     for key in keys:
         target = storages[key].data
         size = 8 + target.nbytes
         raw = data[position : position + size]
         if len(raw) < size or int.from_bytes(raw[:8], "little") != target.numel():
-            raise CheckpointError(f"storage {shown(key)} is cut short or of another size; copy the file again")
+            raise CheckpointError(f"storage {shown(key)} is truncated or has another size; copy the file again")
         position += size
-        budget.memory += target.nbytes  # already accounted for by `persistent`
+        budget.memory += target.nbytes  # `persistent` has already counted it
         target.copy_(flat_tensor(raw[8:], target.dtype, budget))
     return content
 
 
 def storage_id(pid: Any) -> tuple[str, torch.dtype, int]:
-    """torch.save's persistent id => (key, dtype, number of elements)."""
+    """torch.save's persistent id => (key, dtype, number of elements).
+
+    Raises:
+        CheckpointError: any other object than the id of a whole storage.
+    """
     if type(pid) is not tuple or not 5 <= len(pid) <= 6 or pid[0] != "storage" or (len(pid) == 6 and pid[5]):
-        raise CheckpointError("a persistent id that is no storage, or the view of one; re-save it with a newer PyTorch")
+        raise CheckpointError(
+            "a persistent id that is not of a whole storage; save the file again with a newer PyTorch"
+        )
     _, kind, key, _, numel = pid[:5]
     return _expect(key, str), storage_type(kind), _sizes((numel,))[0]
 
@@ -155,7 +182,7 @@ def _expect(value: Any, kind: type) -> Any:
 def _sizes(values: Any) -> tuple[int, ...]:
     sizes: tuple[int, ...] = _expect(values, tuple)
     if len(sizes) > MAX_DIMENSIONS or any(type(v) is not int or not 0 <= v < 2**40 for v in sizes):
-        raise CheckpointError("sizes that are no short tuple of natural numbers; the file is damaged")
+        raise CheckpointError("sizes that are not a short tuple of natural numbers; the file is damaged")
     return sizes
 
 
@@ -169,7 +196,7 @@ def _tensor(budget: Budget, storage: Any, offset: Any, size: Any, stride: Any, *
     size, stride, (offset,) = _sizes(size), _sizes(stride), _sizes((offset,))
     numel = math.prod(size)
     end = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    # A stride of 0 repeats numbers without end: no more elements than the storage has.
+    # A stride of 0 could repeat numbers endlessly, so a tensor may not have more elements than its storage.
     if numel and (end > flat.numel() or numel > flat.numel()):
         raise CheckpointError(
             f"a tensor {list(size)} with strides {list(stride)} at {offset} in a storage of {flat.numel()} numbers; "
@@ -181,12 +208,12 @@ def _tensor(budget: Budget, storage: Any, offset: Any, size: Any, stride: Any, *
 
 def _parameter(budget: Budget, data: Any, *_: Any) -> Tensor:
     if not isinstance(data, Tensor):
-        raise CheckpointError("a parameter that is no tensor; the file is damaged")
+        raise CheckpointError("a parameter that is not a tensor; the file is damaged")
     return data
 
 
 def _persistent_object(budget: Budget, meta: Any) -> Record:
-    # meta["module_src"] is the program text that the published loaders execute; nothing here reads it.
+    # meta["module_src"] is source code that the published loaders execute; it is ignored here.
     meta = _expect(meta, dict)
     return Record(_expect(meta.get("class_name"), str), _expect(meta.get("state"), dict))
 

@@ -1,7 +1,7 @@
-"""Named tensors of an untrusted file => a module, allocated only once every tensor is known to fit.
+"""Named tensors of an untrusted file => a module, which is allocated only after all tensors were found to fit.
 
-A file may refer to the same numbers under many names, so that a small file would make a large module; what a module
-takes is therefore compared with what the file really holds.
+A small file can describe a large module by referring to the same numbers under many names. The size of the module is
+therefore compared with the numbers that the file really contains.
 
 Knows shapes and names. Does not know which file the tensors come from, nor what the module computes.
 """
@@ -17,17 +17,20 @@ from handsoff_stream.files.budget import EXPANSION, SLACK
 
 N = TypeVar("N", bound=nn.Module)
 
-IMPLIED = 2**24  # bytes of zeros that a file may leave out: noise maps of a small generator
+IMPLIED = 2**24  # bytes that a file may express by one repeated number, such as the noise maps of a small generator
 
 
 def build(make: Callable[[], N], expected: N, state: Mapping[str, Tensor]) -> N:
-    """`make()` with these weights, in its own dtypes; called only once every tensor is known to fit.
+    """A new module with the given weights, converted to the module's dtypes.
 
-    `expected`: what `make` gives, on the meta device.
+    Args:
+        make: builds the module; called only after all weights were found to fit.
+        expected: the module that `make` builds, on the meta device.
+        state: weights by name.
 
     Raises:
-        CheckpointError: weights that are missing, superfluous, of another shape, NaN or infinite; a module much larger
-            than the numbers that it is filled with.
+        CheckpointError: weights that are missing, superfluous, of another shape, NaN or infinite, or a module much
+            larger than the numbers that it is filled with.
     """
     needed = expected.state_dict()
     wrong = differences(state, needed)
@@ -44,7 +47,7 @@ def build(make: Callable[[], N], expected: N, state: Mapping[str, Tensor]) -> N:
 
 
 def _check_memory(state: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
-    """Numbers that differ from each other are stored; a single one repeated, as zero noise maps are, need not be."""
+    """Refuse a module that is much larger than the stored numbers; tensors that repeat one number are counted apart."""
     stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.values()}
     repeated = {name for name, t in state.items() if not any(t.stride()) and t.numel() > 1}
     held = sum(stored.values())
@@ -53,12 +56,12 @@ def _check_memory(state: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> 
     if filled > EXPANSION * held + SLACK or implied > EXPANSION * held + IMPLIED:
         raise CheckpointError(
             f"{held} bytes of numbers for weights of {filled + implied} bytes: many share the same numbers, which no "
-            "honest file does; get it from its publisher again"
+            "real file does; get it from its publisher again"
         )
 
 
 def differences(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """One sentence for each tensor whose shape is not the expected one."""
+    """One sentence for each tensor that is missing, superfluous or of another shape than expected."""
     shapes = [{name: list(t.shape) for name, t in tensors.items()} for tensors in (got, expected)]
     return [
         f"{name} is {shapes[0].get(name, 'missing')}, needed {shapes[1].get(name, 'absent')}"
@@ -68,7 +71,11 @@ def differences(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> li
 
 
 def tensor(state: Any, name: str, *, ndim: int | None = None) -> Tensor:
-    """One tensor of a foreign state dict, of the right number of dimensions."""
+    """One tensor of an untrusted state dict; `ndim`: required number of dimensions, None for any.
+
+    Raises:
+        CheckpointError: the entry is missing, is not a tensor, or has another number of dimensions.
+    """
     value = state.get(name) if isinstance(state, Mapping) else None
     if not isinstance(value, Tensor) or (ndim is not None and value.ndim != ndim):
         came = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,1 +1,1 @@
-"""Shelf 3: ways out of a stream besides training on it, one per file. They know streams and batches, nothing before."""
+"""Exporters and adapters for training loops, one per file. They know streams and batches, and nothing upstream."""

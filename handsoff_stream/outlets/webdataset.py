@@ -1,13 +1,15 @@
-"""Samples as WebDataset shards, so that what was streamed can be kept, shared, or read by another framework.
+"""Export of samples as WebDataset shards, to keep them, share them, or read them in another framework.
 
     <key>.image.png  <key>.<head>.png or .npy  <key>.json        key = zero-padded global index
-    export.json                                                  what was exported: samples, bytes and sha256 a shard
+    export.json                                                  samples, bytes and sha256 of each shard
 
 PNG and npy are lossless: reading a shard back gives the streamed tensors. A shard is written under a temporary name and
-renamed when whole; the stream's position is saved beside it, so that an interrupted export continues where it stopped
-and ends with the same files, byte for byte. A shard that was deleted, cut short or exchanged since then is found by its
-digest and made again, from the beginning of the stream, since a filter may depend on all that came before. The only
-importer of webdataset.
+renamed when it is complete, and the stream's position is saved beside it. So an interrupted export continues where it
+stopped and ends with the same files, byte for byte. A shard that was deleted, truncated or replaced is detected by its
+digest and written again. For that the stream runs from the beginning, since a filter's decisions may depend on all
+earlier samples.
+
+Knows streams, batches and files. Does not know how samples are made. No other module imports webdataset.
 """
 
 import copy
@@ -40,7 +42,7 @@ Natural = Annotated[int, Field(ge=0)]
 
 
 class _ShardRecord(Schema):
-    """What a whole shard holds."""
+    """The file name, size and digest of a complete shard."""
 
     file: Name
     samples: Natural
@@ -48,23 +50,23 @@ class _ShardRecord(Schema):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
     def is_in(self, folder: Path) -> bool:
-        """Whether the file is there as it was written."""
+        """Whether the file exists and is unchanged."""
         path = folder / self.file
         return path.is_file() and path.stat().st_size == self.bytes and sha256(path) == self.sha256
 
 
 class _ExportRecord(Schema):
-    """`export.json`."""
+    """The content of `export.json`."""
 
     format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)]
     num_samples: Natural
     shard_size: Natural
     shards: list[_ShardRecord]
-    """The whole ones, in order."""
+    """The complete shards, in order."""
     start: dict[str, Any]
-    """Position of the stream before the first of them."""
+    """State of the stream before the first shard."""
     stream: dict[str, Any]
-    """Position of the stream after the last of them."""
+    """State of the stream after the last complete shard."""
 
     def save(self, folder: Path) -> None:
         write_file(folder / STATE_FILE, self.model_dump_json(indent=1).encode())
@@ -78,24 +80,26 @@ def write_shards(
     shard_size: int = 1000,
     progress: Callable[[int], None] | None = None,
 ) -> list[Path]:
-    """Write `num_samples` accepted samples; continue if the folder holds an unfinished export of the same stream.
+    """Write `num_samples` accepted samples as shards.
+
+    If the folder holds an unfinished export of the same stream, it is continued.
 
     Args:
-        stream: with `batch_size=n`; its transforms, if any, are exported too.
+        stream: built with `batch_size=n`; its transforms are applied to the exported samples.
         folder: receives `shard-000000.tar`, ... and `export.json`; created if missing.
-        num_samples: samples in all, the last shard may be shorter.
-        shard_size: samples a shard.
-        progress: called with the number of samples in whole shards.
+        num_samples: total number of samples; the last shard may be shorter.
+        shard_size: samples per shard.
+        progress: called with the number of samples in complete shards.
 
     Returns:
-        The shards' paths.
+        The paths of the shards.
 
     Raises:
         ValueError: a stream of single samples, a count below 1, or a folder that holds another stream's export, or
-            shards that no `export.json` tells of.
+            shards that `export.json` does not list.
         CheckpointError: a damaged `export.json`.
-        OutputError: another process exports to the folder; it cannot be written, or has too little space, as the first
-            sample shows.
+        OutputError: another process exports to the folder, or the folder cannot be written, or its disk has too little
+            space for all samples, estimated from the first one.
     """
     if stream.batch_size is None or num_samples < 1 or shard_size < 1 or -(-num_samples // shard_size) > MAX_SHARDS:
         raise ValueError(
@@ -125,21 +129,21 @@ class _Export:
             start=self.stream.state_dict(),
             stream=self.stream.state_dict(),
         )
-        self.stream.load_state_dict(self.record.stream)  # refuses another stream's position
-        self._refuse_strangers()
-        self.record.save(folder)  # from now on a shard without a record is one that a killed run had just finished
+        self.stream.load_state_dict(self.record.stream)  # refuses the state of another stream
+        self._refuse_unknown_shards()
+        self.record.save(folder)  # a shard without a record can now only be one that a killed run had just finished
 
     def repair(self, progress: Callable[[int], None] | None) -> None:
-        """Make damaged shards again.
+        """Write missing and changed shards again.
 
         Raises:
-            ValueError: one comes out differently, as on another machine it may.
+            ValueError: a shard comes out differently, which another machine can cause.
         """
         lost = [i for i, shard in enumerate(self.record.shards) if not shard.is_in(self.folder)]
         if not lost:
             return
         names = ", ".join(self.record.shards[i].file for i in lost[:5])
-        warnings.warn(f"{self.folder}: {names} is missing or not as it was written; made again", stacklevel=4)
+        warnings.warn(f"{self.folder}: {names} is missing or was changed; it is written again", stacklevel=4)
         again = _one_by_one(self.stream)
         again.load_state_dict(self.record.start)
         samples = iter(again)
@@ -151,14 +155,14 @@ class _Export:
             made = self._write(i, samples)
             if made != self.record.shards[i]:
                 raise ValueError(
-                    f"{self.paths[i]}: made again, but not with the bytes that {STATE_FILE} tells of, which another "
-                    "machine or version may cause; export to a new folder"
+                    f"{self.paths[i]}: written again, but with other bytes than {STATE_FILE} lists, which another "
+                    "machine or version can cause; export to a new folder"
                 )
             if progress is not None:
                 progress(i * self.shard_size + made.samples)
 
     def go_on(self, progress: Callable[[int], None] | None) -> None:
-        """Write the shards that are not there yet."""
+        """Write the remaining shards."""
         samples = iter(self.stream)
         for i in range(len(self.record.shards), len(self.paths)):
             made = self._write(i, samples)
@@ -175,21 +179,21 @@ class _Export:
         record = validated(_ExportRecord, read_json(path, "the record of an export"), f"{path}: it")
         if (record.num_samples, record.shard_size) != (self.num_samples, self.shard_size):
             raise ValueError(
-                f"{path}: an export with other counts ({record.num_samples} samples, {record.shard_size} a shard) than "
-                f"{self.num_samples} and {self.shard_size}; finish it with its own, or use a new folder"
+                f"{path}: an export with other counts ({record.num_samples} samples, {record.shard_size} per shard) "
+                f"than {self.num_samples} and {self.shard_size}; finish it with its own counts, or use a new folder"
             )
         expected = [(path.name, self._count(i)) for i, path in enumerate(self.paths[: len(record.shards)])]
         if [(shard.file, shard.samples) for shard in record.shards] != expected:
-            raise CheckpointError(f"{path}: tells of other shards than an export of its counts has; use a new folder")
+            raise CheckpointError(f"{path}: lists other shards than an export of its counts has; use a new folder")
         return record
 
-    def _refuse_strangers(self) -> None:
+    def _refuse_unknown_shards(self) -> None:
         known = {path.name for path in self.paths[: len(self.record.shards) + (self.folder / STATE_FILE).exists()]}
-        strangers = sorted(p.name for p in self.folder.glob("shard-*.tar") if p.name not in known)
-        if strangers:
+        unknown = sorted(p.name for p in self.folder.glob("shard-*.tar") if p.name not in known)
+        if unknown:
             raise ValueError(
-                f"{self.folder}: {strangers[0]} is not of this export, as {STATE_FILE} tells it; move it elsewhere, or "
-                "use a new folder"
+                f"{self.folder}: {unknown[0]} does not belong to this export, since {STATE_FILE} does not list it; "
+                "move it elsewhere, or use a new folder"
             )
 
     def _count(self, number: int) -> int:
@@ -207,19 +211,19 @@ class _Export:
 
 
 def _one_by_one(stream: HandsOffStream) -> HandsOffStream:
-    # Shards end where the user says, not where a batch ends.
+    # Shards have `shard_size` samples, whatever the batch size.
     single = copy.copy(stream)
     single.batch_size = 1
     return single
 
 
 def _stored_bytes(fields: dict[str, Any]) -> int:
-    """In a tar file, whose members have a header and fill whole blocks."""
+    """Bytes in a tar file, whose members have a header and fill whole blocks."""
     return sum(512 + -(-len(value) // 512) * 512 for name, value in fields.items() if name != "__key__")
 
 
 def _fields(batch: LabelledBatch) -> dict[str, Any]:
-    """One sample as file contents."""
+    """The files of one sample: suffix => content."""
     index = int(batch.indices[0])
     labels = batch.labels if isinstance(batch.labels, dict) else {"label": batch.labels}
     image = (batch.images[0] * 255).round().byte().permute(1, 2, 0).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Label types, one per file. `TASKS` maps the name in a checkpoint to its class: a new type is one line."""
+"""Label types, one per file. `TASKS` maps the name in a checkpoint to its class; a new type adds one line to it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TASKS: dict[str, type[Task]] = {"depth": Depth, "keypoints": Keypoints, "segment
 
 
 def task_from_config(config: Mapping[str, Any]) -> Task:
-    """The task that `Task.config()` described.
+    """The task that a description from `Task.config()` stands for.
 
     Raises:
-        ValueError: a task of an unknown name, or other entries than `Task.config()` writes.
+        ValueError: an unknown name, or other entries than `Task.config()` writes.
     """
     name = config.get("name")
     if name not in TASKS:

@@ -1,4 +1,4 @@
-"""What every kind of label defines: how to learn it, how members decide on it, how much they disagree.
+"""The interface of a label type: its training loss, the ensemble's decision, and the ensemble's disagreement.
 
 Knows the outputs of single pixels. Does not know images, resolutions, devices or file formats.
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """One kind of label. The dataclass fields of a subclass are its configuration and must be JSON-able."""
+    """A label type. The dataclass fields of a subclass are its configuration and must be JSON-able."""
 
     name: ClassVar[str]
 
@@ -30,18 +30,23 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, outputs_PK: Tensor, target_P: Tensor) -> Tensor:
-        """Training loss of one member: a scalar, the mean over the pixels that count."""
+        """Training loss of one member, a scalar: the mean over the labelled pixels.
+
+        Args:
+            outputs_PK: floating point.
+            target_P: targets of the pixels, as the subclass defines them.
+        """
 
     @abstractmethod
     def decide(self, outputs_MPK: Tensor) -> Tensor:
-        """The label of each pixel, [P] or [P, K]: the common decision of the ensemble."""
+        """The ensemble's label of each pixel, [P] or [P, K]; `outputs_MPK`: floating point."""
 
     @abstractmethod
     def disagreement(self, outputs_MPK: Tensor) -> Tensor:
-        """How uncertain each pixel is, float32 [P], at least 0: one of the formulas of `uncertainty`."""
+        """Uncertainty of each pixel by a formula of `uncertainty`, float32 [P], at least 0."""
 
     def config(self) -> dict[str, Any]:
-        """JSON-able description; `from_config` builds an equal task from it."""
+        """JSON-able description, from which `from_config` builds an equal task."""
         return {"name": self.name, **asdict(self)}
 
     @classmethod
@@ -49,7 +54,7 @@ class Task(ABC):
         """The task that `config` describes.
 
         Raises:
-            ValueError: other entries than `config()` writes.
+            ValueError: entries that differ from those of `config()`.
         """
         expected = {"name", *(field.name for field in fields(cls))}
         if set(config) != expected or config["name"] != cls.name:

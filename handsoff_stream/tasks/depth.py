@@ -19,8 +19,8 @@ from handsoff_stream.uncertainty import variance
 class Depth(Task):
     """Mean squared error on valid pixels, mean, variance (HandsOff, sections 3.3 and 4.4).
 
-    Depths are learned fastest in a unit in which they are about one: divide the meters of a street by 10. Where no
-    labelled image has a valid depth, as in the sky, predictions are meaningless.
+    Depths are learned fastest in a unit in which they are close to one, so divide the meters of a street scene by 10.
+    Predictions are meaningless where no labelled image has a valid depth, as in the sky.
     """
 
     name: ClassVar[str] = "depth"

@@ -1,7 +1,7 @@
 """Keypoints: one heatmap per named point (HandsOff, appendix A.4).
 
-    points (x, y) => Keypoints.heatmaps => what is fitted
-    what is streamed => decode_heatmaps => points (x, y)
+    points (x, y) => Keypoints.heatmaps => targets for fitting
+    streamed labels => decode_heatmaps => points (x, y)
 
 Knows points, their names, and the Gaussians that represent them. Does not know what the pixels show.
 
@@ -34,8 +34,8 @@ class Keypoints(Task):
     point_names: Sequence[str]
     """Name of each point; the position is the channel of its heatmap."""
     heatmap_variance: float = 5.0
-    """Variance of the Gaussians in square pixels of the label, which the paper calls sigma: 25 for full bodies, 5 for
-    faces, there at CelebA's 178 x 218; times s^2 for labels that are s times larger."""
+    """Variance of the Gaussians in square pixels of the label. The paper calls it sigma, and uses 25 for full bodies
+    and 5 for faces at CelebA's 178 x 218 pixels. Multiply it by s^2 for labels that are s times larger."""
 
     name: ClassVar[str] = "keypoints"
     peak: ClassVar[float] = 10.0
@@ -49,7 +49,7 @@ class Keypoints(Task):
             )
         if not (math.isfinite(self.heatmap_variance) and self.heatmap_variance > 0):
             raise ValueError(
-                f"heatmap_variance={self.heatmap_variance} makes no Gaussian; pass a positive number of square pixels."
+                f"heatmap_variance={self.heatmap_variance} makes no Gaussian; pass a positive number of square pixels"
             )
         # Lists arrive from JSON; tuples make equal tasks equal, and hashable.
         object.__setattr__(self, "point_names", names)
@@ -78,8 +78,8 @@ class Keypoints(Task):
         """Points => targets to fit: peak * exp(-d^2 / (2 * heatmap_variance)), where d is the distance in pixels.
 
         Args:
-            points_NK2: floating point (x, y) in pixels of the label, centers of pixels at integers. Of a point outside
-                the image, the part of its Gaussian that reaches into the image remains.
+            points_NK2: floating point (x, y) in pixels of the label, with pixel centers at integers. Points outside the
+                image are allowed: the heatmap holds the part of the Gaussian that reaches into the image.
             visible_NK: bool; the heatmap of a point that is not visible is zero, whatever its coordinates.
             size: (H, W) of the label.
 
@@ -103,7 +103,7 @@ class Keypoints(Task):
         return self.peak * y_NHK[:, :, None] * x_NWK[:, None]
 
     def _profile(self, position_NK: Tensor, length: int) -> Tensor:
-        """The Gaussian along one axis, [N, length, K]; a round one is the product of two."""
+        """The Gaussian along one axis, [N, length, K]; a two-dimensional Gaussian is the product of two of them."""
         offset = torch.arange(length, device=position_NK.device)[:, None] - position_NK[:, None]
         return torch.exp(-offset.square() / (2 * self.heatmap_variance))
 
@@ -115,8 +115,8 @@ def decode_heatmaps(heatmaps_KHW: Tensor) -> tuple[Tensor, Tensor]:
         heatmaps_KHW: floating point [..., K, H, W], a streamed label or a batch of them.
 
     Returns:
-        (x, y) in pixels, float32 [..., K, 2], the first in reading order of equal maxima; and the maxima [..., K]: near
-        `Keypoints.peak` where a point was found, near 0 where there is none.
+        (points, maxima). The points are (x, y) in pixels, float32 [..., K, 2]; among equal maxima the first in reading
+        order counts. The maxima [..., K] are near `Keypoints.peak` where a point was found, and near 0 where not.
     """
     maxima_K, position_K = heatmaps_KHW.flatten(-2).max(dim=-1)
     width = heatmaps_KHW.shape[-1]

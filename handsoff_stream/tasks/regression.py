@@ -1,4 +1,4 @@
-"""Labels that are numbers: the loss that all such tasks share.
+"""The loss of all tasks whose labels are numbers.
 
 Knows outputs and targets of single pixels. Does not know what the numbers mean.
 
@@ -14,8 +14,8 @@ def mean_squared_error(outputs_PK: Tensor, target: Tensor) -> Tensor:
 
     Args:
         outputs_PK: floating point.
-        target: floating point [P, K], or [P] where K is 1. An entry that is NaN or infinite is unlabelled: it neither
-            counts nor passes a gradient.
+        target: floating point [P, K], or [P] if K is 1. Entries that are NaN or infinite are unlabelled: they neither
+            count nor have a gradient.
 
     Raises:
         ValueError: a target of any other shape.
@@ -27,6 +27,6 @@ def mean_squared_error(outputs_PK: Tensor, target: Tensor) -> Tensor:
         )
     target_PK = target.reshape(outputs_PK.shape)
     known_PK = target_PK.isfinite()
-    # Infinity must be gone before it is squared: its gradient would be NaN even where it is masked afterwards.
+    # Infinity must be replaced before squaring: masking it afterwards would still give a NaN gradient.
     error_PK = torch.where(known_PK, outputs_PK - target_PK, 0.0)
     return error_PK.square().sum() / known_PK.sum().clamp(min=1)

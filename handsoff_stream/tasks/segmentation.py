@@ -32,7 +32,7 @@ class Segmentation(Task):
 
     name: ClassVar[str] = "segmentation"
     ignore_index: ClassVar[int] = IGNORE_INDEX
-    """Pixels with this id are unlabelled: they do not count in the loss, and are never predicted."""
+    """Id of unlabelled pixels, which do not count in the loss and are never predicted."""
 
     def __post_init__(self) -> None:
         names = tuple(str(name) for name in self.class_names)
@@ -53,7 +53,7 @@ class Segmentation(Task):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, without the unlabelled id."""
+        """K: number of classes, without the unlabelled id."""
         return len(self.class_names)
 
     @property
@@ -62,12 +62,12 @@ class Segmentation(Task):
         return self.num_classes
 
     def loss(self, outputs_PK: Tensor, target_P: Tensor) -> Tensor:
-        """Mean cross-entropy over the labelled pixels, in nats; 0 if there are none. `target_P`: int64."""
+        """Mean cross-entropy over the labelled pixels, in nats; 0 if there are none. `target_P`: int64 class ids."""
         total = F.cross_entropy(outputs_PK, target_P, ignore_index=self.ignore_index, reduction="sum")
         return total / (target_P != self.ignore_index).sum().clamp(min=1)
 
     def decide(self, outputs_MPK: Tensor) -> Tensor:
-        """Majority vote of the members, int64 [P]; all ties go to the smallest id."""
+        """Majority vote of the members, int64 [P]; ties go to the smallest id."""
         return majority_vote(outputs_MPK.argmax(dim=-1), self.num_classes)
 
     def disagreement(self, outputs_MPK: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""The StyleGAN2 discriminator, needed only to train a generator (Karras et al., CVPR 2020, figure 7c: residual),
-and an encoder of the same blocks.
+"""The residual StyleGAN2 discriminator (Karras et al., CVPR 2020, figure 7c) and an encoder of the same blocks.
+
+Both are needed only to train a generator. Knows images and feature maps. Does not know losses or generators.
 
 Shape letters: B batch, I input channels, O output channels, H W map size.
 """
@@ -29,6 +30,7 @@ class EqualizedConv(nn.Module):
         self.register_buffer("kernel", fir_kernel(), persistent=False)
 
     def forward(self, x_BIHW: Tensor) -> Tensor:
+        """Map [B, I, H, W] => [B, O, H, W], or [B, O, H / 2, W / 2] with `down`, in the same dtype."""
         weight_OIkk = (self.weight * self.gain).to(x_BIHW.dtype)
         size = weight_OIkk.shape[-1]
         if not self.down:
@@ -41,7 +43,10 @@ class EqualizedConv(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, the second down-samples; the 1x1 shortcut does too. Sum scaled to unit variance."""
+    """Two 3x3 convolutions beside a 1x1 shortcut; their sum is scaled to unit variance.
+
+    The second convolution and the shortcut down-sample by two.
+    """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -50,6 +55,7 @@ class ResidualBlock(nn.Module):
         self.skip = EqualizedConv(in_channels, out_channels, 1, down=True, act=False)
 
     def forward(self, x_BIHW: Tensor) -> Tensor:
+        """Map [B, I, H, W] => [B, O, H / 2, W / 2] in the same dtype."""
         return (self.down(self.conv(x_BIHW)) + self.skip(x_BIHW)) * math.sqrt(0.5)
 
 
@@ -64,7 +70,11 @@ def minibatch_standard_deviation(x_BCHW: Tensor) -> Tensor:
 
 
 class Trunk(nn.Module):
-    """Images => maps of ever coarser resolution: what discriminator and encoder have in common."""
+    """Images => feature maps, each of half the resolution of the one before; shared by discriminator and encoder.
+
+    Args:
+        channels: channels per resolution, from the coarsest upwards.
+    """
 
     def __init__(self, channels: Sequence[int]):
         super().__init__()
@@ -83,7 +93,7 @@ class Trunk(nn.Module):
 
 
 class Discriminator(Trunk):
-    """Images float32 [B, 3, H, W] in [-1, 1] => logits float32 [B], high for real ones.
+    """Images float32 [B, 3, H, W] in [-1, 1] => logits float32 [B], high for real images.
 
     Args:
         channels: channels per resolution, from the coarsest (the generator's constant) upwards.
@@ -96,20 +106,21 @@ class Discriminator(Trunk):
         self.hidden = EqualizedLinear(channels[0] * constant_size[0] * constant_size[1], channels[0])
         self.out = EqualizedLinear(channels[0], 1)
 
-    def judge(self, x_BCHW: Tensor) -> Tensor:
-        """Logits float32 [B] from the last of `features`."""
+    def logits(self, x_BCHW: Tensor) -> Tensor:
+        """Logits float32 [B] from the last map of `features`."""
         x = self.conv(minibatch_standard_deviation(x_BCHW)).float()
         x = F.leaky_relu(self.hidden(x.flatten(1)), 0.2) * math.sqrt(2.0)
         return self.out(x).squeeze(1)
 
     def forward(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.judge(self.features(images_BCHW, dtype)[-1])
+        """Logits float32 [B], high for real images; `dtype`: of the convolutions."""
+        return self.logits(self.features(images_BCHW, dtype)[-1])
 
 
 class Encoder(Trunk):
     """Images float32 [B, 3, H, W] in [-1, 1] => mean and log variance float32 [B, z_dim] of q(z | image).
 
-    The discriminator's blocks without its minibatch statistics; for the autoencoding term of the trainer.
+    It has the discriminator's blocks without minibatch statistics, and serves the trainer's autoencoding term.
     """
 
     def __init__(self, *, channels: Sequence[int], z_dim: int):
@@ -118,6 +129,7 @@ class Encoder(Trunk):
         self.out = EqualizedLinear(2 * z_dim, 2 * z_dim)
 
     def forward(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Mean and log variance, float32 [B, z_dim]; `dtype`: of the convolutions."""
         x = self.features(images_BCHW, dtype)[-1].float()
         x = F.leaky_relu(self.hidden(x.flatten(1)), 0.2) * math.sqrt(2.0)
         mean, log_variance = self.out(x).chunk(2, dim=1)
@@ -128,28 +140,32 @@ class Encoder(Trunk):
 def grow(old: Trunk, new: Trunk) -> None:
     """Make `new`, of twice the resolution, compute what `old` computes on the image blurred and halved.
 
-    All of `old` is kept but its first layer, which moves into the new block's down-sampling convolution. What stands
-    before it passes the colours on as pairs (c, -c), since lrelu(c) - lrelu(-c) = 1.2 c is linear; everything else in
-    the new block begins at zero where it would disturb. Without this the old blocks would see noise, and a generator
-    that has learned its trade would meet a judge that has forgotten his.
+    All layers of `old` are kept except the first, which becomes part of the new block's down-sampling convolution. The
+    new layers before that convolution pass the colors on as pairs (c, -c), since lrelu(c) - lrelu(-c) = 1.2 c is
+    linear. The other weights of the new block are zero where they would change the result. Without this the old blocks
+    would receive noise, and a trained generator would face an untrained discriminator.
+
+    Raises:
+        ValueError: fewer than six channels at the finest resolution.
     """
     if len(new.from_rgb.weight) < 6:
         raise ValueError(
-            f"{len(new.from_rgb.weight)} channels at the finest resolution cannot pass on 3 colours as pairs"
+            f"{len(new.from_rgb.weight)} channels at the finest resolution cannot pass on 3 colors as pairs; use at "
+            "least 6"
         )
     state = old.state_dict()
     new.load_state_dict({k: v for k, v in state.items() if not k.startswith("from_rgb")}, strict=False)
     first, finest, block = cast(Any, old.from_rgb), cast(Any, new.from_rgb), cast(Any, new.blocks[len(old.blocks)])
     eye = torch.eye(3)
-    pairs = torch.cat([eye, -eye])  # [6, 3]: colours => their pairs
-    undo = pairs.T / ((1 + LEAKY_SLOPE) * math.sqrt(2.0))  # [3, 6]: activated pairs => colours
+    pairs = torch.cat([eye, -eye])  # [6, 3]: colors => their pairs
+    undo = pairs.T / ((1 + LEAKY_SLOPE) * math.sqrt(2.0))  # [3, 6]: activated pairs => colors
     for layer in (finest, block.conv, block.down):
         layer.bias.zero_()
     finest.weight[:6, :, 0, 0] = pairs / finest.gain
     block.conv.weight[:6] = 0
     block.conv.weight[:6, :6, 1, 1] = pairs @ undo / block.conv.gain
     block.down.weight.zero_()
-    colours = first.weight[:, :, 0, 0] * first.gain
-    block.down.weight[:, :6, 1, 1] = math.sqrt(2.0) * colours @ undo / block.down.gain
+    colors = first.weight[:, :, 0, 0] * first.gain
+    block.down.weight[:, :6, 1, 1] = math.sqrt(2.0) * colors @ undo / block.down.gain
     block.down.bias.copy_(math.sqrt(2.0) * first.bias)
     block.skip.weight.zero_()

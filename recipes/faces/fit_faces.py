@@ -3,9 +3,10 @@
     python -m recipes.faces.train_generator runs/faces --autoencode 30
     python -m recipes.faces.fit_faces runs/faces handsoff_stream/assets/faces.safetensors
 
-A script like this one is what you would write for labelled images that are not files; for folders there is
-`handsoff-stream fit`. Where that has LPIPS and a ReStyle encoder, here are the networks that were trained together with
-the generator: its encoder guesses the latents, its discriminator compares images.
+Write a script like this one for labelled images that are not files; for folders use `handsoff-stream fit`. That command
+uses LPIPS and a ReStyle encoder. This script uses the networks that were trained together with the generator instead:
+the encoder predicts the latents that inversion starts from, and the discriminator's features measure how much two
+images differ.
 """
 
 import argparse
@@ -37,14 +38,14 @@ from recipes.faces.gan_networks import Settings, build
 
 
 class TrainedDistance(Perceptual):
-    """The distance that the trainer's encoder learnt by: pixels at four scales, and the discriminator's features.
+    """The distance that the trainer's encoder was trained with: pixels at four scales, and discriminator features.
 
-    VAE/GAN (Larsen et al., ICML 2016), section 2.3. LPIPS without trained weights sees outlines and colours; a
-    discriminator of the domain has had to learn eyes and noses.
+    VAE/GAN (Larsen et al., ICML 2016), section 2.3. LPIPS without trained weights responds to outlines and colors; a
+    discriminator of the domain has learned eyes and noses.
 
     Args:
-        discriminator: of the generator.
-        images: float32 [N, 3, H, W] in [-1, 1], real ones, on which each level's energy is measured.
+        discriminator: trained together with the generator.
+        images: float32 [N, 3, H, W] in [-1, 1], real images, on which each level's energy is measured.
     """
 
     def __init__(self, discriminator: Discriminator, images: Tensor) -> None:
@@ -64,7 +65,7 @@ class TrainedDistance(Perceptual):
 
 
 def open_run(folder: Path) -> tuple[Generator, dict[str, torch.nn.Module], dict[str, object]]:
-    """The generator of a run, the networks trained with it, its provenance."""
+    """The generator of a run, the networks that were trained with it by name, and its provenance."""
     trained = load_checkpoint(folder / "generator.safetensors")
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     networks = build(Settings(**json.loads(state["settings"])), state["position"][2])
@@ -75,13 +76,16 @@ def open_run(folder: Path) -> tuple[Generator, dict[str, torch.nn.Module], dict[
 
 
 def main() -> None:
+    """Invert, fit, calibrate, and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of train_generator.py")
     parser.add_argument("out", type=Path)
     parser.add_argument("--latents", type=Path, help="folder of the inversions; default: OUT.latents")
     parser.add_argument("--num-labelled", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=200, help="of the inversion")
-    parser.add_argument("--augmentations", type=int, default=0, help="of each image; more of those with glasses or hat")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of the inversion per image")
+    parser.add_argument(
+        "--augmentations", type=int, default=0, help="augmentations per image; more of those with glasses or hat"
+    )
     parser.add_argument("--hidden", type=int, nargs=2, default=(128, 32))
     parser.add_argument("--epochs", type=int, default=FitSettings().epochs)
     parser.add_argument("--calibration-samples", type=int, default=2000)
@@ -101,7 +105,7 @@ def main() -> None:
     if "encoder" in networks:
         w = generator.mapping(networks["encoder"](images)[0])
         encodings = dict(zip((name for name, _ in named), w[:, None].expand(-1, generator.num_ws, -1), strict=True))
-    # The distance contains pixels already.
+    # The distance already compares pixels.
     inversion = InversionSettings(steps=args.steps, learning_rate=0.05, pixel_weight=0, radius=None)
     latents = invert(
         generator.to(args.device),

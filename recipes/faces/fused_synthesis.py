@@ -1,9 +1,9 @@
-"""StyleGAN2's synthesis for training, its element-wise passes compiled and its convolutions eager.
+"""StyleGAN2's synthesis for training, with compiled element-wise operations and eager convolutions.
 
-Where a device multiplies bfloat16, element-wise passes over large maps cost more of a training step than convolutions
-do. `torch.compile` fuses what stands before a convolution into one pass and what stands after it into another.
-Compiling the convolutions as well made steps several times slower (log.md, which also says what the fused passes
-bring). Without a working compiler the same functions run eagerly.
+On devices with bfloat16 products, element-wise operations on large maps take more of a training step than convolutions.
+`torch.compile` fuses the operations before a convolution into one pass over memory, and those after it into another.
+Compiling the convolutions as well made steps several times slower; log.md has the figures. Without a working compiler
+the same functions run eagerly.
 
 Knows one pass of the network. Does not know parameters, losses or file formats. Shape letters: B batch, I input
 channels, O output channels, H W map size, D latent size.
@@ -20,11 +20,11 @@ from torch import Tensor
 from handsoff_stream.generators.layers import LEAKY_SLOPE, filter_fir
 from handsoff_stream.generators.stylegan2.folded import FoldedStyleLayer, FoldedSynthesis
 
-VARIANTS = 64  # of map size, channels and batch, each of which is compiled once
+VARIANTS = 64  # combinations of map size, channels and batch, each of which is compiled once
 
 
 def modulate(x_BIHW: Tensor, style_BI: Tensor) -> Tensor:
-    """Every input channel times its style."""
+    """Each input channel times its style."""
     return x_BIHW * style_BI[:, :, None, None]
 
 

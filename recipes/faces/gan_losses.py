@@ -1,4 +1,4 @@
-"""Distances and updates that training needs: of reconstructions, and over the processes of a group.
+"""Distances between images and their reconstructions, and optimizer updates over the processes of a group.
 
 Knows tensors and optimizers. Does not know networks.
 """
@@ -10,10 +10,11 @@ from torch import Tensor
 
 
 def pyramid_distance(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
-    """Mean squared difference, averaged over the images and three halvings of them (fewer for tiny ones).
+    """Mean squared difference of images [B, 3, H, W], averaged over their size and three halvings; a scalar.
 
-    Squared, not absolute: the median of all faces has no eyes, and a generator that has found it is told nothing about
-    where they might be; the mean has shadows of them, which pay as soon as they move the right way.
+    Tiny images are halved less often. The difference is squared because absolute differences lead to the median of all
+    faces, which has no eyes and gives no gradient towards them. The mean has faint eyes, which improve the loss as soon
+    as they move in the right direction.
     """
     difference = (a_BCHW - b_BCHW).float()
     distances = [difference.square().mean()]
@@ -24,13 +25,13 @@ def pyramid_distance(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
 
 
 def feature_distance(maps_a: list[Tensor], maps_b: list[Tensor]) -> Tensor:
-    """Mean squared difference of feature maps relative to that of `maps_b` from zero, averaged over levels."""
+    """Mean squared difference of feature maps over the mean square of `maps_b`, averaged over the levels; a scalar."""
     levels = [(a - b).float().square().mean() / b.float().square().mean() for a, b in zip(maps_a, maps_b, strict=True)]
     return torch.stack(levels).mean()
 
 
 def average(tensors: list[Tensor]) -> None:
-    """In place, the mean of each tensor over the processes of the group; nothing without a group."""
+    """Replace each tensor by its mean over the processes of the group; does nothing without a group."""
     if not tensors or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     flat = torch.cat([t.flatten() for t in tensors])

@@ -1,7 +1,6 @@
-"""What a training run is, and the networks and optimizers that it begins with.
+"""The settings of a training run, and the networks and optimizers that it begins with.
 
-Knows sizes, learning rates and how a stage's networks grow out of the one before. Does not know losses, images or
-files.
+Knows sizes, learning rates, and how networks grow from one stage to the next. Does not know losses, images or files.
 """
 
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from recipes.faces.projected import ProjectedHeads
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a run is; recorded in its state. A resumed run goes on with the settings it is resumed with."""
+    """The settings of a run, recorded in its state. A resumed run uses the settings that it is resumed with."""
 
     data: str | None
     stages: tuple[tuple[int, int], ...]
@@ -37,27 +36,27 @@ class Settings:
     autoencode: float = 0.0
     """Weight of the reconstruction of real images through an encoder; 0: the paper's training."""
     kl: float = 5e-4
-    """Weight of a nat of KL(q(z|image) || N(0, 1)) beside it."""
+    """Weight per nat of KL(q(z|image) || N(0, 1)) in the autoencoding term."""
     autoencode_first: int = 0
-    """Until so many images, generator and encoder learn alone, as a variational autoencoder: several times as fast."""
+    """For so many images only generator and encoder learn, as a variational autoencoder; steps are much faster then."""
     start_from: str | None = None
-    """A generator file to fine-tune; its discriminator is not in it, so ..."""
+    """A generator file to fine-tune."""
     discriminator_first: int = 0
-    """... for so many images only the new discriminator learns."""
+    """For so many images only the discriminator learns, since the file of `start_from` does not contain one."""
     rare: float = 0.05
-    """Of rendered faces, the share with glasses and the share with hats; in a short training, 5 % are passed over."""
+    """Share of rendered faces with glasses, and with hats. A short training does not learn what 5 % of images show."""
     varied: bool = False
     """Whether rendered faces are the varied ones."""
     projected: float = 0.0
-    """Weight of the heads on ImageNet features in the generator's loss, beside the own discriminator; 0: no heads."""
+    """Weight of the heads on ImageNet features in the generator's loss, beside the discriminator's; 0: no heads."""
     hinge_bound: float = 0.6
-    """A head whose hinge loss is below it is not updated, so that no head wins; at chance the loss is 2."""
+    """A head with a lower hinge loss is not updated, so that no head becomes too good; at chance the loss is 2."""
     halvings: int = 0
-    """How often images are halved before the own discriminator sees them; heads see the detail."""
+    """How often images are halved for the discriminator; the heads see them at full size."""
 
 
 def build(settings: Settings, resolution: int) -> dict[str, Any]:
-    """Fresh networks and optimizers of one stage."""
+    """New networks of one stage by name: generator, ema, discriminator, and encoder and heads if the settings ask."""
     num_blocks = resolution.bit_length() - 2
     channels = settings.channels[:num_blocks]
     size = {"channels": channels, "z_dim": settings.z_dim, "w_dim": settings.z_dim}
@@ -75,9 +74,11 @@ def build(settings: Settings, resolution: int) -> dict[str, Any]:
 
 
 def optimizers(networks: dict[str, Any], settings: Settings) -> dict[str, torch.optim.Adam]:
-    """Adam for each; the discriminator's is rescaled for lazy regularisation (SG2, appendix B).
+    """One Adam per trained network, by name.
 
-    Momentum is bad for opponents, and needed to learn codes: without it the reconstruction hardly improved.
+    The discriminator's is rescaled for lazy regularization (StyleGAN2, appendix B). Adversarial training is more stable
+    without momentum. With an autoencoding term the generator has momentum all the same: without it the reconstruction
+    hardly improved.
     """
     lazy = settings.r1_every / (settings.r1_every + 1)
     momentum = 0.5 if settings.autoencode else 0.0
@@ -97,7 +98,7 @@ def optimizers(networks: dict[str, Any], settings: Settings) -> dict[str, torch.
 
 @torch.no_grad()
 def grow(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Networks of twice the resolution that compute what the old ones do: image and verdict do not jump."""
+    """Make the networks `new`, of twice the resolution, compute the images and logits of `old`."""
     for name in ("generator", "ema"):
         new[name].load_state_dict(old[name].state_dict(), strict=False)
         for block in new[name].blocks[len(old[name].blocks) :]:

@@ -1,11 +1,11 @@
-"""One step of StyleGAN2's training, and everything it has to remember: networks, optimizers, position.
+"""One step of StyleGAN2's training, and the state of a run: networks, optimizers, position.
 
-Non-saturating logistic loss, lazy R1, style mixing, EMA (StyleGAN2, Karras et al., CVPR 2020). On request two more
-terms: heads on frozen ImageNet features (Projected GAN, Sauer et al., NeurIPS 2021) beside the own discriminator (as in
-Vision-aided GAN, Kumari et al., CVPR 2022), and an autoencoding term (VAE/GAN, Larsen et al., ICML 2016). A step makes
-one batch of fakes, which every loss judges. Its random numbers are a function of (seed, rollbacks, step, rank), so that
-a resumed run continues bit by bit. In a torch.distributed group every process trains on its share of a batch, and
-gradients are averaged. Knows networks and losses; does not know files, progress or where images come from.
+Non-saturating logistic loss, lazy R1, style mixing, EMA (StyleGAN2, Karras et al., CVPR 2020). Two terms are optional:
+heads on frozen ImageNet features (Projected GAN, Sauer et al., NeurIPS 2021) in addition to the discriminator (as in
+Vision-aided GAN, Kumari et al., CVPR 2022), and an autoencoding term (VAE/GAN, Larsen et al., ICML 2016). Each step
+makes one batch of fakes and computes all losses on it. Its random numbers are a function of (seed, rollbacks, step,
+rank), so a resumed run gives the same bits. In a torch.distributed group every process trains on its share of a batch,
+and gradients are averaged. Knows networks and losses. Does not know files, progress or where images come from.
 """
 
 import json
@@ -26,11 +26,11 @@ from recipes.faces.projected import FrozenFeatures, augment
 
 
 class Trainer:
-    """Networks, optimizers and position; `step` trains on one batch (in a group: on this process's share of it).
+    """Networks, optimizers and position; `step` trains on one batch, or in a group on this process's share of it.
 
     Args:
         settings: of the run.
-        device: where all of it is computed.
+        device: where networks and images are.
         dtype: of the convolutions.
         compiled: whether the synthesis's element-wise passes are compiled (see `fused_synthesis`).
     """
@@ -50,12 +50,12 @@ class Trainer:
             self.fine_tune(load_generator(settings.start_from))
 
     def fine_tune(self, pretrained: Generator) -> None:
-        """Begin from the weights of a trained generator of this geometry."""
+        """Start from the weights of a trained generator of the same geometry."""
         for name in ("generator", "ema"):
             self.networks[name].load_state_dict(pretrained.state_dict())
 
     def enter_stage(self, resolution: int) -> None:
-        """Networks for this resolution; what an earlier stage learned is kept."""
+        """Make the networks of this resolution; they keep what the earlier stage learned."""
         torch.manual_seed(self.settings.seed + resolution)  # initial weights only
         networks = build(self.settings, resolution)
         if self.resolution:
@@ -68,6 +68,7 @@ class Trainer:
         self.optimizers = optimizers(self.networks, self.settings)
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, for `torch.save`; readable with `weights_only=True`."""
         return {
             "settings": json.dumps(asdict(self.settings)),
             "position": [self.num_images, self.num_steps, self.resolution],
@@ -78,6 +79,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned; learning rate and momentum stay those of the settings."""
         self.resolution = 0
         self.enter_stage(state["position"][2])
         self.num_images, self.num_steps, _ = state["position"]
@@ -92,7 +94,7 @@ class Trainer:
             optimizer.param_groups[0].update(chosen)
 
     def roll_back(self, good: dict[str, Any]) -> None:
-        """Go on from the state `good`, but with other random numbers, and with half as much weight for the heads."""
+        """Return to the state `good`; other random numbers are drawn from there on, and the heads' weight is halved."""
         rollbacks = self.num_rollbacks + 1
         self.load_state_dict(good)
         self.num_rollbacks = rollbacks
@@ -143,7 +145,7 @@ class Trainer:
         mean = other.detach().mean(dim=0)
         average([mean])
         generator.w_avg.lerp_(mean, 0.005)
-        # Style mixing (SG1, section 3.1): a second latent takes over from a random layer on.
+        # Style mixing (StyleGAN, section 3.1): a second latent replaces the first from a random layer on.
         first = torch.randint(1, generator.num_ws, (batch, 1), generator=rng)
         first[torch.rand(batch, generator=rng) >= self.settings.mixing] = generator.num_ws
         first[:num_encoded] = generator.num_ws
@@ -155,14 +157,14 @@ class Trainer:
         return images
 
     def _project(self, images: Tensor, rng: torch.Generator) -> list[Tensor]:
-        """The mixed features of augmented images that the heads judge, or nothing without heads."""
+        """The mixed features of the augmented images, which the heads read; empty without heads."""
         if "heads" not in self.networks or self.features is None:
             return []
         maps: list[Tensor] = self.networks["heads"].mix(self.features(augment(images, rng)))
         return maps
 
     def _coarse(self, images: Tensor) -> Tensor:
-        """What the own discriminator sees of the images."""
+        """The images at the discriminator's resolution."""
         return F.avg_pool2d(images, 2**self.settings.halvings) if self.settings.halvings else images
 
     def _autoencoder_step(self, reals: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
@@ -183,10 +185,10 @@ class Trainer:
     def _reconstruction(
         self, fakes: Tensor, maps: list[Tensor], reals: Tensor, kl: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The autoencoding loss of images made from the codes of `reals`; `maps`: their features.
+        """The autoencoding loss of `fakes`, made from the codes of `reals`; `maps`: discriminator features of `fakes`.
 
-        VAE/GAN (Larsen et al., ICML 2016): real images must come out of their own codes, judged by pixels and by the
-        discriminator's features, so that no mode of the data is left out.
+        VAE/GAN (Larsen et al., ICML 2016): every real image must be reconstructed from its code, as measured by pixels
+        and by the discriminator's features, so no mode of the data is dropped.
         """
         with torch.no_grad():
             maps_real = self.networks["discriminator"].features(self._coarse(reals), self.dtype)
@@ -201,7 +203,7 @@ class Trainer:
         return z, (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1).mean() / 2
 
     def _encoded_share(self, reals: Tensor) -> Tensor:
-        """The images of a batch whose codes stand in for random latents: half of them, or none without encoder."""
+        """The images of a batch whose codes replace random latents: half of the batch, or none without an encoder."""
         return reals[: len(reals) // 2 if "encoder" in self.networks else 0]
 
     def _discriminator_step(self, reals: Tensor, fakes: Tensor) -> dict[str, Tensor]:
@@ -224,7 +226,7 @@ class Trainer:
         return metrics
 
     def _heads_step(self, maps_real: list[Tensor], maps_fake: list[Tensor]) -> dict[str, Tensor]:
-        """Hinge loss, for those heads only that have not as good as won."""
+        """Hinge loss; heads whose loss is below the bound are not updated."""
         heads, optimizer = self.networks["heads"], self.optimizers["heads"]
         optimizer.zero_grad(set_to_none=True)
         hinge = F.relu(1 - heads(maps_real)).mean(dim=1) + F.relu(1 + heads(maps_fake)).mean(dim=1)
@@ -233,7 +235,7 @@ class Trainer:
         learning = losses >= self.settings.hinge_bound
         (hinge * learning).sum().backward()
         for head, learns in zip(heads.heads, learning.tolist(), strict=True):
-            if not learns:  # Adam would go on by what it remembers
+            if not learns:  # with a zero gradient Adam would still move by its momentum
                 for parameter in head.parameters():
                     parameter.grad = None
         update(optimizer)
@@ -246,23 +248,23 @@ class Trainer:
         trained = [self.optimizers[name] for name in ("generator", "encoder") if name in self.optimizers]
         for optimizer in trained:
             optimizer.zero_grad(set_to_none=True)
-        judges = [self.networks[name] for name in ("discriminator", "heads") if name in self.networks]
-        for judge in judges:
-            judge.requires_grad_(False)
+        adversaries = [self.networks[name] for name in ("discriminator", "heads") if name in self.networks]
+        for adversary in adversaries:
+            adversary.requires_grad_(False)
         maps = discriminator.features(self._coarse(fakes), self.dtype)
-        loss = F.softplus(-discriminator.judge(maps[-1])).mean()
+        loss = F.softplus(-discriminator.logits(maps[-1])).mean()
         metrics = {"loss_g": loss.detach()}
         if maps_fake:
-            verdict = -self.networks["heads"](maps_fake).mean()
-            loss = loss + self.settings.projected * 0.5**self.num_rollbacks * verdict
-            metrics["loss_heads"] = verdict.detach()
+            heads_loss = -self.networks["heads"](maps_fake).mean()
+            loss = loss + self.settings.projected * 0.5**self.num_rollbacks * heads_loss
+            metrics["loss_heads"] = heads_loss.detach()
         if kl is not None:
             shared = [m[: len(encoded)] for m in maps]
             reconstruction, more = self._reconstruction(fakes[: len(encoded)], shared, encoded, kl)
             loss, metrics = loss + reconstruction, metrics | more
         loss.backward()
-        for judge in judges:
-            judge.requires_grad_(True)
+        for adversary in adversaries:
+            adversary.requires_grad_(True)
         for optimizer in trained:
             update(optimizer)
         return metrics

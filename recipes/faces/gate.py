@@ -1,10 +1,12 @@
-"""A gate that stops a training run from losing what it knew: recall and rare attributes, measured as it goes.
+"""A check that detects when a training run loses modes or rare attributes.
 
-Adversarial training can collapse within a few thousand images, and losses do not show it. Every so many images the gate
-measures the averaged generator as `quality` describes and says whether it may pass; the run then keeps its state as the
-last good one, or goes back to that. Labelled renders are used by the judge alone, for measuring.
+Adversarial training can collapse within a few thousand images, and its losses do not show it. At fixed intervals the
+gate measures the averaged generator as `quality` describes, and decides whether it passes. If it does, the run keeps
+its state as the last good one; if not, the run returns to that state. Labelled renders are used only for measuring, by
+the teacher.
 
-Knows generators, measures and the file of a run's readings. Does not know networks that train, nor how a run goes back.
+Knows generators, measures and the file of a run's readings. Does not know the networks that are trained, nor how a run
+returns to a state.
 """
 
 import json
@@ -17,26 +19,26 @@ import torch
 from torch import Tensor
 
 from handsoff_stream.generators import Generator
-from recipes.faces.quality import Judge, Quality, measure
+from recipes.faces.quality import Quality, Teacher, measure
 
 MIN_RECALL = 0.6
-"""Of the best recall among the readings that passed: below it, modes are gone."""
+"""Share of the best recall among the readings that passed; a lower recall means dropped modes."""
 MIN_SHARE = 0.5
-"""Of an attribute's share on renders, or of its best share so far if that is smaller."""
+"""Factor on an attribute's share on renders, or on its best share so far if that is smaller."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the gate saw when a run had seen `images` images, and what it made of it."""
+    """What the gate measured after a run's first `images` images, and its decision."""
 
     images: int
     quality: Quality
     reason: str | None
-    """Why the state must not be kept; None if it passes."""
+    """Why the generator does not pass; None if it passes."""
 
 
 def samples(generator: Generator, count: int, *, psi: float = 1.0, batch: int = 16) -> Iterable[Tensor]:
-    """Batches of images float32 [B, 3, H, W] in [0, 1] of fixed random latents; psi 1: not truncated."""
+    """Batches of images float32 [B, 3, H, W] in [0, 1], generated from fixed random latents; psi 1: no truncation."""
     rng = torch.Generator().manual_seed(0)
     device = generator.w_avg.device
     for z in torch.randn(count, generator.z_dim, generator=rng).split(batch):
@@ -46,17 +48,17 @@ def samples(generator: Generator, count: int, *, psi: float = 1.0, batch: int = 
 
 
 class Gate:
-    """Measures a generator against renders and against its own past.
+    """Compares a generator with renders and with its own earlier readings.
 
     Args:
-        path: file of the readings, one JSON object per line; those of an earlier start of the run are read from it.
-        judge: of this domain.
-        reference_ND: its features of as many renders as are to be generated for a reading.
-        real_shares: the share of them on which it sees each attribute.
+        path: file of the readings, one JSON object per line; readings that it already holds are read first.
+        teacher: trained on this domain.
+        reference_ND: the teacher's features of N renders; each reading generates N images.
+        real_shares: attribute => share of those renders on which the teacher sees it.
     """
 
-    def __init__(self, path: Path, judge: Judge, reference_ND: Tensor, real_shares: dict[str, float]):
-        self.path, self.judge, self.reference_ND, self.real_shares = path, judge, reference_ND, real_shares
+    def __init__(self, path: Path, teacher: Teacher, reference_ND: Tensor, real_shares: dict[str, float]):
+        self.path, self.teacher, self.reference_ND, self.real_shares = path, teacher, reference_ND, real_shares
         lines = path.read_text().splitlines() if path.exists() else []
         self.readings = [self._parse(json.loads(line)) for line in lines]
 
@@ -65,9 +67,9 @@ class Gate:
         return Reading(row["images"], Quality(**row["quality"]), row["reason"])
 
     def read(self, generator: Generator, images: int) -> Reading:
-        """Measure, judge, and append the reading to the file."""
+        """Measure the generator after `images` training images, decide, and append the reading to the file."""
         with torch.inference_mode():
-            quality = measure(samples(generator, len(self.reference_ND)), self.judge, self.reference_ND)
+            quality = measure(samples(generator, len(self.reference_ND)), self.teacher, self.reference_ND)
         reading = Reading(images, quality, self.objection(quality))
         self.readings.append(reading)
         with self.path.open("a") as log:
@@ -75,7 +77,7 @@ class Gate:
         return reading
 
     def objection(self, quality: Quality) -> str | None:
-        """What is wrong with a generator of this quality, compared with the readings that passed; None if nothing."""
+        """Why a generator of this quality does not pass, given the readings that passed; None if it passes."""
         passed = [reading.quality for reading in self.readings if reading.reason is None]
         if not passed:
             return None
@@ -89,6 +91,6 @@ class Gate:
         return None
 
     def is_best(self, reading: Reading) -> bool:
-        """Whether no other reading that passed is closer to the renders."""
+        """Whether `reading` passed, and no other reading that passed is closer to the renders."""
         passed = [past.quality.distance for past in self.readings if past.reason is None]
         return reading.reason is None and reading.quality.distance <= min(passed)

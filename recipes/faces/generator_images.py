@@ -1,6 +1,6 @@
-"""Images to train a generator on: rendered faces, a folder of files, or one array; and an endless random order of them.
+"""Images to train a generator on (rendered faces, a folder of files, or one array), and an endless random order.
 
-Everything yields uint8 [3, H, W]. Knows no network.
+All datasets yield uint8 [3, H, W]. Knows no network.
 """
 
 from collections.abc import Iterator
@@ -20,12 +20,16 @@ RENDERED_IMAGES = 1_000_000
 
 
 class ImageArray(Dataset[Tensor]):
-    """uint8 [N, 3, H, W] in a `.npy` file, memory-mapped."""
+    """Images uint8 [N, 3, H, W] in a `.npy` file, memory-mapped.
+
+    Raises:
+        ValueError: an array of another shape or dtype.
+    """
 
     def __init__(self, path: Path):
         self.images = np.load(path, mmap_mode="r", allow_pickle=False)
         if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
-            raise ValueError(f"{path}: {self.images.dtype} {self.images.shape}; needed uint8 [N, 3, H, W]")
+            raise ValueError(f"{path}: {self.images.dtype} {self.images.shape} are not images; save uint8 [N, 3, H, W]")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -35,12 +39,18 @@ class ImageArray(Dataset[Tensor]):
 
 
 class ImageFolder(Dataset[Tensor]):
-    """Every image below a folder, centre-cropped to a square and resized."""
+    """All images below a folder, center-cropped to squares and resized to `resolution`.
+
+    Raises:
+        ValueError: no image below the folder.
+    """
 
     def __init__(self, folder: Path, resolution: int):
         self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not self.paths:
-            raise ValueError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) below this folder")
+            raise ValueError(
+                f"{folder}: no images below this folder; pass one with {', '.join(sorted(IMAGE_SUFFIXES))} files"
+            )
         self.resolution = resolution
 
     def __len__(self) -> int:
@@ -56,7 +66,7 @@ class ImageFolder(Dataset[Tensor]):
 
 
 class Renders(Dataset[Tensor]):
-    """The generator-training split of the embedded domain; `rare`: probability of glasses, and of a hat."""
+    """The split of the rendered faces that generators are trained on; `rare`: probability of glasses, and of a hat."""
 
     def __init__(self, resolution: int, rare: float, varied: bool):
         self.faces = RenderedFaces(
@@ -71,7 +81,7 @@ class Renders(Dataset[Tensor]):
 
 
 class RandomOrder(Sampler[int]):
-    """Endless random indices, the same from any position on: draw k is a function of (seed, k // block).
+    """Endless random indices; draw k depends on (seed, k) alone, so a run resumed at `start` gets the same draws.
 
     Process `rank` of `world` gets every `world`-th draw.
     """
@@ -91,7 +101,11 @@ class RandomOrder(Sampler[int]):
 
 
 def open_data(data: str | None, resolution: int, *, rare: float, varied: bool) -> Dataset[Tensor]:
-    """Rendered faces (see `Renders`) if `data` is None, else a `.npy` array (of any resolution) or a folder."""
+    """Rendered faces (see `Renders`) if `data` is None, else a `.npy` array (of any resolution) or a folder.
+
+    Raises:
+        ValueError: as `ImageArray` and `ImageFolder`.
+    """
     if data is None:
         return Renders(resolution, rare, varied)
     path = Path(data)

@@ -2,7 +2,8 @@
 
 `FrozenFeatures` gives an EfficientNet-Lite0's maps at strides 4, 8, 16 and 32. `RandomProjection` mixes them across
 channels and scales by fixed random convolutions (section 3.2 of the paper). `ProjectedHeads` has those convolutions and
-one trained head per scale. Images are augmented first (`augment`), because heads on good features win quickly.
+one trained head per scale. Images are augmented first (`augment`); otherwise heads on such good features soon classify
+every image correctly.
 
 Knows images, features and logits. Does not know losses, optimizers, or the discriminator that is trained from scratch.
 
@@ -42,7 +43,7 @@ def imagenet_efficientnet_lite0() -> nn.Module:
 
 
 def fold_batch_norms(module: nn.Module) -> None:
-    """In place: every convolution that a timm BatchNorm follows absorbs it, and the activation stays."""
+    """Fold each timm BatchNorm into the convolution before it, in place; its activation stays."""
     children = list(module.named_children())
     for (name, child), (next_name, following) in zip(children, children[1:], strict=False):
         if isinstance(child, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
@@ -55,7 +56,7 @@ def fold_batch_norms(module: nn.Module) -> None:
 class FrozenFeatures(nn.Module):
     """Images float32 [B, 3, H, W] in [-1, 1] => four maps [B, C_l, H / s, W / s] for strides s of 4, 8, 16 and 32.
 
-    The network was trained on pixels in (-1, 1) too, so they go in as they are.
+    The network was trained on pixels in (-1, 1), so images need no normalization.
     """
 
     channels = (24, 40, 112, 320)
@@ -66,12 +67,13 @@ class FrozenFeatures(nn.Module):
         fold_batch_norms(self.network)
 
     def forward(self, images_BCHW: Tensor) -> list[Tensor]:
+        """The four maps, finest first, in the dtype of the weights."""
         dtype = next(self.network.parameters()).dtype
         return cast(list[Tensor], self.network(images_BCHW.to(dtype).contiguous(memory_format=torch.channels_last)))
 
 
 class RandomProjection(nn.Module):
-    """Four maps => four maps of `width` channels: mixed across channels, then from coarse to fine; never trained."""
+    """Four maps => four maps of `width` channels, mixed across channels and then from coarse to fine; not trained."""
 
     def __init__(self, channels: Sequence[int], width: int):
         super().__init__()
@@ -82,6 +84,7 @@ class RandomProjection(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps [B, C_l, h, w], finest first => maps [B, width, h, w] of the same sizes."""
         mixed: list[Tensor] = []
         for project, mix, x in reversed(list(zip(self.across_channels, self.across_scales, maps, strict=True))):
             x = project(x)
@@ -93,7 +96,7 @@ class RandomProjection(nn.Module):
 
 
 def head(width: int, size: int) -> nn.Sequential:
-    """Map [B, width, size, size] => logits [B, 1, 1, 1]: spectrally normalised, halved until 4 x 4 are left."""
+    """Map [B, width, size, size] => logits [B, 1, 1, 1]: spectrally normalized, halved until 4 x 4 are left."""
     layers: list[nn.Module] = []
     while size > 4:
         layers += [spectral_norm(nn.Conv2d(width, width, 4, 2, 1)), nn.GroupNorm(4, width), nn.LeakyReLU(0.2)]
@@ -127,7 +130,7 @@ def augment(images_BCHW: Tensor, rng: torch.Generator) -> Tensor:
 
 
 class ProjectedHeads(nn.Module):
-    """Features of images => logits float32 [4, B], high for real ones, one row per scale.
+    """Features of images => logits float32 [4, B], high for real images, one row per scale.
 
     Args:
         size: height and width of the images, a power of two; at least `MIN_SIZE`, the coarsest features' stride.
@@ -142,13 +145,13 @@ class ProjectedHeads(nn.Module):
         self.heads = nn.ModuleList(head(width, size // stride) for stride in (4, 8, 16, 32))
 
     def mix(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The random part, on what `FrozenFeatures` gives: four maps [B, width, h, w] in the same dtype."""
+        """The random projection of the maps of `FrozenFeatures`: four maps [B, width, h, w] in the same dtype."""
         with torch.autocast(maps[0].device.type, dtype=maps[0].dtype, enabled=maps[0].dtype != torch.float32):
             mixed: list[Tensor] = self.projection(maps)
         return mixed
 
     def forward(self, mixed: Sequence[Tensor]) -> Tensor:
-        """The trained part, on what `mix` gives."""
+        """Logits float32 [4, B] of the maps that `mix` returns."""
         with torch.autocast(mixed[0].device.type, dtype=mixed[0].dtype, enabled=mixed[0].dtype != torch.float32):
             logits = [head(x).flatten() for head, x in zip(self.heads, mixed, strict=True)]
         return torch.stack(logits).float()

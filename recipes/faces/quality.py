@@ -1,11 +1,11 @@
 """How good a generator of rendered faces is: kernel distance, precision and recall, shares of rare attributes.
 
-All of it is seen through a *judge*, a U-Net that learns to segment fresh renders. Its encoder starts from random
-weights, so its features are not those of ImageNet, which the generator may have been trained to please. Nor are they
-those of published figures: numbers compare generators of this domain with each other and with other renders.
-Labels of renders are used here, for measuring; the generator never sees one.
+All measures use a *teacher*, a U-Net that is trained to segment fresh renders. Its encoder starts from random weights:
+ImageNet features would favor a generator that was trained with heads on them. Published figures use other features, so
+these numbers only compare generators of this domain with each other and with other renders. Labels of renders are used
+for measuring only; the generator is never trained on them.
 
-Knows images in [0, 1], features and masks. Does not know generators, training or files other than the judge's.
+Knows images in [0, 1], features and masks. Does not know generators, training or files other than the teacher's.
 """
 
 from collections.abc import Iterable
@@ -26,16 +26,19 @@ from handsoff_stream.files.atomic import whole_file
 from handsoff_stream.progress import progress_bar
 
 LONG_TAIL = ("glasses", "hat")
-JUDGE_SIZE = 64
+TEACHER_SIZE = 64
 MIN_PIXELS = 5
-"""Of JUDGE_SIZE^2: so many pixels of a class, and the image has it."""
+"""An image shows a class if at least this many of its TEACHER_SIZE^2 pixels have it."""
 NEIGHBORS = 3
-JUDGE_START = 2**20
-"""The judge learns from renders of the validation split from here on; those before are left to be measured against."""
+TEACHER_START = 2**20
+"""The teacher is trained on renders of the validation split from this index on; earlier ones serve as reference."""
 
 
-class Judge(nn.Module):
-    """Images float32 [B, 3, H, W] in [0, 1] => logits float32 [B, K, JUDGE_SIZE, JUDGE_SIZE]."""
+class Teacher(nn.Module):
+    """Images float32 [B, 3, H, W] in [0, 1] => logits float32 [B, K, TEACHER_SIZE, TEACHER_SIZE].
+
+    K is the number of classes of the rendered faces. Images of any size are scaled to TEACHER_SIZE first.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,31 +47,33 @@ class Judge(nn.Module):
         )
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Logits float32 [B, K, TEACHER_SIZE, TEACHER_SIZE]."""
         logits: Tensor = self.network(shrink(images_BCHW) * 2 - 1)
         return logits
 
     def look(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Features float32 [B, 2048], the encoder's deepest map; and predicted classes int64 [B, h, w]."""
+        """(features float32 [B, 2048], the encoder's deepest map; predicted classes int64 [B, h, w])."""
         maps = self.network.encoder(shrink(images_BCHW) * 2 - 1)
         logits = self.network.segmentation_head(self.network.decoder(maps))
         return maps[-1].flatten(1), logits.argmax(dim=1)
 
 
 def shrink(images_BCHW: Tensor) -> Tensor:
-    return F.adaptive_avg_pool2d(images_BCHW, JUDGE_SIZE)
+    """Images [B, 3, H, W] averaged down to [B, 3, TEACHER_SIZE, TEACHER_SIZE]."""
+    return F.adaptive_avg_pool2d(images_BCHW, TEACHER_SIZE)
 
 
-def train_judge(steps: int, device: torch.device, *, varied: bool) -> Judge:
-    """A judge that has seen `8 * steps` renders, a third of them with glasses and a third with hats."""
+def train_teacher(steps: int, device: torch.device, *, varied: bool) -> Teacher:
+    """A teacher trained on `8 * steps` renders, a third of them with glasses and a third with hats."""
     torch.manual_seed(0)
     renders = RenderedFaces(
-        "validation", num_images=JUDGE_START + 8 * steps, size=JUDGE_SIZE, glasses=1 / 3, hat=1 / 3, varied=varied
+        "validation", num_images=TEACHER_START + 8 * steps, size=TEACHER_SIZE, glasses=1 / 3, hat=1 / 3, varied=varied
     )
-    fresh = torch.utils.data.Subset(renders, range(JUDGE_START, len(renders)))
-    judge = Judge()
-    with progress_bar("training the judge", steps) as update:
+    fresh = torch.utils.data.Subset(renders, range(TEACHER_START, len(renders)))
+    teacher = Teacher()
+    with progress_bar("training the teacher", steps) as update:
         train_segmentation(
-            judge,
+            teacher,
             DataLoader(fresh, batch_size=8),
             steps=steps,
             lr=3e-3,
@@ -77,20 +82,20 @@ def train_judge(steps: int, device: torch.device, *, varied: bool) -> Judge:
             device=device,
             progress=lambda step, loss: update(step, f"loss {loss:.3f}"),
         )
-    return judge.eval().requires_grad_(False)
+    return teacher.eval().requires_grad_(False)
 
 
-def open_judge(path: Path | None, steps: int, device: torch.device, *, varied: bool) -> Judge:
-    """The judge that `path` holds; if it does not exist, it is trained and written there."""
+def open_teacher(path: Path | None, steps: int, device: torch.device, *, varied: bool) -> Teacher:
+    """The teacher in the file `path`; if there is no such file, a new teacher is trained and written there."""
     if path is None or not path.exists():
-        judge = train_judge(steps, device, varied=varied)
+        teacher = train_teacher(steps, device, varied=varied)
         if path is not None:
             with whole_file(path) as partial:
-                save_file({name: tensor.contiguous() for name, tensor in judge.state_dict().items()}, partial)
-        return judge
-    judge = Judge()
-    judge.load_state_dict(load_file(path))
-    return judge.to(device).eval().requires_grad_(False)
+                save_file({name: tensor.contiguous() for name, tensor in teacher.state_dict().items()}, partial)
+        return teacher
+    teacher = Teacher()
+    teacher.load_state_dict(load_file(path))
+    return teacher.to(device).eval().requires_grad_(False)
 
 
 def precision_and_recall(real_ND: Tensor, generated_ND: Tensor) -> tuple[float, float]:
@@ -124,25 +129,25 @@ class Quality:
     distance: float
     """Kernel distance to the reference (Binkowski et al., ICLR 2018): unbiased, about 0 for another set of renders."""
     precision: float
-    """Share of the images that are like a real one."""
+    """Share of the images that lie near a real one in feature space."""
     recall: float
-    """Share of real images that are like one of these; modes that were dropped show here."""
+    """Share of the real images that lie near one of these; dropped modes lower it."""
     shares: dict[str, float]
-    """Share of the images on which the judge sees each of LONG_TAIL."""
+    """Attribute of LONG_TAIL => share of the images on which the teacher sees it."""
 
     def row(self) -> dict[str, float]:
-        """Flat and rounded, for a line of a log."""
+        """All numbers in one rounded dictionary, for a line of a log."""
         flat = asdict(self)
         flat |= flat.pop("shares")
         return {name: round(value, 4) for name, value in flat.items()}
 
 
 @torch.inference_mode()
-def look_at(batches: Iterable[Tensor], judge: Judge) -> tuple[Tensor, dict[str, float]]:
-    """Features [N, D] of all images, and the share of them on which the judge sees each of LONG_TAIL."""
+def look_at(batches: Iterable[Tensor], teacher: Teacher) -> tuple[Tensor, dict[str, float]]:
+    """(features float32 [N, D] of all images; attribute of LONG_TAIL => share of images where the teacher sees it)."""
     features, seen = [], []
     for images in batches:
-        maps, classes = judge.look(images)
+        maps, classes = teacher.look(images)
         features.append(maps.float())
         pixels = [(classes == CLASS_NAMES.index(name)).sum(dim=(1, 2)) for name in LONG_TAIL]
         seen.append(torch.stack(pixels, dim=1) >= MIN_PIXELS)
@@ -150,8 +155,8 @@ def look_at(batches: Iterable[Tensor], judge: Judge) -> tuple[Tensor, dict[str, 
     return torch.cat(features), dict(zip(LONG_TAIL, shares, strict=True))
 
 
-def measure(batches: Iterable[Tensor], judge: Judge, reference_ND: Tensor) -> Quality:
-    """Compare images with the features of as many reference renders."""
-    features_ND, shares = look_at(batches, judge)
+def measure(batches: Iterable[Tensor], teacher: Teacher, reference_ND: Tensor) -> Quality:
+    """The quality of images, compared with the features [N, D] of as many reference renders."""
+    features_ND, shares = look_at(batches, teacher)
     distance = float(poly_mmd(reference_ND, features_ND))
     return Quality(distance, *precision_and_recall(reference_ND, features_ND), shares)

@@ -5,13 +5,13 @@
     torchrun --nproc-per-node 8 -m recipes.faces.train_generator runs/mine --data photos/ --resolution 256
 
 Non-saturating logistic loss, lazy R1, style mixing, EMA, minibatch standard deviation (StyleGAN2, Karras et al., CVPR
-2020); bfloat16 convolutions. Ctrl-C or SIGTERM stops after the step and saves; the same command resumes from
-OUT/state.pt. OUT also gets metrics.jsonl, a sample sheet per `--sheet-every` images, and generator.safetensors, which
-handsoff_stream reads. Under torchrun the processes share each batch: on GPUs, or on a CPU's cores (OMP_NUM_THREADS=1).
-`--stages 32:60000 64:200000 128:400000` trains at low resolutions first; growing changes neither image nor verdict.
-`--autoencode 30` adds an encoder and asks that real images come out of their own codes (VAE/GAN, Larsen et al., ICML
-2016): where compute is short, samples vary more. Left out: path length regularisation and adaptive
-augmentation (a folder of fewer than some 10,000 images will overfit).
+2020); bfloat16 convolutions. Ctrl-C or SIGTERM saves the run and stops after the current step; the same command resumes
+it from OUT/state.pt. OUT also receives metrics.jsonl, a sample sheet every `--sheet-every` images, and
+generator.safetensors, which handsoff_stream reads. Under torchrun the processes share each batch, on GPUs or on the
+cores of a CPU (OMP_NUM_THREADS=1). `--stages 32:60000 64:200000 128:400000` trains at low resolutions first; a change
+of resolution changes neither images nor logits. `--autoencode 30` adds an encoder and a loss for reconstructing real
+images from their codes (VAE/GAN, Larsen et al., ICML 2016): in short trainings, samples vary more with it. Path length
+regularization and adaptive augmentation are left out, so training on fewer than about 10,000 images will overfit.
 """
 
 import argparse
@@ -39,15 +39,15 @@ from recipes.faces.gan_networks import Settings
 from recipes.faces.gan_trainer import Trainer
 from recipes.faces.gate import Gate
 from recipes.faces.generator_images import RandomOrder, open_data
-from recipes.faces.quality import look_at, open_judge
+from recipes.faces.quality import look_at, open_teacher
 
 SAVE_SECONDS = 300.0
-MAX_ROLLBACKS = 4  # to the same good state; each halves the weight of the heads
+MAX_ROLLBACKS = 4  # to the same good state; each one halves the weight of the heads
 
 
 @torch.no_grad()
 def save_sheet(generator: Generator, path: Path, *, psi: float = 0.7, rows: int = 8) -> None:
-    """PNG of rows x rows samples of fixed latents, truncated like the stream's default."""
+    """Write a PNG of rows x rows samples of fixed latents, truncated with psi."""
     rng = torch.Generator().manual_seed(1)
     z = torch.randn(rows * rows, generator.z_dim, generator=rng)
     device = generator.w_avg.device
@@ -58,12 +58,13 @@ def save_sheet(generator: Generator, path: Path, *, psi: float = 0.7, rows: int 
 
 
 def save_whole(state: dict[str, Any], path: Path) -> None:
+    """Write a state dict with `torch.save`; the file appears whole or not at all."""
     with whole_file(path) as partial:
         torch.save(state, partial)
 
 
 def save_generator(trainer: Trainer, path: Path) -> None:
-    """The averaged generator, as handsoff_stream reads it."""
+    """Write the averaged generator as a checkpoint without heads."""
     provenance: dict[str, Any] = {
         "images": trainer.num_images,
         "seconds": round(trainer.seconds),
@@ -76,23 +77,23 @@ def save_generator(trainer: Trainer, path: Path) -> None:
 
 
 def save_state(trainer: Trainer, out: Path) -> None:
-    """state.pt and generator.safetensors, each whole or not at all."""
+    """Write state.pt and generator.safetensors, each of them whole or not at all."""
     save_whole(trainer.state_dict(), out / "state.pt")
     save_generator(trainer, out / "generator.safetensors")
 
 
 class Stop:
-    """Whether to stop after this step: SIGINT or SIGTERM came, or the time is up, for any process of the group."""
+    """Whether to stop after this step: a process of the group received SIGINT or SIGTERM, or its time is over."""
 
     def __init__(self, seconds: float):
         self.deadline, self.asked = time.monotonic() + seconds, False
-        # What schedulers send before they kill, and what a shell's background jobs otherwise ignore.
+        # Schedulers send SIGTERM before they kill a job; background jobs of a shell ignore SIGINT by default.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
         self.asked = True
-        signal.signal(number, signal.SIG_DFL)  # a second one kills
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
 
     def __call__(self, device: torch.device) -> bool:
         stop = self.asked or time.monotonic() > self.deadline
@@ -104,10 +105,10 @@ class Stop:
 
 
 class Run:
-    """A training run and its folder: trains stage by stage, saves as it goes, and asks the gate.
+    """A training run and its folder: trains stage by stage, saves the state regularly, and runs the gate.
 
     Args:
-        settings: of the training; a run that OUT already holds is resumed with them.
+        settings: of the training; a run that `out` already holds is resumed with these settings.
         out: folder of the run.
         args: the command line.
     """
@@ -128,30 +129,36 @@ class Run:
         self.gate = self.open_gate() if args.gate and self.leads else None
 
     def load(self, name: str) -> dict[str, Any]:
+        """A state dict from the folder of the run."""
         state: dict[str, Any] = torch.load(self.out / name, map_location=self.trainer.device, weights_only=True)
         return state
 
     def save(self) -> None:
+        """Write the state and the averaged generator."""
         save_state(self.trainer, self.out)
 
     def save_with_sheet(self) -> None:
+        """Write the state, the averaged generator and a sheet of its samples."""
         self.save()
         save_sheet(self.trainer.networks["ema"], self.out / f"samples_{self.trainer.num_images:08d}.png")
 
     def open_gate(self) -> Gate:
+        """The gate of this run, with its teacher and reference renders."""
         args, device = self.args, self.trainer.device
         size = self.trainer.settings.stages[-1][0]
-        judge = open_judge(args.judge or self.out / "judge.safetensors", args.judge_steps, device, varied=args.varied)
+        teacher = open_teacher(
+            args.teacher or self.out / "teacher.safetensors", args.teacher_steps, device, varied=args.varied
+        )
         faces = RenderedFaces(
             "validation", num_images=args.gate_samples, size=size, glasses=args.rare, hat=args.rare, varied=args.varied
         )
         real = (images.to(device) for images, _ in DataLoader(faces, batch_size=16))
-        return Gate(self.out / "gate.jsonl", judge, *look_at(real, judge))
+        return Gate(self.out / "gate.jsonl", teacher, *look_at(real, teacher))
 
     def train(self) -> None:
-        """Until the last stage is done, or `--seconds` are over, or a signal came."""
+        """Train until the last stage is finished, `--seconds` are over, or a signal arrives."""
         if self.args.gate and self.first_process_says(self.gate is not None and not self.gate.readings):
-            self.ask_gate()  # what the run begins with is what it must not lose
+            self.ask_gate()  # the first reading is what later ones are compared with
         for resolution, until in self.trainer.settings.stages:
             if self.trainer.num_images >= until:
                 continue
@@ -203,14 +210,20 @@ class Run:
         return True
 
     def first_process_says(self, flag: bool) -> bool:
-        """The flag of the process that writes, on all processes of the group."""
+        """The flag of the first process, on all processes of the group."""
         shared = torch.tensor(float(flag), device=self.trainer.device)
         if dist.is_initialized():
             dist.broadcast(shared, src=0)
         return bool(shared)
 
     def ask_gate(self) -> None:
-        """Keep the state as the last good one, or go back to that; all processes of a group alike."""
+        """Keep the state as the last good one if the generator passes; otherwise return to the last good state.
+
+        All processes of a group do the same.
+
+        Raises:
+            SystemExit: the run failed too often after the same good state.
+        """
         collapsed = False
         if self.gate is not None:
             ema = self.trainer.networks["ema"]
@@ -226,7 +239,7 @@ class Run:
             if self.trainer.num_rollbacks - good["rollbacks"] >= MAX_ROLLBACKS:
                 raise SystemExit(
                     f"the run collapsed {MAX_ROLLBACKS + 1} times after its last good state, {self.out / 'good.pt'}; "
-                    "gate.jsonl says how; go on from it with a smaller --projected or --lr"
+                    "see gate.jsonl, and resume it with a smaller --projected or --lr"
                 )
             self.trainer.roll_back(good)
 
@@ -237,6 +250,7 @@ def crossed(before: int, now: int, every: int) -> bool:
 
 
 def write_metrics(log: TextIO, trainer: Trainer, rate: float, metrics: dict[str, torch.Tensor]) -> None:
+    """Append one line of JSON to the log; `rate`: images per second."""
     row: dict[str, Any] = {"images": trainer.num_images, "resolution": trainer.resolution, "images_per_s": rate}
     log.write(json.dumps({k: round(float(v), 4) for k, v in (row | metrics).items()}) + "\n")
     log.flush()
@@ -250,12 +264,13 @@ def stage(text: str) -> tuple[int, int]:
     return resolution, until
 
 
-def main() -> None:
+def command_line() -> argparse.ArgumentParser:
+    """The options of the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the run; an existing run is resumed")
     parser.add_argument("--data", help="image folder, or uint8 [N,3,H,W] .npy; default: rendered faces")
-    parser.add_argument("--rare", type=float, default=0.05, help="rendered faces: share with glasses, and with hats")
-    parser.add_argument("--varied", action="store_true", help="rendered faces: the varied ones")
+    parser.add_argument("--rare", type=float, default=0.05, help="share of rendered faces with glasses, and with hats")
+    parser.add_argument("--varied", action="store_true", help="use the varied rendered faces")
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--images", type=int, default=400_000, help="images to train on in all")
     parser.add_argument("--stages", type=stage, nargs="*", help="RESOLUTION:UNTIL_IMAGES ...; overrides the two above")
@@ -270,22 +285,44 @@ def main() -> None:
     parser.add_argument("--ema-images", type=float, default=10_000.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autoencode", type=float, default=0.0, metavar="WEIGHT", help="VAE/GAN term; try 30")
-    parser.add_argument("--autoencode-first", type=int, default=0, metavar="IMAGES", help="no discriminator until then")
-    parser.add_argument("--kl", type=float, default=5e-4, help="with --autoencode: weight of a nat")
+    parser.add_argument(
+        "--autoencode-first",
+        type=int,
+        default=0,
+        metavar="IMAGES",
+        help="train without discriminator for so many images",
+    )
+    parser.add_argument("--kl", type=float, default=5e-4, help="with --autoencode: weight per nat")
     parser.add_argument("--start-from", metavar="FILE", help="fine-tune the generator of this file or checkpoint")
-    parser.add_argument("--discriminator-first", type=int, default=0, metavar="IMAGES", help="with --start-from")
+    parser.add_argument(
+        "--discriminator-first",
+        type=int,
+        default=0,
+        metavar="IMAGES",
+        help="with --start-from: train the discriminator alone for so many images",
+    )
     parser.add_argument("--projected", type=float, default=0.0, metavar="WEIGHT", help="heads on ImageNet features")
     parser.add_argument("--hinge-bound", type=float, default=0.6, help="heads with a smaller loss are not updated")
-    parser.add_argument("--halvings", type=int, default=0, help="of images before the own discriminator sees them")
+    parser.add_argument("--halvings", type=int, default=0, help="how often images are halved for the discriminator")
     parser.add_argument("--compile", action="store_true", help="compile element-wise passes: see fused_synthesis.py")
-    parser.add_argument("--gate", type=int, default=0, metavar="IMAGES", help="ask the gate so often: see gate.py")
+    parser.add_argument(
+        "--gate", type=int, default=0, metavar="IMAGES", help="run the gate every so many images; see gate.py"
+    )
     parser.add_argument("--gate-samples", type=int, default=1000, help="generated and rendered images of a reading")
-    parser.add_argument("--judge", type=Path, help="file of the gate's judge, made if absent; default: in OUT")
-    parser.add_argument("--judge-steps", type=int, default=300)
+    parser.add_argument("--teacher", type=Path, help="file of the gate's teacher, written if absent; default: in OUT")
+    parser.add_argument("--teacher-steps", type=int, default=300)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--sheet-every", type=int, default=10_000)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long; run again to go on")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop after this time; run again to continue"
+    )
+    return parser
+
+
+def main() -> None:
+    """Train, or resume, the run that the command line describes."""
+    parser = command_line()
     args = parser.parse_args()
     stages = tuple(args.stages or [(args.resolution, args.images)])
     if len(args.channels) < stages[-1][0].bit_length() - 2:

@@ -1,4 +1,4 @@
-"""The yardstick compares like with like: same classes, nothing seen twice, shares of the gap for each seed."""
+"""The comparison is fair: the same classes in all arms, no test face in a training, shares of the gap per seed."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import torch
 from conftest import make_checkpoint
 
 from benchmarks import common
-from benchmarks.downstream import batches, comparison, judge
+from benchmarks.downstream import batches, comparison, teacher
 from benchmarks.downstream.arms import ARMS, Outcome, run
 from benchmarks.report.tables import rows_of
 from handsoff_stream.checkpoint import Checkpoint, Head, load_checkpoint, save_checkpoint
@@ -58,24 +58,22 @@ def experiment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         test_images=3,
         validation_images=2,
         curve=(2, 5),
-        judge=str(folder / "judge.pt"),
+        teacher=str(folder / "teacher.pt"),
         sampled=str(folder / "sampled.safetensors"),
     )
 
 
 @pytest.fixture(scope="module")
-def judged_experiment(experiment: batches.Experiment) -> batches.Experiment:
-    judge.train_judge(experiment, 2)
-    judge.fit_on_samples(experiment, fit=FitSettings(members=2, epochs=1), calibration_samples=20)
+def taught(experiment: batches.Experiment) -> batches.Experiment:
+    teacher.train_teacher(experiment, 2)
+    teacher.fit_on_samples(experiment, fit=FitSettings(members=2, epochs=1), calibration_samples=20)
     return experiment
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_trains_and_is_scored_in_the_checkpoints_classes(
-    arm: str, judged_experiment: batches.Experiment
-) -> None:
-    outcome = run(judged_experiment, arm, 0)
-    assert outcome.scores.class_names == judged_experiment.class_names and outcome.scores.num_images == 3
+def test_every_arm_trains_and_is_scored_in_the_checkpoints_classes(arm: str, taught: batches.Experiment) -> None:
+    outcome = run(taught, arm, 0)
+    assert outcome.scores.class_names == taught.class_names and outcome.scores.num_images == 3
     assert [step for step, _ in outcome.curve] == [2, 5]
     assert json.dumps(outcome.record(), allow_nan=False)
 
@@ -107,19 +105,19 @@ def test_unlimited_annotation_repeats_no_face_and_shares_none_with_other_seeds_o
     assert len({image.numpy().tobytes() for image in images}) == 2 * 3 * 2 + batches.MOST_LABELLED
 
 
-def test_judged_pairs_are_the_streams_images_with_the_judges_labels(
-    judged_experiment: batches.Experiment, monkeypatch: pytest.MonkeyPatch
+def test_teacher_labelled_pairs_are_the_streams_images_with_the_teachers_labels(
+    taught: batches.Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "ordinary_augmentation", lambda names: lambda image, label: (image, label))
-    labelled, plain = (next(iter(arm(judged_experiment, 0, 1))) for arm in (batches.judged, batches.stream))
+    labelled, plain = (next(iter(arm(taught, 0, 1))) for arm in (batches.teacher_labelled, batches.stream))
     assert torch.equal(labelled.images, plain.images)
-    network = batches.load_judge(judged_experiment)
+    network = batches.load_teacher(taught)
     expected = [batches.labels_of(network, image[None]) for image in plain.images]
     assert torch.equal(labelled.labels, torch.cat(expected))
 
 
-def test_datasetgan_is_fitted_on_samples_of_the_streams_own_generator(judged_experiment: batches.Experiment) -> None:
-    original, sampled = (load_checkpoint(path) for path in (judged_experiment.checkpoint, judged_experiment.sampled))
+def test_datasetgan_is_fitted_on_samples_of_the_streams_own_generator(taught: batches.Experiment) -> None:
+    original, sampled = (load_checkpoint(path) for path in (taught.checkpoint, taught.sampled))
     assert sampled.provenance["images"] == ["sample-00", "sample-01"]
     assert sampled.truncation == original.truncation and sampled.calibration is not None
     for name, tensor in original.generator.state_dict().items():

@@ -1,4 +1,4 @@
-"""A file is whole or not there; what stood before stays until the new one is whole, whatever fails."""
+"""A file appears whole or not at all, and the old file stays until the new one is complete, whatever fails."""
 
 import os
 import shutil
@@ -31,7 +31,8 @@ def untouched(path) -> bool:
 def test_a_file_takes_its_place_only_when_it_is_whole(path):
     with whole_file(path) as partial:
         partial.write_bytes(b"new")
-        assert path.read_bytes() == b"old" and partial.parent == path.parent and partial.name.startswith(".")
+        assert path.read_bytes() == b"old"
+        assert partial.parent.parent == path.parent and partial.parent.name.startswith(".")
     assert path.read_bytes() == b"new"
     assert list(path.parent.iterdir()) == [path]
 
@@ -140,7 +141,9 @@ def test_a_new_file_has_the_permissions_of_the_umask_a_replaced_one_keeps_its_ow
     old = os.umask(umask)
     try:
         write_file(tmp_path / "a", b"1")
-        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~umask
+        write_tensors(tmp_path / "b", {"t": torch.ones(1)}, key="k", manifest={})
+        for name in ("a", "b"):
+            assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask
         (tmp_path / "a").chmod(0o640)
         write_file(tmp_path / "a", b"2")
         assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
@@ -233,8 +236,15 @@ def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(p
     assert list(path.parent.iterdir()) == [path] and path.read_bytes() == b"again"
 
 
+def test_an_error_of_the_block_that_is_not_the_disks_is_passed_on(path):
+    with pytest.raises(FileNotFoundError, match="input"), whole_file(path) as partial:
+        partial.write_bytes(b"half")
+        Path("input").read_bytes()
+    assert untouched(path)
+
+
 def test_a_file_of_a_similar_name_is_no_leftover(tmp_path):
-    (tmp_path / ".a1.x.partial").write_bytes(b"another file's")
+    (tmp_path / ".a1.x.partial").mkdir()
     write_file(tmp_path / "a[0-9]", b"new")
     assert (tmp_path / ".a1.x.partial").exists()
 

@@ -1,5 +1,6 @@
-"""An export is what was streamed, in whole shards, and an interrupted one ends with the same bytes."""
+"""An export contains the streamed samples in complete shards; an interrupted export ends with the same bytes."""
 
+import gc
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ from conftest import take
 from PIL import Image
 
 from handsoff_stream.errors import CheckpointError, OutputError
-from handsoff_stream.outlets import webdataset as outlet
+from handsoff_stream.outlets import webdataset as exporter
 from handsoff_stream.outlets.webdataset import write_shards
 from handsoff_stream.stream import HandsOffStream
 
@@ -23,11 +24,14 @@ def make(checkpoint):
     return lambda **options: HandsOffStream(checkpoint, batch_size=5, device="cpu", **options)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its files open
 def test_reading_the_shards_back_gives_the_streamed_tensors(make, tmp_path):
     paths = write_shards(make(), tmp_path, num_samples=23, shard_size=10)
     assert [p.name for p in paths] == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     dataset = webdataset.WebDataset([str(p) for p in paths], shardshuffle=False)
     read = list(dataset)
+    del dataset
+    gc.collect()
     assert len(read) == 23
     batches = take(make(), 5)
     images = torch.cat([b.images for b in batches])
@@ -46,7 +50,7 @@ def test_reading_the_shards_back_gives_the_streamed_tensors(make, tmp_path):
 def test_an_interrupted_export_continues_and_ends_with_the_same_bytes(make, tmp_path, monkeypatch):
     whole = write_shards(make(), tmp_path / "whole", num_samples=20, shard_size=6)
 
-    original, written = outlet._fields, []
+    original, written = exporter._fields, []
 
     def fail_at_the_ninth(batch):
         if len(written) == 9:
@@ -54,13 +58,15 @@ def test_an_interrupted_export_continues_and_ends_with_the_same_bytes(make, tmp_
         written.append(batch)
         return original(batch)
 
-    monkeypatch.setattr(outlet, "_fields", fail_at_the_ninth)
+    monkeypatch.setattr(exporter, "_fields", fail_at_the_ninth)
     with pytest.raises(KeyboardInterrupt):
         write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6)
     assert [p.name for p in sorted((tmp_path / "cut").glob("*.tar"))] == ["shard-000000.tar"]
 
-    (tmp_path / "cut" / ".shard-000001.tar.k1ll3d.partial").write_bytes(b"half a shard")  # as SIGKILL leaves it
-    monkeypatch.setattr(outlet, "_fields", original)
+    leftover = tmp_path / "cut" / ".shard-000001.tar.k1ll3d.partial"  # as SIGKILL leaves it
+    leftover.mkdir()
+    (leftover / "shard-000001.tar").write_bytes(b"half a shard")
+    monkeypatch.setattr(exporter, "_fields", original)
     resumed = write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6)
     assert [p.read_bytes() for p in resumed] == [p.read_bytes() for p in whole]
     assert not list((tmp_path / "cut").glob("*.partial"))
@@ -69,10 +75,10 @@ def test_an_interrupted_export_continues_and_ends_with_the_same_bytes(make, tmp_
 
 def test_float_labels_are_stored_as_arrays(make, tmp_path):
     batch = take(make(), 1)[0].select([0])
-    fields = outlet._label("depth", torch.rand(1, 4, 4))
+    fields = exporter._label("depth", torch.rand(1, 4, 4))
     assert list(fields) == ["depth.npy"]
     assert np.load(io.BytesIO(fields["depth.npy"]), allow_pickle=False).shape == (1, 4, 4)
-    assert set(outlet._fields(batch)) == {"__key__", "image.png", "label.png", "json"}
+    assert set(exporter._fields(batch)) == {"__key__", "image.png", "label.png", "json"}
 
 
 def test_every_name_in_a_shard_has_one_key(make, tmp_path):
@@ -117,7 +123,7 @@ def test_a_damaged_shard_is_found_and_made_again(make, tmp_path, damage, number,
     if not finished:
         _forget_last_shard(tmp_path, make(), paths)
     DAMAGE[damage](paths[number])
-    with pytest.warns(UserWarning, match=f"shard-00000{number}.tar is missing or not as it was written"):
+    with pytest.warns(UserWarning, match=f"shard-00000{number}.tar is missing or was changed"):
         write_shards(make(), tmp_path, num_samples=8, shard_size=3)
     assert [path.read_bytes() for path in paths] == whole
 
@@ -135,7 +141,7 @@ def test_a_shard_that_comes_out_differently_is_refused(make, tmp_path):
     record = json.loads((tmp_path / "export.json").read_text())
     record["shards"][0]["sha256"] = "0" * 64
     (tmp_path / "export.json").write_text(json.dumps(record))
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="made again, but not with the bytes"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="written again, but with other bytes"):
         write_shards(make(), tmp_path, num_samples=4, shard_size=2)
     assert paths[1].exists()
 
@@ -150,10 +156,10 @@ def test_a_damaged_record_is_named(make, tmp_path, content):
 
 def test_shards_of_another_origin_are_left_alone(make, tmp_path):
     (tmp_path / "shard-000000.tar").write_bytes(b"somebody's")
-    with pytest.raises(ValueError, match="shard-000000.tar is not of this export"):
+    with pytest.raises(ValueError, match="shard-000000.tar does not belong to this export"):
         write_shards(make(), tmp_path, num_samples=2, shard_size=2)
     (tmp_path / "shard-000000.tar").rename(tmp_path / "shard-000007.tar")
-    with pytest.raises(ValueError, match="shard-000007.tar is not of this export"):
+    with pytest.raises(ValueError, match="shard-000007.tar does not belong to this export"):
         write_shards(make(), tmp_path, num_samples=2, shard_size=2)
     assert [p.read_bytes() for p in tmp_path.glob("*.tar")] == [b"somebody's"]
 

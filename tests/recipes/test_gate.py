@@ -1,4 +1,4 @@
-"""The gate sees dropped modes and vanished attributes, remembers what passed, and sends a run back."""
+"""The gate detects dropped modes and lost attributes, remembers its readings, and makes a run roll back."""
 
 import json
 import subprocess
@@ -14,11 +14,11 @@ from recipes.faces.gate import MIN_RECALL, MIN_SHARE, Gate, Reading, samples
 from recipes.faces.quality import (
     LONG_TAIL,
     NEIGHBORS,
-    Judge,
     Quality,
+    Teacher,
     look_at,
     measure,
-    open_judge,
+    open_teacher,
     precision_and_recall,
 )
 from recipes.faces.train_generator import MAX_ROLLBACKS
@@ -28,9 +28,9 @@ SHARES = {"glasses": 0.2, "hat": 0.1}
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
+def teacher() -> Teacher:
     torch.manual_seed(0)
-    return Judge().eval().requires_grad_(False)
+    return Teacher().eval().requires_grad_(False)
 
 
 def generator(seed: int = 0) -> StyleGAN2:
@@ -45,7 +45,7 @@ def quality(*, recall: float = 0.5, distance: float = 0.1, glasses: float = 0.2,
 def gate(path: Path, *passed: Quality) -> Gate:
     rows = [{"images": i, "quality": vars(q), "reason": None} for i, q in enumerate(passed)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Gate(path, Judge(), torch.zeros(8, 2048), SHARES)
+    return Gate(path, Teacher(), torch.zeros(8, 2048), SHARES)
 
 
 def points(*numbers: float) -> torch.Tensor:
@@ -90,44 +90,44 @@ def test_too_few_images_for_neighbors_are_refused():
         precision_and_recall(torch.zeros(3, 2), torch.zeros(8, 2))
 
 
-def test_the_judge_counts_the_images_on_which_it_sees_a_class(judge):
+def test_the_teacher_counts_the_images_on_which_it_sees_a_class(teacher):
     batches = torch.rand(12, 3, 64, 64, generator=torch.Generator().manual_seed(0)).split(4)
-    features, shares = look_at(batches, judge)
+    features, shares = look_at(batches, teacher)
     assert features.shape == (12, 2048) and shares.keys() == set(LONG_TAIL)
-    together, _ = look_at([torch.cat(batches)], judge)
+    together, _ = look_at([torch.cat(batches)], teacher)
     torch.testing.assert_close(features, together)
-    assert torch.equal(judge.look(batches[0])[1], judge(batches[0]).argmax(dim=1))
+    assert torch.equal(teacher.look(batches[0])[1], teacher(batches[0]).argmax(dim=1))
 
 
-def test_images_of_any_size_are_judged_at_the_judges_own(judge):
+def test_images_of_any_size_are_labelled_at_the_teachers_own(teacher):
     large = torch.rand(2, 3, 64, 64).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    torch.testing.assert_close(judge(large), judge(large[:, :, ::2, ::2]))
+    torch.testing.assert_close(teacher(large), teacher(large[:, :, ::2, ::2]))
 
 
-def test_a_generator_that_makes_one_image_only_does_not_pass(judge, tmp_path):
+def test_a_generator_that_makes_one_image_only_does_not_pass(teacher, tmp_path):
     varied, collapsed = generator(), generator()
     for layer in collapsed.mapping_network:
         layer.weight.zero_()
-    reference, shares = look_at(samples(generator(), 24), judge)
-    gate = Gate(tmp_path / "gate.jsonl", judge, reference, shares)
+    reference, shares = look_at(samples(generator(), 24), teacher)
+    gate = Gate(tmp_path / "gate.jsonl", teacher, reference, shares)
     first, second = gate.read(varied, 0), gate.read(collapsed, 1000)
     assert first.reason is None and first.quality.recall == 1
     assert second.reason is not None and second.reason.startswith("recall fell from")
     assert gate.is_best(first) and not gate.is_best(second)
 
 
-def test_the_distance_of_a_generator_from_itself_is_nothing_and_from_another_something(judge):
+def test_the_distance_of_a_generator_from_itself_is_nothing_and_from_another_something(teacher):
     # Of distinct latents: the unbiased estimate leaves out pairs of the same index, not pairs of the same image.
     ours = torch.cat(list(samples(generator(), 64)))
-    reference, _ = look_at([ours[:32]], judge)
-    same, other = measure([ours[32:]], judge, reference), measure(samples(generator(seed=1), 32), judge, reference)
+    reference, _ = look_at([ours[:32]], teacher)
+    same, other = measure([ours[32:]], teacher, reference), measure(samples(generator(seed=1), 32), teacher, reference)
     assert abs(same.distance) < 0.2 * other.distance
 
 
 @pytest.mark.parametrize("recall", [0.0, 0.99 * MIN_RECALL * 0.8, 1.01 * MIN_RECALL * 0.8, 0.9])
 def test_recall_is_compared_with_the_best_that_passed(recall, tmp_path):
-    verdict = gate(tmp_path / "gate.jsonl", quality(recall=0.8), quality(recall=0.6)).objection(quality(recall=recall))
-    assert (verdict is None) == (recall >= MIN_RECALL * 0.8)
+    reason = gate(tmp_path / "gate.jsonl", quality(recall=0.8), quality(recall=0.6)).objection(quality(recall=recall))
+    assert (reason is None) == (recall >= MIN_RECALL * 0.8)
 
 
 @pytest.mark.parametrize("usual", [0.04, 0.2, 0.4])
@@ -136,9 +136,9 @@ def test_an_attribute_is_compared_with_its_best_share_but_never_asked_for_more_t
     usual, factor, tmp_path
 ):
     bound = MIN_SHARE * min(usual, SHARES["glasses"])
-    verdict = gate(tmp_path / "gate.jsonl", quality(glasses=usual)).objection(quality(glasses=factor * bound))
-    assert (verdict is None) == (factor > 1)
-    assert verdict is None or verdict.startswith("glasses: on ")
+    reason = gate(tmp_path / "gate.jsonl", quality(glasses=usual)).objection(quality(glasses=factor * bound))
+    assert (reason is None) == (factor > 1)
+    assert reason is None or reason.startswith("glasses: on ")
 
 
 def test_the_first_reading_passes_whatever_it_is(tmp_path):
@@ -151,18 +151,18 @@ def test_readings_that_did_not_pass_are_no_measure(tmp_path):
     assert g.objection(quality(recall=0.4)) is None
 
 
-def test_readings_outlive_the_process(judge, tmp_path):
-    reference, shares = look_at(samples(generator(seed=1), 8), judge)
-    first = Gate(tmp_path / "gate.jsonl", judge, reference, shares)
+def test_readings_outlive_the_process(teacher, tmp_path):
+    reference, shares = look_at(samples(generator(seed=1), 8), teacher)
+    first = Gate(tmp_path / "gate.jsonl", teacher, reference, shares)
     first.read(generator(), 40)
-    assert Gate(tmp_path / "gate.jsonl", judge, reference, shares).readings == first.readings
+    assert Gate(tmp_path / "gate.jsonl", teacher, reference, shares).readings == first.readings
 
 
-def test_the_judge_is_trained_once_and_then_read(tmp_path):
-    first = open_judge(tmp_path / "judge.safetensors", 2, torch.device("cpu"), varied=True)
-    written = (tmp_path / "judge.safetensors").read_bytes()
-    second = open_judge(tmp_path / "judge.safetensors", 2, torch.device("cpu"), varied=True)
-    assert (tmp_path / "judge.safetensors").read_bytes() == written
+def test_the_teacher_is_trained_once_and_then_read(tmp_path):
+    first = open_teacher(tmp_path / "teacher.safetensors", 2, torch.device("cpu"), varied=True)
+    written = (tmp_path / "teacher.safetensors").read_bytes()
+    second = open_teacher(tmp_path / "teacher.safetensors", 2, torch.device("cpu"), varied=True)
+    assert (tmp_path / "teacher.safetensors").read_bytes() == written
     x = torch.rand(1, 3, 64, 64)
     torch.testing.assert_close(first(x), second(x))
     assert not first.training and not second.training
@@ -172,7 +172,7 @@ def test_a_run_keeps_what_passes_and_goes_back_when_modes_are_lost(tmp_path):
     """The second start finds in its past a recall that no generator can have."""
     out = tmp_path / "run"
     options = ["--resolution", 16, "--batch", 4, "--channels", 8, 7, 6, "--z-dim", 8, "--mapping-layers", 2]
-    options += ["--workers", 0, "--device", "cpu", "--gate", 8, "--gate-samples", 8, "--judge-steps", 2]
+    options += ["--workers", 0, "--device", "cpu", "--gate", 8, "--gate-samples", 8, "--teacher-steps", 2]
 
     def run(images: int, lr: float) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "recipes.faces.train_generator", out, "--images", images, "--lr", lr, *options]

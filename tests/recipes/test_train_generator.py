@@ -1,4 +1,4 @@
-"""The generator trainer resumes exactly, grows without a jump, and its discriminator is the paper's."""
+"""The generator trainer resumes exactly, grows without changing images, and has the paper's discriminator."""
 
 import json
 import signal
@@ -242,7 +242,7 @@ def test_folders_and_arrays_of_images_are_read(tmp_path):
     np.save(tmp_path / "array.npy", np.full((5, 3, 8, 8), 9, np.uint8))
     assert torch.equal(ImageArray(tmp_path / "array.npy")[4], torch.full((3, 8, 8), 9, dtype=torch.uint8))
     np.save(tmp_path / "wrong.npy", np.zeros((5, 8, 8)))
-    with pytest.raises(ValueError, match="needed uint8"):
+    with pytest.raises(ValueError, match="save uint8"):
         ImageArray(tmp_path / "wrong.npy")
     with pytest.raises(ValueError, match="no images"):
         ImageFolder(tmp_path / "deeper" / "nothing", 8)
@@ -307,7 +307,8 @@ def test_the_script_trains_resumes_and_writes_a_generator_that_loads(tmp_path):
     assert "resuming at 16 images" in run(24)
     generator = load_generator(tmp_path / "run" / "generator.safetensors")
     assert isinstance(generator, StyleGAN2) and generator.resolution == (16, 16)
-    assert Image.open(tmp_path / "run" / "samples_00000024.png").size == (128, 128)
+    with Image.open(tmp_path / "run" / "samples_00000024.png") as sheet:
+        assert sheet.size == (128, 128)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows and {"images", "loss_d", "loss_g"} <= rows[0].keys()
 

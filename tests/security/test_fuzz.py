@@ -1,4 +1,4 @@
-"""Damaged and crafted files of every format load or are refused; `fuzz.py` has the rules that each one is held to."""
+"""Damaged and crafted files of all formats load or are refused; `fuzz.py` lists the rules that each one must obey."""
 
 import json
 import os
@@ -24,10 +24,10 @@ def fuzz(files: int, seed: int) -> dict:
     return json.loads(done.stdout)
 
 
-def test_some_hundred_files_load_or_are_refused():
-    found = fuzz(files=1_000, seed=0)
-    assert found["files"] == found["loaded"] + found["refused"] == 1_000 and len(found["kinds"]) == KINDS
-    assert found["loaded"] > 50 and found["refused"] > 500
+def test_two_thousand_files_load_or_are_refused():
+    found = fuzz(files=2_000, seed=0)
+    assert found["files"] == found["loaded"] + found["refused"] == 2_000 and len(found["kinds"]) == KINDS
+    assert found["loaded"] > 200 and found["refused"] > 1_000
     assert all(counts for counts in found["kinds"].values())
 
 

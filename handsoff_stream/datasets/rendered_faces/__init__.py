@@ -1,4 +1,4 @@
-"""The embedded domain: faces rendered from (seed, index), with true masks, so that nothing has to be downloaded."""
+"""The included domain: faces rendered from (seed, index), with exact masks; nothing has to be downloaded."""
 
 from handsoff_stream.datasets.rendered_faces.dataset import LANDMARK_NAMES, RenderedFaces
 from handsoff_stream.datasets.rendered_faces.labelled import labelled_faces

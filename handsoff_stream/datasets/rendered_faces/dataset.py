@@ -1,12 +1,12 @@
-"""Rendered faces: labelled images of 3-D heads that need no download, each a pure function of (seed, index).
+"""Rendered faces: labelled images of 3-D heads, each a pure function of (seed, index), without a download.
 
-Knows: the splits, the ground truth, and the torch Dataset. It does not know anatomy (`parts`), class names
-(`labels`), what heads wear (`wear`), distributions (`scene`), ray casting (`raycast`) or shading (`canvas`).
+Knows the splits, the ground truth, and the torch Dataset. Does not know anatomy (`parts`), class names (`labels`), hair
+and accessories (`wear`), distributions (`scene`), ray casting (`raycast`) or shading (`canvas`).
 
-The mask has the eight classes of CelebAMask-HQ-8 and two rare ones, glasses and hat. As there, neck and
-clothing are background. Glasses are rims, bridge and temples; behind the lenses the face's classes go on.
-A second mask tells the parts of these ten classes apart. The image is the mean of 2 x 2 samples a pixel;
-masks are hard-edged, the most frequent label of the four, ties to the larger id.
+The mask has the eight classes of CelebAMask-HQ-8, in which neck and clothing are background, and two rare ones, glasses
+and hat. Glasses are rims, bridge and temples; pixels behind the lenses have the classes of the face. A second mask
+divides these ten classes into parts. The image is the mean of 2 x 2 samples per pixel. In the masks a pixel has the
+most frequent label of its four samples; ties go to the larger id.
 """
 
 from collections.abc import Callable
@@ -35,17 +35,18 @@ LANDMARK_NAMES: tuple[str, ...] = (
 )
 SPLIT_SIZE = 2**32
 SPLITS: dict[str, int] = {name: i * SPLIT_SIZE for i, name in enumerate(("train", "validation", "test", "generator"))}
-NATURAL_RATE, VARIED_RATE = 0.05, 0.10  # of faces that wear glasses, and of those that wear a hat
-CAMERA_DISTANCE = 4.0  # from the camera's plane to the centre of the head, in head radii
+NATURAL_RATE, VARIED_RATE = 0.05, 0.10  # share of plain and of varied faces that wear glasses, or a hat
+CAMERA_DISTANCE = 4.0  # from the camera's plane to the center of the head, in head radii
 
 Transforms = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a scene was drawn with. Angles in degrees.
+    """Pose and accessories of a rendered face; angles in degrees.
 
-    yaw > 0 turns the face to the image's right, pitch > 0 upwards, roll > 0 tilts it counter-clockwise.
+    yaw > 0 turns the face to the image's right, pitch > 0 upwards, roll > 0 tilts it counter-clockwise. hair: one of
+    `scene.HAIR_STYLES`.
     """
 
     yaw: float
@@ -62,13 +63,13 @@ class RenderedFace:
 
     image: uint8 [H, W, 3]. mask: uint8 [H, W], ids into `CLASS_NAMES`. parts: uint8 [H, W], ids into
     `FINE_CLASS_NAMES`; `CLASS_OF_PART[parts]` is the mask.
-    landmarks: float32 [5, 2], pixel (x, y), pixel centres at integers; left and right are those of the
-    image, in a frontal view.
-    visible: bool [5], false where a landmark is outside the picture or turned away behind the head itself;
-    hair, hats and glasses do not hide it.
-    depth: float32 [H, W], distance from the camera's plane in head radii (the head's centre is at
-    `CAMERA_DISTANCE`), the nearest of a pixel's samples, +inf where all miss: `np.isfinite(depth)` is the
-    validity mask. Neck and clothing have depth though their class is background.
+    landmarks: float32 [5, 2], (x, y) of `LANDMARK_NAMES` in pixels, with pixel centers at integers; left and right are
+    those of the image in a frontal pose.
+    visible: bool [5], false if a landmark is outside the image or hidden by the head itself; hair, hats and glasses do
+    not count.
+    depth: float32 [H, W], distance from the camera's plane in head radii (the head's center is at `CAMERA_DISTANCE`) of
+    the pixel's nearest sample, +inf if no sample hits anything. `np.isfinite(depth)` is the validity mask. Neck and
+    clothing have a depth although their class is background.
     """
 
     image: NDArray[np.uint8]
@@ -81,7 +82,7 @@ class RenderedFace:
 
 
 def _background(scene: FaceScene, size: int) -> Array:
-    """Linear [H, W, 3]: a gradient from top to bottom, and soft blobs."""
+    """Linear RGB [H, W, 3]: a gradient from top to bottom with soft blobs."""
     grid = ((np.arange(size) + 0.5) / size).astype(np.float32)
     x, y = grid[None, :, None], grid[:, None, None]
     picture: Array = scene.background[0] * (1 - y) + scene.background[1] * y + np.zeros_like(x)
@@ -114,13 +115,13 @@ def _landmarks(stage: Stage, head_z: Array) -> tuple[Array, NDArray[np.bool_]]:
     for i, (point, (x, y)) in enumerate(zip(points, pixels, strict=True)):
         if 0 <= x + 0.5 < camera.size and 0 <= y + 0.5 < camera.size:
             row, column = (int((at + 0.5) * camera.side / camera.size) for at in (y, x))
-            # The face a landmark lies on is no obstacle; what stands clearly before it is.
+            # The surface on which a landmark lies does not hide it; a surface clearly in front of it does.
             visible[i] = point[2] > head_z[row * camera.side + column] - 0.12
     return pixels, visible
 
 
 def render_scene(scene: FaceScene, size: int) -> RenderedFace:
-    """Renders one scene at size x size pixels."""
+    """The image and ground truth of one scene at size x size pixels."""
     stage = parts.make_stage(scene, size)
     parts.draw_head(stage)
     pixels, visible = _landmarks(stage, stage.canvas.z.copy())
@@ -152,7 +153,7 @@ def _check(size: int, glasses: float | None, hat: float | None) -> None:
         raise ValueError(f"size is {size}, so there is nothing to render; give a positive number of pixels")
     for name, probability in (("glasses", glasses), ("hat", hat)):
         if probability is not None and not 0 <= probability <= 1:
-            raise ValueError(f"{name} is {probability}, which is no probability; give a number in [0, 1]")
+            raise ValueError(f"{name} is {probability}, which is not a probability; give a number in [0, 1]")
 
 
 def render_face(
@@ -164,15 +165,20 @@ def render_face(
     hat: float | None = None,
     varied: bool = False,
 ) -> RenderedFace:
-    """The face of (seed, index): same bits for the same arguments.
+    """The face of (seed, index): the same bits for the same arguments.
 
-    `index` runs over all splits, `SPLITS` gives where each begins. `size` scales the picture and changes
-    nothing else. `glasses` and `hat` are the probabilities of being worn and change nothing else; None means
-    `NATURAL_RATE`, of varied faces `VARIED_RATE`. `varied` draws pose, light, colours and shape from wider
-    distributions, and beards and patterns beside them (`variety`).
+    Args:
+        seed: in [0, 2**64).
+        index: position in the concatenation of all splits; `SPLITS` says where each split begins.
+        size: height and width in pixels; it scales the image and changes nothing else.
+        glasses: probability of glasses, which changes nothing else; None means `NATURAL_RATE`, or `VARIED_RATE` for
+            varied faces.
+        hat: likewise, for a hat.
+        varied: draw pose, light, colors and shape from wider distributions, and add beards and patterns (`variety`).
 
-    Raises ValueError for a size below 1, a probability outside [0, 1] or a negative seed, IndexError for an
-    index outside all splits.
+    Raises:
+        ValueError: a size below 1, a probability outside [0, 1], or a seed outside its range.
+        IndexError: an index outside all splits.
     """
     _check(size, glasses, hat)
     if not 0 <= seed < 2**64:
@@ -186,17 +192,25 @@ def render_face(
 
 
 class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
-    """`num_images` faces of one split, as (image, mask) pairs.
+    """`num_images` faces of one split, as pairs (image, mask).
 
-    image: float32 [3, H, W] in [0, 1] on 8-bit levels. mask: int64 [H, W], ids into `class_names`, which are
-    `CLASS_NAMES`, or with `fine` the names of the parts that these are made of, `FINE_CLASS_NAMES`.
+    image: float32 [3, H, W], multiples of 1/255 in [0, 1]. mask: int64 [H, W], ids into `class_names`.
 
-    The splits `train`, `validation`, `test` and `generator` (unlabelled images for training a generator)
-    share no scene. `glasses`, `hat` and `varied` are those of `render_face`. `transforms` is called as
-    `transforms(image, mask)` and returns both.
+    Args:
+        split: "train", "validation", "test", or "generator" for the images that a generator is trained on; no face
+            occurs in two splits.
+        num_images: number of faces.
+        size: height and width in pixels.
+        seed: in [0, 2**64).
+        glasses: as in `render_face`.
+        hat: as in `render_face`.
+        fine: whether `class_names` are the parts, `FINE_CLASS_NAMES`, instead of the ten classes, `CLASS_NAMES`.
+        varied: as in `render_face`.
+        transforms: called as `transforms(image, mask)`; returns both.
 
-    Raises ValueError for an unknown split, a size below 1, a probability outside [0, 1] or more images than a
-    split holds, IndexError for an index outside [0, num_images).
+    Raises:
+        ValueError: an unknown split, a size below 1, a probability outside [0, 1], or more images than a split holds.
+        IndexError: by indexing, for an index outside [0, num_images).
     """
 
     def __init__(
@@ -225,7 +239,11 @@ class RenderedFaces(Dataset[tuple[Tensor, Tensor]]):
         return self.num_images
 
     def scene(self, index: int) -> RenderedFace:
-        """Image `index` with everything that is known about it."""
+        """Image `index` with its complete ground truth.
+
+        Raises:
+            IndexError: an index outside [0, num_images).
+        """
         if not 0 <= index < self.num_images:
             raise IndexError(f"index is {index}, but {self.split} has {self.num_images} images; start at 0")
         position = SPLITS[self.split] + index

@@ -1,4 +1,4 @@
-"""Where hair grows: a field over the head, positive where the scalp is covered.
+"""The hairline: a field over the head that is positive where hair covers the scalp.
 
 Knows hair styles and the head's local frame (see `parts`). Does not know how hair is drawn (`wear`).
 """
@@ -10,12 +10,15 @@ from handsoff_stream.datasets.rendered_faces.scene import Hair
 
 
 def tucked(hair: Hair) -> bool:
-    """Whether long hair goes behind the ears."""
+    """Whether long hair is worn behind the ears."""
     return hair.opening < 0.4
 
 
 def hairness(hair: Hair, x: Array, y: Array, z: Array) -> Array:
-    """Signed distance-like field in the head frame, positive where the scalp is covered."""
+    """The field at points of the head frame, float32 of their shape: positive where hair covers the scalp.
+
+    Near the hairline its value approximates the distance from it, in head radii.
+    """
     forward = np.asarray(z / np.sqrt(x * x + z * z + np.float32(1e-4)), np.float32)
     lean = hair.line + 0.10 * hair.part * x - 0.16 * x * x
     if hair.style in ("bob", "long") and not tucked(hair):
@@ -31,5 +34,5 @@ def hairness(hair: Hair, x: Array, y: Array, z: Array) -> Array:
 
 
 def _bottom(hair: Hair) -> float:
-    """How far below the head's centre bobbed hair is cut."""
+    """Distance from the head's center down to the ends of a bob, in head radii."""
     return 0.75 + 0.25 * hair.length

@@ -1,10 +1,10 @@
-"""What is labelled on a rendered face: the finest parts the renderer tells apart, and the ten classes they make up.
+"""The labels of a rendered face: the finest parts that the renderer distinguishes, and the ten classes of parts.
 
-Knows names, ids, colours, and which part belongs to which class. Does not know shapes or how parts are drawn.
+Knows names, ids, colors, and which part belongs to which class. Does not know shapes or how parts are drawn.
 
-The parts follow the granularity of the 34 face classes of DatasetGAN (Zhang et al., CVPR 2021, appendix): parts of the
-eye, the nose, the mouth and the ear, regions of the skin, and what CelebAMask-HQ's classes leave to the background.
-Left and right are those of the image, in a frontal view.
+The parts are about as fine as the 34 face classes of DatasetGAN (Zhang et al., CVPR 2021, appendix): parts of the eye,
+the nose, the mouth and the ear, regions of the skin, and parts of CelebAMask-HQ's background. Left and right are those
+of the image in a frontal pose.
 """
 
 import colorsys
@@ -39,13 +39,13 @@ PALETTE: tuple[tuple[int, int, int], ...] = (
 
 
 class Part(IntEnum):
-    """Ids of the parts. Sides that mirror each other are `_LEFT` and `_RIGHT` of one name."""
+    """Ids of the parts. Parts on both sides of the face end in `_LEFT` and `_RIGHT`."""
 
     BACKGROUND = 0
     NECK = 1
     COLLAR = 2
     CLOTHING = 3
-    SKIN = 4  # temples, jaw, scalp: what has no name below
+    SKIN = 4  # temples, jaw, scalp: all skin without a name of its own below
     FOREHEAD = 5
     CHEEK_LEFT = 6
     CHEEK_RIGHT = 7
@@ -83,7 +83,7 @@ class Part(IntEnum):
 
     @staticmethod
     def of_side(name: str, side: int) -> "Part":
-        """The part of that name on the image's left, side -1, or right, side 1."""
+        """The part of that name on the image's left (side -1) or right (side 1)."""
         return Part[f"{name}_{'LEFT' if side < 0 else 'RIGHT'}"]
 
 
@@ -108,7 +108,7 @@ FINE_CLASS_NAMES: tuple[str, ...] = tuple(part.name.lower() for part in Part)
 
 
 def _shades() -> tuple[tuple[int, int, int], ...]:
-    """A colour for each part: hues far apart, at two saturations and three brightnesses."""
+    """A color for each part; the hues differ much, with two saturations and three brightnesses."""
     colors = [
         colorsys.hsv_to_rgb(0.618034 * part % 1, 0.55 + 0.4 * (part % 2), 0.95 - 0.15 * (part % 3))
         for part in range(len(Part) - 1)

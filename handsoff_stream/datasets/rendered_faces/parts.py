@@ -1,11 +1,11 @@
-"""Head, ears and body, each drawn onto a canvas.
+"""Head, ears and body, drawn onto a canvas.
 
-Knows: the anatomy in the head's local frame and which class each part carries. It does not know what is worn
-on the head (`wear`), how a scene is drawn at random, nor files, datasets or torch.
+Knows the anatomy in the head's local frame, and the label of each part. Does not know hair and accessories (`wear`),
+how a scene is drawn at random, nor files, datasets or torch.
 
-Head frame: origin between the ears, x to the image's right in a frontal view, y up, z out of the face; one
-unit is a head radius. Flat features (eyes, brows, mouth) are painted onto the head: they are curves in the
-frame's x-y plane, so they follow the surface wherever it turns.
+Head frame: origin between the ears, x to the image's right in a frontal pose, y up, z out of the face; the unit is the
+head radius. Flat features (eyes, brows, mouth) are painted onto the head: they are curves in the frame's x-y plane, so
+they move with the surface.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from handsoff_stream.datasets.rendered_faces.canvas import Canvas, Light
+from handsoff_stream.datasets.rendered_faces.canvas import Canvas, Light, soft_shadow
 from handsoff_stream.datasets.rendered_faces.hairline import hairness, tucked
 from handsoff_stream.datasets.rendered_faces.labels import Part
 from handsoff_stream.datasets.rendered_faces.raycast import (
@@ -28,7 +28,6 @@ from handsoff_stream.datasets.rendered_faces.raycast import (
     cast_ellipsoids,
     rotation,
     smoothstep,
-    soft_shadow,
 )
 from handsoff_stream.datasets.rendered_faces.scene import FaceScene, linear
 
@@ -38,7 +37,7 @@ _WHITE = np.array([0.86, 0.86, 0.88], np.float32)
 
 @dataclass(frozen=True)
 class Stage:
-    """A scene set up for one camera: the frames that its parts hang on."""
+    """A scene, its camera and canvas, and the local frames of head and body."""
 
     scene: FaceScene
     camera: Camera
@@ -48,8 +47,9 @@ class Stage:
 
 
 def make_stage(scene: FaceScene, size: int) -> Stage:
+    """A stage with an empty canvas of size x size pixels."""
     camera = Camera(size, scene.scale * size, scene.x0 * size, scene.y0 * size)
-    light = Light(scene.light_direction, scene.light_colour, scene.ambient)
+    light = Light(scene.light_direction, scene.light_color, scene.ambient)
     origin = np.zeros(3, np.float32)
     head = Frame(rotation(scene.yaw, -scene.pitch, scene.roll), origin)
     body = Frame(rotation(0.35 * scene.yaw, 0, 0.25 * scene.roll), origin)
@@ -57,6 +57,7 @@ def make_stage(scene: FaceScene, size: int) -> Stage:
 
 
 def skull(scene: FaceScene, frame: Frame) -> Ellipsoid:
+    """The ellipsoid of the skull, without face and jaw; `frame`: of the head."""
     return Ellipsoid.at(frame, (0, 0.18, -0.10), (0.85 * scene.width, 0.92, 0.93))
 
 
@@ -69,7 +70,7 @@ def _face(scene: FaceScene, frame: Frame) -> Blob:
 
 
 def nose_tip(scene: FaceScene) -> tuple[float, float, float]:
-    """Centre of the tip's ball."""
+    """Center of the ellipsoid of the nose's tip, in the head frame."""
     return (0, -0.36 - scene.nose_length, 0.97)
 
 
@@ -85,13 +86,13 @@ def _nose_bodies(scene: FaceScene, frame: Frame) -> list[tuple[Ellipsoid, float]
 
 
 def face_z(scene: FaceScene, x: Array, y: Array) -> Array:
-    """Local z of the face (nose and ears left out) above points of the head frame's x-y plane, [P] each."""
+    """Local z of the face, without nose and ears, at points of the head frame's x-y plane, [P] each."""
     straight = Frame(np.eye(3, dtype=np.float32), np.zeros(3, np.float32))
     return _face(scene, straight).solve(x, y)[0]
 
 
 def draw_head(stage: Stage) -> None:
-    """Skin, nose, and what is painted on them."""
+    """Draw the skin, the nose, and the features painted on them."""
     scene = stage.scene
     face, nose = _face(scene, stage.head), _nose_bodies(scene, stage.head)
     surface = Surface(stage.camera, face.bodies + [body for body, _ in nose])
@@ -117,7 +118,7 @@ def draw_head(stage: Stage) -> None:
 
 
 class _Paint:
-    """The head's visible samples and their material, repainted feature by feature."""
+    """The head's visible samples and their material, which each method changes for one feature."""
 
     def __init__(self, hits: Hits, local_3P: Array, scene: FaceScene, head: Frame) -> None:
         self.hits, self.scene, self.head = hits, scene, head
@@ -135,7 +136,7 @@ class _Paint:
         self.gloss[where] = gloss
 
     def skin(self) -> None:
-        """Blush, and the soft dark of eye sockets, of the fold under the lip and of the hairline."""
+        """Blush, and soft shadows in the eye sockets, under the lip and at the hairline."""
         scene = self.scene
         across = np.abs(self.x)
         warm = np.exp(-(((across - 0.46) / 0.20) ** 2) - ((self.y + 0.40) / 0.17) ** 2) * self.front
@@ -151,7 +152,7 @@ class _Paint:
             self.exposure *= 1 - 0.5 * smoothstep(HAT_LINE - 0.30, HAT_LINE, self.y + 0.15 * self.z)
 
     def regions(self) -> None:
-        """Labels of the skin's regions, which nothing but their place on the face tells apart."""
+        """Labels of the skin's regions, which differ only in their position on the face."""
         scene, x, y = self.scene, self.x, self.y
         across = np.abs(x)
         tip = nose_tip(scene)[1]
@@ -170,7 +171,7 @@ class _Paint:
         mark((x / 0.30) ** 2 + ((y + 1.0 - scene.chin) / 0.18) ** 2 < 1, "CHIN")
 
     def nose(self) -> None:
-        """The class nose, a little rosier than the skin; nostrils."""
+        """Labels of the nose, which is slightly redder than the skin, and its nostrils."""
         _, tip, _ = nose_tip(self.scene)
         rosy = np.array([1.03, 0.86, 0.84], np.float32)
         share = self.hits.share
@@ -187,16 +188,17 @@ class _Paint:
         self.exposure *= 1 - 0.6 * smoothstep(1.6, 0.4, under) * self.front
 
     def brow(self, side: int) -> None:
+        """One brow; `side`: -1 left, 1 right."""
         scene = self.scene
         u = (side * self.x - scene.eye_spacing - 0.01) / scene.brow_width
         middle = scene.brow_height + scene.brow_arch * (1 - (u - 0.15) ** 2) + scene.brow_tilt * u
         thickness = scene.brow_thickness * np.clip(1.05 - 0.40 * np.clip(u, 0, 1) ** 2, 0, 1)
         v = (self.y - middle) / thickness
         where = (u * u * u * u + v * v < 1) & self.front
-        self._set(where, Part.of_side("BROW", side), scene.brow_colour, 0.03)
+        self._set(where, Part.of_side("BROW", side), scene.brow_color, 0.03)
 
     def eye(self, side: int) -> None:
-        """Sclera, iris, pupil, catchlight and upper lid line, the lashes: all of class eyes."""
+        """Sclera, iris, pupil, highlight and lashes of one eye; `side`: -1 left, 1 right."""
         scene = self.scene
         x, y = self.x - side * scene.eye_spacing, self.y - EYE_Y
         u = side * x / scene.eye_width
@@ -220,7 +222,7 @@ class _Paint:
         albedo = np.where(distance < 0.52 * radius, np.float32(0.006), albedo)
         glint = np.hypot(x[inside] - gx - 0.045 * np.sign(scene.light_direction[0]), y[inside] - gy - 0.05)
         albedo = np.where(glint < 0.036, np.float32(1.0), albedo)
-        albedo = np.where(depth < 0, scene.brow_colour[:, None] * 0.35, albedo)
+        albedo = np.where(depth < 0, scene.brow_color[:, None] * 0.35, albedo)
         part = np.where(distance < radius, Part.of_side("IRIS", side), Part.of_side("SCLERA", side))
         part = np.where(distance < 0.52 * radius, Part.of_side("PUPIL", side), part)
         part = np.where(depth < 0, Part.of_side("LASHES", side), part)
@@ -230,7 +232,7 @@ class _Paint:
         self.hits.normals[:, inside] = self.head.axes @ (ball / np.linalg.norm(ball, axis=0))
 
     def beard(self) -> None:
-        """Hair around the mouth and on the jaw, painted onto the skin."""
+        """The beard, painted onto the skin around the mouth and on the jaw."""
         beard = self.scene.beard
         if beard is None:
             return
@@ -241,15 +243,15 @@ class _Paint:
         cheeks = y < -0.42 - 0.30 * np.clip(1 - (x / 0.55) ** 2, 0, 1) + 0.1 * (size - 1)
         where = {"moustache": moustache, "goatee": moustache | chin}.get(beard.style, moustache | chin | cheeks)
         where = where & (self.z > 0.0) & (self.hits.share < 0.5)
-        colour = beard.colour[:, None]
+        color = beard.color[:, None]
         if beard.style == "stubble":
-            colour = 0.55 * self.albedo[:, where] + 0.45 * colour
+            color = 0.55 * self.albedo[:, where] + 0.45 * color
         else:
-            colour = colour * (1 + 0.18 * np.sin(38 * self.x[where] + 9 * y[where]))
-        self._set(where, Part.BEARD, colour.astype(np.float32) * np.ones(int(where.sum()), np.float32), 0.03)
+            color = color * (1 + 0.18 * np.sin(38 * self.x[where] + 9 * y[where]))
+        self._set(where, Part.BEARD, color.astype(np.float32) * np.ones(int(where.sum()), np.float32), 0.03)
 
     def mouth(self) -> None:
-        """Two lips along a smile; when open, the dark inside with teeth and tongue: all of class mouth."""
+        """Lips along the curve of the smile; for an open mouth also its dark inside with teeth and tongue."""
         scene = self.scene
         u = self.x / scene.mouth_width
         bow = np.clip(1 - u * u, 0, None)
@@ -263,7 +265,7 @@ class _Paint:
         y, half, upper, lower = y[where], half[where], upper[where], lower[where]
         above = y > 0
         profile = np.where(above, (y - half) / (upper + 1e-4), (-half - y) / (lower + 1e-4))
-        albedo = scene.lip_colour[:, None] * np.where(above, 0.80, 1.0)
+        albedo = scene.lip_color[:, None] * np.where(above, 0.80, 1.0)
         inner = profile < 0
         teeth = inner & (y > half - 0.065) & (half > 0.03)
         tongue = inner & (y < -0.3 * half) & (np.abs(u[where]) < 0.6)
@@ -271,7 +273,7 @@ class _Paint:
         albedo = np.where(tongue, linear("b4524f")[:, None], albedo)
         albedo = np.where(teeth, _WHITE[:, None], albedo)
         seam = (scene.mouth_open == 0) & (np.abs(y) < 0.022)
-        albedo = np.where(seam, scene.lip_colour[:, None] * 0.25, albedo)
+        albedo = np.where(seam, scene.lip_color[:, None] * 0.25, albedo)
         part = np.where(inner, Part.MOUTH_INSIDE, np.where(above, Part.UPPER_LIP, Part.LOWER_LIP))
         part = np.where(teeth, Part.TEETH, part)
         self._set(where, part.astype(np.uint8), albedo, 0.0)
@@ -283,7 +285,7 @@ class _Paint:
 
 
 def draw_ears(stage: Stage) -> None:
-    """Both ears, unless long hair hangs over them."""
+    """Draw both ears, unless long hair covers them."""
     scene = stage.scene
     if scene.hair.style in ("bob", "long") and not tucked(scene.hair):
         return
@@ -301,7 +303,7 @@ def draw_ears(stage: Stage) -> None:
 
 
 def draw_body(stage: Stage) -> None:
-    """Neck and clothing: they hide what is behind them and are of class background."""
+    """Draw neck and clothing, which belong to the class background but hide what is behind them."""
     scene, light = stage.scene, stage.scene.light_direction
     head = Ellipsoid.at(stage.head, (0, -0.25, 0.05), (0.80, 0.95, 0.85))
     neck = cast_ellipsoids(stage.camera, [Ellipsoid.at(stage.body, (0, -1.35, -0.20), (0.40, 1.10, 0.40))])
@@ -322,7 +324,7 @@ def draw_body(stage: Stage) -> None:
 
 
 def _cloth(stage: Stage, hits: Hits) -> Array:
-    """Colour of the clothing, with its pattern: linear [3, P] or [3, 1]."""
+    """Color of the clothing, with its pattern: linear [3, P] or [3, 1]."""
     scene, pattern = stage.scene, stage.scene.pattern
     if pattern is None:
         return scene.cloth[:, None]
@@ -331,4 +333,4 @@ def _cloth(stage: Stage, hits: Hits) -> Array:
     first, second = np.sin(along * u + across * v), np.sin(along * v - across * u)
     field = {"stripes": first, "checks": first * second, "dots": first + second - 0.9}[pattern.style]
     share = smoothstep(-0.15, 0.15, field.astype(np.float32))
-    return np.asarray(scene.cloth[:, None] * (1 - share) + pattern.colour[:, None] * share, np.float32)
+    return np.asarray(scene.cloth[:, None] * (1 - share) + pattern.color[:, None] * share, np.float32)

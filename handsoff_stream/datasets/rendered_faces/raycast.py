@@ -1,11 +1,11 @@
 """Ray casting of ellipsoids and planes under an orthographic camera.
 
-Knows: projection, intersection, smooth union, soft shadows. It does not know colours, class ids (`canvas`),
-what a face is, or where randomness comes from.
+Knows projection, intersection and smooth union. Does not know colors and class ids (`canvas`), faces, or random
+numbers.
 
-World coordinates are right-handed: x right, y up, z towards the camera; rays run along -z. Arrays are
-float32. Letters: P hit samples, 3 the axes x, y, z. A body's F(p) = (p - center)^T A (p - center) is 1 on its
-surface and less inside.
+World coordinates are right-handed: x right, y up, z towards the camera; rays run along -z. Arrays are float32. Shape
+letters: P hit samples, 3 the axes x, y, z. A body's F(p) = (p - center)^T A (p - center) is 1 on its surface and less
+inside.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,15 @@ Array = NDArray[np.float32]
 Index = NDArray[np.intp]
 Window = tuple[slice, slice]
 
-SUPERSAMPLES = 2  # along each axis, four rays a pixel
+SUPERSAMPLES = 2  # per pixel along each axis, so four rays per pixel
 MISS = np.float32(-1e4)  # z of a ray that hits nothing
 
 
 def rotation(yaw: float, pitch: float, roll: float) -> Array:
-    """Local => world matrix [3, 3]; angles in radians, applied roll last: about y, then x, then z."""
+    """Local => world matrix float32 [3, 3]: rotates about y by yaw, then about x by pitch, then about z by roll.
+
+    Angles are in radians.
+    """
     (cy, cp, cr), (sy, sp, sr) = np.cos([yaw, pitch, roll]), np.sin([yaw, pitch, roll])
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     about_x = np.array([[1, 0, 0], [0, cp, sp], [0, -sp, cp]])
@@ -31,28 +34,30 @@ def rotation(yaw: float, pitch: float, roll: float) -> Array:
 
 
 def smoothstep(low: float, high: float, value: Array) -> Array:
-    """Hermite step: 0 at and beyond `low`, 1 at and beyond `high` (`low` may be the larger), elementwise."""
+    """Elementwise Hermite step from 0 at `low` to 1 at `high`, constant beyond them; `low` may be the larger one."""
     t = np.clip((value - np.float32(low)) * np.float32(1 / (high - low)), 0, 1)
     return np.asarray(t * t * (3 - 2 * t), np.float32)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A rigid frame: local point p lies at `origin + axes @ p` in the world."""
+    """A rigid frame: the local point p is `origin + axes @ p` in world coordinates."""
 
     axes: Array  # [3, 3], columns are the local axes
     origin: Array  # [3]
 
     def to_world(self, point: tuple[float, float, float]) -> Array:
+        """World coordinates [3] of a local point."""
         return self.origin + self.axes @ np.asarray(point, np.float32)
 
     def to_local(self, points_3P: Array) -> Array:
+        """Local coordinates [3, P] of world points."""
         return self.axes.T @ (points_3P - self.origin[:, None])
 
 
 @dataclass(frozen=True)
 class Ellipsoid:
-    """Centre [3], radii along the local axes [3] and the axes [3, 3] (columns), in world coordinates."""
+    """Center [3], radii along the local axes [3] and the axes [3, 3] (columns), in world coordinates."""
 
     center: Array
     radii: Array
@@ -65,7 +70,7 @@ class Ellipsoid:
         radii: tuple[float, float, float],
         turn: Array | None = None,
     ) -> "Ellipsoid":
-        """The ellipsoid given in a frame's coordinates, its own axes turned by `turn` [3, 3]."""
+        """An ellipsoid given in a frame's coordinates; its axes are the frame's, turned by `turn` [3, 3]."""
         axes = frame.axes if turn is None else frame.axes @ turn
         return Ellipsoid(frame.to_world(center), np.asarray(radii, np.float32), axes)
 
@@ -74,11 +79,11 @@ class Ellipsoid:
         return np.asarray((self.axes / self.radii**2) @ self.axes.T, np.float32)
 
     def half_extent(self) -> Array:
-        """Half width and half height [2] of the projected bounding box."""
+        """Half width and half height [2] of the bounding box of the ellipsoid's projection."""
         return np.asarray(np.sqrt((self.axes[:2] ** 2) @ (self.radii**2)), np.float32)
 
     def closest(self, x: Array, y: Array) -> Array:
-        """The least F along each ray: below 1 where the ray hits. x and y broadcast."""
+        """The smallest F along the rays at world x and y, which broadcast; below 1 where a ray hits."""
         shadow = np.linalg.inv(((self.axes * self.radii**2) @ self.axes.T)[:2, :2]).astype(np.float32)
         dx, dy = x - self.center[0], y - self.center[1]
         least = (shadow[0, 0] * dx) * dx + (shadow[1, 1] * dy) * dy + (2 * shadow[0, 1] * dx) * dy
@@ -87,7 +92,10 @@ class Ellipsoid:
 
 @dataclass(frozen=True)
 class Camera:
-    """Orthographic camera: `scale` pixels a unit, the world's origin `x0`, `y0` pixels from the corner."""
+    """Orthographic camera of size x size pixels: `scale` pixels per world unit, the world's origin at (x0, y0).
+
+    x0 and y0 are pixels from the image's top left corner.
+    """
 
     size: int
     scale: float
@@ -96,18 +104,23 @@ class Camera:
 
     @property
     def side(self) -> int:
-        """Samples along one side of the frame."""
+        """Number of samples along one side of the image."""
         return self.size * SUPERSAMPLES
 
     def project(self, point: Array) -> tuple[float, float]:
-        """World point [3] => pixel coordinates (x, y); pixel centres lie at integers."""
+        """World point [3] => pixel coordinates (x, y), with pixel centers at integers."""
         return (
             float(self.x0 + self.scale * point[0] - 0.5),
             float(self.y0 - self.scale * point[1] - 0.5),
         )
 
     def window(self, center: Array, half_extent: Array) -> Window:
-        """The samples whose rays may meet a box around `center` [>= 2]; may be empty."""
+        """(rows, columns) of the samples whose rays may hit a box around `center`; they may be empty.
+
+        Args:
+            center: world coordinates; the first two are used.
+            half_extent: [2], half width and half height in world units.
+        """
         density = self.scale * SUPERSAMPLES
         column = self.x0 * SUPERSAMPLES + density * center[0]
         row = self.y0 * SUPERSAMPLES - density * center[1]
@@ -133,7 +146,10 @@ class Camera:
 
 @dataclass(frozen=True)
 class Hits:
-    """Where rays meet a surface: sample index [P], world points and unit normals [3, P], `share` [P]."""
+    """Where rays hit a surface.
+
+    index: sample index [P]. points: world coordinates [3, P]. normals: unit normals [3, P]. share: [P], see `Surface`.
+    """
 
     index: Index
     points: Array
@@ -141,15 +157,20 @@ class Hits:
     share: Array
 
     def where(self, keep: NDArray[np.bool_]) -> "Hits":
+        """The hits at which `keep`, bool [P], is true."""
         kept = np.flatnonzero(keep)
         return Hits(self.index[kept], self.points.take(kept, 1), self.normals.take(kept, 1), self.share[kept])
 
 
 class Surface:
-    """A smooth union of ellipsoids over one window, nearest to the camera.
+    """The visible surface of a smooth union of ellipsoids.
 
-    Depths are joined with a polynomial smooth maximum of width `blend` (world units); normals and `share`
-    follow its weights. `share` tells how much of the surface comes from ellipsoids added with share 1.
+    Depths are combined by a polynomial smooth maximum of width `blend` in world units; normals and `share` are averaged
+    with its weights. `share` in [0, 1] says how much of the surface belongs to ellipsoids that were added with share 1.
+
+    Args:
+        camera: whose rays hit the surface.
+        bodies: ellipsoids whose bounding boxes contain everything that is added later.
     """
 
     def __init__(self, camera: Camera, bodies: list[Ellipsoid]) -> None:
@@ -163,7 +184,7 @@ class Surface:
         self.share = np.zeros(shape, np.float32)
 
     def add(self, body: Ellipsoid, *, blend: float, share: float = 0.0) -> None:
-        """Joins one ellipsoid, which must lie within the bodies named at construction."""
+        """Add one ellipsoid, which must lie within the bounding box of `bodies`."""
         window = self.camera.window(body.center, body.half_extent())
         if window[0].start >= window[0].stop or window[1].start >= window[1].stop:
             return
@@ -181,10 +202,10 @@ class Surface:
         self.share[own] += weight * (np.float32(share) - self.share[own])
 
     def add_blob(self, blob: "Blob") -> None:
-        """Lays a blob under everything that is added later; call it first."""
+        """Add a blob; call this before `add`."""
         x, y = self.camera.rays(self.window)
         closest = np.minimum.reduce([body.closest(x[None], y[:, None]) for body in blob.bodies])
-        flat = np.flatnonzero(closest < 1.3)  # the blob swells beyond its bodies, but not so far
+        flat = np.flatnonzero(closest < 1.3)  # a blob extends slightly beyond its bodies, but not this far
         _, x, y = _locate(self.camera, self.window, flat)
         z, normals, hit = blob.solve(x, y)
         flat = flat[hit]
@@ -192,6 +213,7 @@ class Surface:
         self.normals.reshape(3, -1)[:, flat] = normals[:, hit]
 
     def hits(self) -> Hits:
+        """All hits of the surface."""
         flat = np.flatnonzero(self.z > MISS / 2)
         normals = self.normals.reshape(3, -1).take(flat, 1)
         normals /= np.sqrt(np.einsum("ap,ap->p", normals, normals)) + np.float32(1e-6)
@@ -209,19 +231,19 @@ def _locate(camera: Camera, window: Window, flat: Index) -> tuple[Index, Array, 
 
 @dataclass(frozen=True)
 class Blob:
-    """The level set sum_i exp(sharpness_i * (1 - F_i(p))) = 1: ellipsoids that melt where they meet.
+    """The level set sum_i exp(sharpness_i * (1 - F_i(p))) = 1: ellipsoids that blend smoothly into each other.
 
-    It lies a little outside of its bodies, the more so where several overlap.
+    It lies slightly outside its bodies, and further outside where several overlap.
     """
 
     bodies: list[Ellipsoid]
     sharpness: list[float]
 
     def solve(self, x_P: Array, y_P: Array, *, steps: int = 2) -> tuple[Array, Array, NDArray[np.bool_]]:
-        """Nearest surface points of rays: z [P], unit normals [3, P], and whether the ray hits [P].
+        """Nearest surface points of rays: z [P], unit normals [3, P], and whether each ray hits, bool [P].
 
-        Each step takes the nearer root of the parabola that agrees with the sum's logarithm in value, slope
-        and curvature: along a ray through one ellipsoid, the logarithm is a parabola.
+        Each step replaces the logarithm of the sum along the ray by the parabola with the same value, slope and
+        curvature, and moves to its nearer root. With a single ellipsoid the logarithm is a parabola.
         """
         z = np.full(len(x_P), MISS, np.float32)
         exponents = []  # k0 + k1 z + k2 z^2 along the ray
@@ -230,7 +252,7 @@ class Blob:
             slope = q[0, 2] * x + q[1, 2] * y
             level = q[0, 0] * x * x + q[1, 1] * y * y + (2 * q[0, 1]) * x * y
             depth = slope * slope - q[2, 2] * (level - 1)
-            # The nearest hit starts; bodies that the ray misses stay back.
+            # Start at the nearest hit; for bodies that the ray misses, `start` lies further back.
             start = (np.copysign(np.sqrt(np.abs(depth)), depth) - slope) / q[2, 2]
             np.maximum(z, z0 + start, out=z)
             k2 = -sharp * q[2, 2]
@@ -264,7 +286,7 @@ class Blob:
 
 
 def cast_middle(camera: Camera, body: Ellipsoid) -> Hits:
-    """Where rays are deepest inside a body; normals are those of its outline, tipped towards the camera."""
+    """The points where rays are deepest inside a body, with the normals of its outline tilted towards the camera."""
     window = camera.window(body.center, body.half_extent())
     x, y = camera.rays(window)
     index, x, y = _locate(camera, window, np.flatnonzero(body.closest(x[None], y[:, None]) < 1))
@@ -298,7 +320,7 @@ def _cast(camera: Camera, window: Window, body: Ellipsoid) -> tuple[Array, Array
 
 
 def cast_ellipsoids(camera: Camera, bodies: list[Ellipsoid], *, blend: float = 0.02) -> Hits:
-    """Hits of the smooth union of `bodies`."""
+    """Hits of the smooth union of `bodies`; `blend`: width in world units."""
     surface = Surface(camera, bodies)
     for body in bodies:
         surface.add(body, blend=blend)
@@ -306,7 +328,7 @@ def cast_ellipsoids(camera: Camera, bodies: list[Ellipsoid], *, blend: float = 0
 
 
 def cast_plane(camera: Camera, frame: Frame, half_extent: tuple[float, float]) -> tuple[Hits, Array, Array]:
-    """Hits of a rectangle in the frame's x-y plane, |u| and |v| up to `half_extent`, with u and v [P]."""
+    """(hits, u, v) of a rectangle in the frame's x-y plane; u and v are its coordinates [P], up to `half_extent`."""
     extent = np.abs(frame.axes[:2, :2]) @ np.asarray(half_extent, np.float32)
     window = camera.window(frame.origin, extent)
     x, y = camera.rays(window)
@@ -321,16 +343,3 @@ def cast_plane(camera: Camera, frame: Frame, half_extent: tuple[float, float]) -
     normals = np.repeat(normal[:, None], len(index), 1)
     hits = Hits(index, points, normals, np.zeros(len(index), np.float32))
     return hits, u.ravel()[flat], v.ravel()[flat]
-
-
-def soft_shadow(points_3P: Array, light: Array, body: Ellipsoid, *, strength: float, softness: float) -> Array:
-    """Light that passes one ellipsoid on its way to each point, [P] in [1 - strength, 1]; soft edges."""
-    quadric = body.quadric()
-    offset = points_3P - body.center[:, None]
-    towards = quadric @ light
-    along = towards @ offset
-    square = float(light @ towards)
-    # Squared distance of the ray's nearest point, in units where the ellipsoid is the unit sphere.
-    nearest = np.einsum("ap,ap->p", offset, quadric @ offset) - along * np.abs(along) / square
-    ahead = smoothstep(0.2, -0.2, along)
-    return 1 - np.float32(strength) * ahead * smoothstep(1 + softness, 1 - softness, nearest)

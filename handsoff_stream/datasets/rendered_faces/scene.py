@@ -1,9 +1,10 @@
-"""Drawing the parameters of one face at random: pose, shape, colours, hair, light, the two rare accessories.
+"""The random parameters of one face: pose, shape, colors, hair, light, and the two rare accessories.
 
-Knows: distributions and the counter-based generator behind them. It does not know how anything is rendered,
-nor which dataset split an index belongs to.
+Knows distributions and the counter-based generator behind them. Does not know how anything is rendered, nor which split
+an index belongs to.
 
-Lengths are in head radii (about half the height of a skull), angles in radians, colours linear RGB in [0, 1].
+Lengths are in head radii (about half the height of a skull), angles in radians, colors linear RGB in [0, 1]. Color
+arrays are float32 [3].
 """
 
 from dataclasses import dataclass
@@ -30,64 +31,72 @@ _STREAM_FACE, _STREAM_GLASSES, _STREAM_HAT, STREAM_VARIETY = range(4)
 
 
 def linear(code: str) -> Array:
-    """Hexadecimal display colour => linear RGB (gamma 2), float32 [3]."""
+    """Hexadecimal display color => linear RGB (gamma 2), float32 [3]."""
     channels = [int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)]
     return np.square(np.array(channels, np.float32))
 
 
 @dataclass(frozen=True)
 class Glasses:
-    round: float  # 0 rounded square ... 1 circle
+    """Shape and color of glasses."""
+
+    round: float  # from 0, a rounded square, to 1, a circle
     radius: float
-    colour: Array
+    color: Array
 
 
 @dataclass(frozen=True)
 class Hat:
+    """Style, one of `HAT_STYLES`, position and colors of a hat."""
+
     style: str
     tilt: float
-    colour: Array
+    color: Array
     band: Array
 
 
 @dataclass(frozen=True)
 class Beard:
+    """Style, one of `variety.BEARD_STYLES`, relative size and color of a beard."""
+
     style: str
     size: float
-    colour: Array
+    color: Array
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Of clothing."""
+    """Pattern of the clothing; style is one of `variety.PATTERN_STYLES`."""
 
     style: str
     frequency: float  # periods in 2 pi head radii
     angle: float
-    colour: Array
+    color: Array
 
 
 @dataclass(frozen=True)
 class Hair:
+    """Style, one of `HAIR_STYLES`, and shape of the hair."""
+
     style: str
-    colour: Array
+    color: Array
     volume: float  # thickness of the hair over the skull
     line: float  # height of the hairline over the forehead
-    part: float  # the hairline's lean, signed
-    opening: float  # how far the side curtains of long styles leave the face free; larger is narrower
+    part: float  # slope of the hairline, in [-1, 1]
+    opening: float  # in [0, 1]; with long hair, larger values cover more of the sides of the face
     length: float
     curl: Array  # [24, 3] jitter of curls and locks in [-1, 1]
 
 
 @dataclass(frozen=True)
 class FaceScene:
-    """Everything `render` needs, apart from the picture's size."""
+    """Everything that `render_scene` needs, apart from the image's size."""
 
     yaw: float
     pitch: float
     roll: float
-    scale: float  # pixels a head radius, for a picture of one pixel
-    x0: float  # where the head's centre projects, in widths and heights of the picture
+    scale: float  # head radius, as a share of the image's size
+    x0: float  # position of the head's center, as a share of the image's width; y0: of its height
     y0: float
     skin: Array
     blush: float
@@ -109,20 +118,20 @@ class FaceScene:
     brow_thickness: float
     brow_arch: float
     brow_tilt: float
-    brow_colour: Array
+    brow_color: Array
     mouth_width: float
     smile: float
     lips: float
     mouth_open: float  # 0 for a closed mouth
-    lip_colour: Array
+    lip_color: Array
     hair: Hair
     cloth: Array
     collar: Array
     collar_width: float
-    background: Array  # [2, 3] upper and lower colour
-    blobs: Array  # [3, 7]: x, y, radius in picture widths, strength, colour
+    background: Array  # [2, 3] upper and lower color
+    blobs: Array  # [3, 7]: x, y, radius as shares of the image's size, strength, color
     light_direction: Array  # unit, towards the light
-    light_colour: Array
+    light_color: Array
     ambient: Array
     glasses: Glasses | None
     hat: Hat | None
@@ -131,21 +140,21 @@ class FaceScene:
 
 
 def random_stream(seed: int, index: int, stream: int) -> np.random.Generator:
-    """A random stream of (seed, index): index and stream are the counter's upper words, so none overlap."""
+    """Random numbers of (seed, index); index and stream are the counter's upper words, so sequences do not overlap."""
     counter = np.array([0, 0, stream, index], np.uint64)
     return np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64), counter=counter))
 
 
 def _mix(rng: np.random.Generator, codes: tuple[str, ...], spread: float = 0.0) -> Array:
-    """A colour between two neighbours of a list, its intensity varied by `spread`."""
+    """A random color between two neighbors in a list, with an intensity varied by `spread`."""
     at = rng.uniform(0, len(codes) - 1)
     low = min(int(at), len(codes) - 2)
-    colour = linear(codes[low]) * (1 - (at - low)) + linear(codes[low + 1]) * (at - low)
-    return (colour * rng.uniform(1 - spread, 1 + spread)).astype(np.float32)
+    color = linear(codes[low]) * (1 - (at - low)) + linear(codes[low + 1]) * (at - low)
+    return (color * rng.uniform(1 - spread, 1 + spread)).astype(np.float32)
 
 
 def _pick(rng: np.random.Generator, codes: tuple[str, ...], spread: float = 0.15) -> Array:
-    """One colour of a list, its brightness varied by `spread`."""
+    """A random color of a list, with a brightness varied by `spread`."""
     return (linear(codes[rng.integers(len(codes))]) * rng.uniform(1 - spread, 1 + spread)).astype(np.float32)
 
 
@@ -153,7 +162,7 @@ def _hair(rng: np.random.Generator) -> Hair:
     style = HAIR_STYLES[int(rng.choice(len(HAIR_STYLES), p=_HAIR_ODDS))]
     return Hair(
         style=style,
-        colour=_pick(rng, _HAIR, 0.2),
+        color=_pick(rng, _HAIR, 0.2),
         volume=rng.uniform(0.09, 0.15),
         line=rng.uniform(0.58, 0.70),
         part=rng.uniform(-1, 1),
@@ -170,7 +179,7 @@ def _light(rng: np.random.Generator) -> dict[str, Any]:
     warmth, power = rng.uniform(-0.08, 0.10), rng.uniform(0.78, 0.98)
     return {
         "light_direction": direction,
-        "light_colour": (power * np.array([1 + warmth, 1, 1 - warmth])).astype(np.float32),
+        "light_color": (power * np.array([1 + warmth, 1, 1 - warmth])).astype(np.float32),
         "ambient": (rng.uniform(0.30, 0.42) * np.array([1 - warmth, 1, 1 + warmth])).astype(np.float32),
     }
 
@@ -193,12 +202,12 @@ def _face(rng: np.random.Generator) -> dict[str, Any]:
     hair, skin = _hair(rng), _mix(rng, _SKIN, 0.08)
     opened = bool(rng.random() < 0.5)
     lip_tint = np.array([0.62, 0.16, 0.16], np.float32) * rng.uniform(0.75, 1.1)
-    brow = np.minimum(hair.colour * 0.55, skin * 0.42) if hair.style != "bald" else linear("2e211b")
+    brow = np.minimum(hair.color * 0.55, skin * 0.42) if hair.style != "bald" else linear("2e211b")
     return {
         "hair": hair,
         "skin": skin,
-        "lip_colour": (0.38 * skin + 0.62 * lip_tint * (0.35 + 0.65 * skin.max())).astype(np.float32),
-        "brow_colour": brow.astype(np.float32),
+        "lip_color": (0.38 * skin + 0.62 * lip_tint * (0.35 + 0.65 * skin.max())).astype(np.float32),
+        "brow_color": brow.astype(np.float32),
         "blush": rng.uniform(0.2, 1),
         "width": rng.uniform(0.94, 1.05),
         "jaw": rng.uniform(0.88, 1.10),
@@ -230,22 +239,22 @@ def _face(rng: np.random.Generator) -> dict[str, Any]:
 
 def _glasses(rng: np.random.Generator, probability: float) -> Glasses | None:
     worn = bool(rng.random() < probability)
-    glasses = Glasses(round=rng.uniform(0, 1), radius=rng.uniform(0.27, 0.31), colour=_pick(rng, _RIM))
+    glasses = Glasses(round=rng.uniform(0, 1), radius=rng.uniform(0.27, 0.31), color=_pick(rng, _RIM))
     return glasses if worn else None
 
 
 def _hat(rng: np.random.Generator, probability: float) -> Hat | None:
     worn = bool(rng.random() < probability)
     style = HAT_STYLES[int(rng.integers(len(HAT_STYLES)))]
-    hat = Hat(style=style, tilt=rng.uniform(0.10, 0.22), colour=_pick(rng, _HAT), band=_pick(rng, _HAT))
+    hat = Hat(style=style, tilt=rng.uniform(0.10, 0.22), color=_pick(rng, _HAT), band=_pick(rng, _HAT))
     return hat if worn else None
 
 
 def sample_scene(seed: int, index: int, *, glasses: float, hat: float) -> FaceScene:
     """The scene of (seed, index).
 
-    Glasses and hat have random streams of their own: their probabilities decide whether they are worn, and
-    nothing else.
+    Glasses and hat use random numbers of their own, so their probabilities `glasses` and `hat`, in [0, 1], only decide
+    whether they are worn.
     """
     rng = random_stream(seed, index, _STREAM_FACE)
     pose: dict[str, Any] = {

@@ -1,9 +1,9 @@
-"""What photographs have and plain rendered faces lack: wide poses, hard and coloured light, unusual colours, beards.
+"""Varied scenes, closer to photographs: wide poses, hard and colored light, unusual colors, beards, patterns.
 
-Knows distributions: a plain scene goes in, a varied one comes out. It does not know how anything is rendered. Framing
-and the smooth backgrounds stay as they are, so that a small generator can still learn the images.
+Knows distributions, and turns a plain scene into a varied one. Does not know how anything is rendered. Framing and the
+smooth backgrounds do not change, so that a small generator can still learn the images.
 
-Lengths are in head radii, angles in radians, colours linear RGB in [0, 1].
+Lengths are in head radii, angles in radians, colors linear RGB in [0, 1].
 """
 
 import colorsys
@@ -28,25 +28,25 @@ PATTERN_STYLES = ("stripes", "checks", "dots")
 
 
 def sample_varied_scene(seed: int, index: int, *, glasses: float, hat: float) -> FaceScene:
-    """The scene of (seed, index) as `sample_scene` draws it, varied by a random stream of its own."""
+    """The scene that `sample_scene` draws for (seed, index), varied with additional random numbers."""
     scene = sample_scene(seed, index, glasses=glasses, hat=hat)
     return _vary(scene, random_stream(seed, index, STREAM_VARIETY))
 
 
 def _vary(scene: FaceScene, rng: np.random.Generator) -> FaceScene:
-    """The scene with pose, light, colours and shape drawn anew from wider distributions; wear stays."""
-    hair_colour = _any_colour(rng, 0.15, 1.0, 0.05, 0.9) if rng.random() < 0.35 else scene.hair.colour
-    scene = replace(scene, hair=replace(scene.hair, colour=hair_colour), **_pose(rng), **_shape(rng))
+    """The scene with new pose, light, colors and shape from wider distributions; accessories do not change."""
+    hair_color = _any_color(rng, 0.15, 1.0, 0.05, 0.9) if rng.random() < 0.35 else scene.hair.color
+    scene = replace(scene, hair=replace(scene.hair, color=hair_color), **_pose(rng), **_shape(rng))
     scene = replace(scene, **_light(rng), **_surroundings(rng), beard=_beard(rng, scene))
     if rng.random() < 0.35:
-        scene = replace(scene, brow_colour=np.minimum(hair_colour * 0.8, 1).astype(np.float32))
+        scene = replace(scene, brow_color=np.minimum(hair_color * 0.8, 1).astype(np.float32))
     return scene
 
 
-def _any_colour(rng: np.random.Generator, saturation: float, most: float, value: float, brightest: float) -> Array:
-    """Linear RGB of any hue, within limits of saturation and of display brightness."""
-    colour = colorsys.hsv_to_rgb(rng.random(), rng.uniform(saturation, most), rng.uniform(value, brightest))
-    return np.square(np.array(colour, np.float32))
+def _any_color(rng: np.random.Generator, saturation: float, most: float, value: float, brightest: float) -> Array:
+    """Linear RGB of any hue, with a saturation in [saturation, most] and a display brightness in [value, brightest]."""
+    color = colorsys.hsv_to_rgb(rng.random(), rng.uniform(saturation, most), rng.uniform(value, brightest))
+    return np.square(np.array(color, np.float32))
 
 
 def _pose(rng: np.random.Generator) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _light(rng: np.random.Generator) -> dict[str, Any]:
     other = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.45), 1)
     return {
         "light_direction": direction,
-        "light_colour": (rng.uniform(0.6, 1.2) * np.array(tint)).astype(np.float32),
+        "light_color": (rng.uniform(0.6, 1.2) * np.array(tint)).astype(np.float32),
         "ambient": (rng.uniform(0.10, 0.40) * np.array(other)).astype(np.float32),
     }
 
@@ -101,14 +101,14 @@ def _surroundings(rng: np.random.Generator) -> dict[str, Any]:
     blobs = np.zeros((3, 7), np.float32)
     for blob in blobs:
         blob[:3] = rng.uniform(0, 1), rng.uniform(0, 1), rng.uniform(0.08, 0.4)
-        blob[3], blob[4:] = rng.uniform(0.4, 1.0), _any_colour(rng, 0, 0.8, 0.05, 1)
+        blob[3], blob[4:] = rng.uniform(0.4, 1.0), _any_color(rng, 0, 0.8, 0.05, 1)
     pattern = None
     if rng.random() < 0.5:
         style = PATTERN_STYLES[int(rng.integers(len(PATTERN_STYLES)))]
-        pattern = Pattern(style, rng.uniform(7, 16), rng.uniform(0, np.pi), _any_colour(rng, 0, 0.9, 0.05, 1))
-    cloth, collar = _any_colour(rng, 0, 0.9, 0.05, 1), _any_colour(rng, 0, 0.9, 0.05, 1)
+        pattern = Pattern(style, rng.uniform(7, 16), rng.uniform(0, np.pi), _any_color(rng, 0, 0.9, 0.05, 1))
+    cloth, collar = _any_color(rng, 0, 0.9, 0.05, 1), _any_color(rng, 0, 0.9, 0.05, 1)
     return {
-        "background": np.stack([_any_colour(rng, 0, 0.8, 0.05, 1) for _ in range(2)]),
+        "background": np.stack([_any_color(rng, 0, 0.8, 0.05, 1) for _ in range(2)]),
         "blobs": blobs,
         "cloth": cloth,
         "collar": collar if rng.random() < 0.6 else cloth,
@@ -121,5 +121,5 @@ def _beard(rng: np.random.Generator, scene: FaceScene) -> Beard | None:
     if rng.random() > 0.3:
         return None
     style = BEARD_STYLES[int(rng.integers(len(BEARD_STYLES)))]
-    colour = scene.hair.colour * rng.uniform(0.6, 1.0)
-    return Beard(style, rng.uniform(0.8, 1.2), colour.astype(np.float32))
+    color = scene.hair.color * rng.uniform(0.6, 1.0)
+    return Beard(style, rng.uniform(0.8, 1.2), color.astype(np.float32))

@@ -1,7 +1,7 @@
 """Hair, glasses and hats, drawn onto a canvas after the head.
 
-Knows: what sits on a head, in the head's local frame (see `parts`), and which class it carries. It does
-not know the face beneath, how a scene is drawn at random, nor files, datasets or torch.
+Knows the shapes of hair and accessories in the head's local frame (see `parts`), and their labels. Does not know the
+face, how a scene is drawn at random, nor files, datasets or torch.
 """
 
 from dataclasses import replace
@@ -29,7 +29,7 @@ from handsoff_stream.datasets.rendered_faces.raycast import (
 )
 from handsoff_stream.datasets.rendered_faces.scene import FaceScene, Glasses, Hair, Hat
 
-HAIR_MIDDLE = 0.10  # z that parts hair in front from hair behind
+HAIR_MIDDLE = 0.10  # z of the border between the parts HAIR_FRONT and HAIR_BEHIND
 
 
 def _hair_bodies(hair: Hair, scene: FaceScene, frame: Frame) -> list[Ellipsoid]:
@@ -47,7 +47,7 @@ def _hair_bodies(hair: Hair, scene: FaceScene, frame: Frame) -> list[Ellipsoid]:
 
 
 def _crown(hair: Hair, frame: Frame) -> list[Ellipsoid]:
-    """Volumes that stand off the scalp and need no hairline."""
+    """Ellipsoids of hair off the scalp, which the hairline does not limit."""
     if hair.style == "bun":
         return [Ellipsoid.at(frame, (0, 1.24, -0.25), (0.36, 0.32, 0.36))]
     if hair.style == "buns":
@@ -79,16 +79,17 @@ def _curl(hair: Hair, frame: Frame, i: int) -> Ellipsoid:
 
 
 def draw_hair(stage: Stage) -> None:
+    """Draw the hair: its shell up to the hairline, then hair off the scalp."""
     scene, hair = stage.scene, stage.scene.hair
     if hair.style == "bald":
         return
     bodies = _hair_bodies(hair, scene, stage.head)
     for body in bodies:
-        # Rays that enter the shell where it is cut away may still meet hair further back.
+        # Rays that enter the shell where it is cut away may still hit hair further back.
         inner, _ = _grown(stage, cast_middle(stage.camera, body))
         _draw_strands(stage, inner)
     cap, field = _grown(stage, cast_ellipsoids(stage.camera, bodies, blend=0.12))
-    # Locks end round: towards the hairline the shell turns to the face.
+    # Towards the hairline the normals turn to the face, so that locks look rounded.
     turn = 0.7 * np.exp(field * np.float32(-1 / 0.05))
     normals = cap.normals + stage.head.axes[:, 2:3] * (0.5 * turn) - stage.head.axes[:, 1:2] * (0.6 * turn)
     cap = replace(cap, normals=normals / np.linalg.norm(normals, axis=0))
@@ -99,14 +100,14 @@ def draw_hair(stage: Stage) -> None:
 
 
 def _grown(stage: Stage, hits: Hits) -> tuple[Hits, Array]:
-    """The visible hits that lie on the hairy side of the hairline, and their `hairness`."""
+    """The visible hits on the hair's side of the hairline, and their `hairness`."""
     scene, hair = stage.scene, stage.scene.hair
     hits = hits.where(hits.points[2] > stage.canvas.z[hits.index])
     x, y, z = stage.head.to_local(hits.points)
     field = hairness(hair, x, y, z)
     keep = field > 0
     if tucked(hair) or hair.style not in ("bob", "long"):
-        # Towards its edge the shell thins out, so that nothing stands off the outline of the head there.
+        # The shell becomes thinner towards its edge, so that it does not stick out from the head's outline there.
         limit = 0.04 + 0.4 * smoothstep(0.0, 0.7, field)
         if hair.style in ("bob", "long"):
             limit += 3 * smoothstep(0.15, -0.05, y)
@@ -116,10 +117,10 @@ def _grown(stage: Stage, hits: Hits) -> tuple[Hits, Array]:
 
 
 def _draw_strands(stage: Stage, hits: Hits) -> None:
-    """Hair colour with broad, soft locks that run down from the crown."""
+    """Draw hits in the hair's color, with broad, soft locks that run down from the crown."""
     scene, hair = stage.scene, stage.scene.hair
     x, y, z = stage.head.to_local(hits.points)
-    albedo = np.repeat(hair.colour[:, None], len(hits.index), 1)
+    albedo = np.repeat(hair.color[:, None], len(hits.index), 1)
     if hair.style != "curly":
         around = np.arctan2(x - 0.15 * hair.part, z + 0.25)
         wave = np.sin(13 * around + 2 * hair.part + 1.2 * np.sin(2 * y))
@@ -133,7 +134,7 @@ def _draw_strands(stage: Stage, hits: Hits) -> None:
 
 
 def _under_hat(stage: Stage, hits: Hits, albedo: Array, exposure: Array) -> tuple[Hits, Array, Array]:
-    """Hair that a hat presses down: nothing stands out above its line."""
+    """The hits, albedo and exposure of the hair below a hat's lower edge."""
     _, y, z = stage.head.to_local(hits.points)
     below = HAT_LINE + 0.06 - (y + 0.15 * z)
     keep = below > 0
@@ -142,7 +143,7 @@ def _under_hat(stage: Stage, hits: Hits, albedo: Array, exposure: Array) -> tupl
 
 
 def draw_glasses(stage: Stage) -> None:
-    """Two rims and a bridge in a plane before the eyes, and temples back to the ears."""
+    """Draw two rims and a bridge in a plane in front of the eyes, and temples back to the ears."""
     scene, glasses = stage.scene, stage.scene.glasses
     if glasses is None:
         return
@@ -156,9 +157,9 @@ def draw_glasses(stage: Stage) -> None:
     bridge = (np.abs(u) < spacing - radius + 0.01) & (np.abs(v - 0.06 - 0.05 * np.cos(12 * u)) < thick)
     normals = hits.normals + stage.head.axes[:, 1:2] * ((length - radius) / thick * np.sign(v) * 0.5)
     hits = replace(hits, normals=normals / np.linalg.norm(normals, axis=0))
-    stage.canvas.draw(hits.where(rim | bridge), Part.GLASSES, glasses.colour, gloss=0.2)
+    stage.canvas.draw(hits.where(rim | bridge), Part.GLASSES, glasses.color, gloss=0.2)
     for side in (-1, 1):
-        # The far temple would show through its own lens.
+        # The temple on the far side would be visible through its own lens.
         if side * stage.head.axes[2, 0] > -0.15:
             _draw_temple(stage, glasses, side, spacing + radius)
 
@@ -170,11 +171,11 @@ def _draw_temple(stage: Stage, glasses: Glasses, side: int, hinge: float) -> Non
     turn = rotation(float(np.arctan2(along[0], along[2])), 0, 0)
     radii = (0.045, 0.05, float(np.linalg.norm(along)) / 2)
     bar = Ellipsoid.at(stage.head, (float(middle[0]), float(middle[1]), float(middle[2])), radii, turn)
-    stage.canvas.draw(cast_ellipsoids(stage.camera, [bar]), Part.GLASSES, glasses.colour, gloss=0.2)
+    stage.canvas.draw(cast_ellipsoids(stage.camera, [bar]), Part.GLASSES, glasses.color, gloss=0.2)
 
 
 def draw_hat(stage: Stage) -> None:
-    """A beanie with a rolled cuff, a cap with a visor, or a hat with a brim all round."""
+    """Draw a beanie with a rolled cuff, a cap with a visor, or a hat with a brim all around."""
     scene, hat = stage.scene, stage.scene.hat
     if hat is None:
         return
@@ -184,28 +185,28 @@ def draw_hat(stage: Stage) -> None:
     hits = cast_ellipsoids(stage.camera, [dome])
     y = frame.to_local(hits.points)[1]
     band = smoothstep(0.0, 0.02, HAT_LINE + 0.22 - y) * (hat.style == "brimmed")
-    albedo = hat.colour[:, None] * (1 - band) + hat.band[:, None] * band
+    albedo = hat.color[:, None] * (1 - band) + hat.band[:, None] * band
     keep = y > HAT_LINE - 0.02
     stage.canvas.draw(hits.where(keep), Part.HAT, albedo[:, keep], gloss=0.04)
     if hat.style == "beanie":
         _draw_cuff(stage, hat, frame, dome)
     else:
         brim = _visor(scene, frame) if hat.style == "cap" else _brim(frame)
-        colour = hat.band if hat.style == "cap" else hat.colour
-        stage.canvas.draw(cast_ellipsoids(stage.camera, [brim]), Part.HAT, colour, gloss=0.04)
+        color = hat.band if hat.style == "cap" else hat.color
+        stage.canvas.draw(cast_ellipsoids(stage.camera, [brim]), Part.HAT, color, gloss=0.04)
 
 
 def _draw_cuff(stage: Stage, hat: Hat, frame: Frame, dome: Ellipsoid) -> None:
-    """The rolled edge of a beanie, and its bobble."""
-    colour, middle, half = hat.band, HAT_LINE + 0.12, 0.17
+    """Draw the rolled edge of a beanie, and its bobble."""
+    color, middle, half = hat.band, HAT_LINE + 0.12, 0.17
     hits = cast_ellipsoids(stage.camera, [replace(dome, radii=dome.radii + np.float32(0.06))])
     v = (frame.to_local(hits.points)[1] - middle) / half
     hits, v = hits.where(np.abs(v) < 1), v[np.abs(v) < 1]
     normals = hits.normals + frame.axes[:, 1:2] * (v * np.abs(v))
     hits = replace(hits, normals=normals / np.linalg.norm(normals, axis=0))
-    stage.canvas.draw(hits, Part.HAT, colour, gloss=0.02)
+    stage.canvas.draw(hits, Part.HAT, color, gloss=0.02)
     bobble = Ellipsoid.at(frame, (0, 1.42, -0.15), (0.24, 0.24, 0.24))
-    stage.canvas.draw(cast_ellipsoids(stage.camera, [bobble]), Part.HAT, colour, gloss=0.02)
+    stage.canvas.draw(cast_ellipsoids(stage.camera, [bobble]), Part.HAT, color, gloss=0.02)
 
 
 def _visor(scene: FaceScene, frame: Frame) -> Ellipsoid:

@@ -1,4 +1,4 @@
-"""The fine classes of the rendered faces: they nest in the ten, lie where they belong, and have mirror images."""
+"""The fine classes of the rendered faces: each belongs to one of the ten classes and lies in its place on the face."""
 
 import hashlib
 from dataclasses import replace
@@ -29,7 +29,7 @@ def frontal(index: int = 0) -> RenderedFace:
     return render_scene(replace(scene, yaw=0.0, pitch=0.0, roll=0.0, mouth_open=0.12), 128)
 
 
-def centre(face: RenderedFace, part: Part) -> tuple[float, float]:
+def center(face: RenderedFace, part: Part) -> tuple[float, float]:
     """Mean (row, column) of a part's pixels."""
     rows, columns = np.nonzero(face.parts == part)
     return float(rows.mean()), float(columns.mean())
@@ -69,15 +69,15 @@ def test_a_pixels_part_is_the_most_frequent_of_its_class_and_ties_go_to_the_larg
 
 def test_parts_lie_where_anatomy_puts_them() -> None:
     face = frontal()
-    row = {part: centre(face, part)[0] for part in Part if (face.parts == part).any()}
+    row = {part: center(face, part)[0] for part in Part if (face.parts == part).any()}
     assert row[Part.FOREHEAD] < row[Part.BROW_LEFT] < row[Part.LASHES_LEFT] < row[Part.IRIS_LEFT]
     assert row[Part.IRIS_LEFT] < row[Part.CHEEK_LEFT] < row[Part.CHIN] < row[Part.NECK] < row[Part.CLOTHING]
     assert row[Part.NOSE_BRIDGE] < row[Part.NOSE_TIP] < row[Part.PHILTRUM] < row[Part.UPPER_LIP]
     assert row[Part.UPPER_LIP] < row[Part.TEETH] < row[Part.MOUTH_INSIDE] < row[Part.LOWER_LIP] < row[Part.CHIN]
-    middle = centre(face, Part.NOSE_TIP)[1]
+    middle = center(face, Part.NOSE_TIP)[1]
     for part in Part:
         if part.name.endswith("_LEFT") and part in row:
-            assert centre(face, part)[1] < middle < centre(face, Part[part.name.replace("LEFT", "RIGHT")])[1], part
+            assert center(face, part)[1] < middle < center(face, Part[part.name.replace("LEFT", "RIGHT")])[1], part
 
 
 def test_the_pupil_lies_in_the_iris_and_the_iris_in_the_sclera() -> None:

@@ -1,4 +1,4 @@
-"""Varied faces: functions of seed and index like the plain ones, and wider in every respect that they name."""
+"""Varied faces are functions of seed and index, and have wider distributions than the plain ones."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from handsoff_stream.datasets.rendered_faces.labels import CLASS_OF_PART, Part
 from handsoff_stream.datasets.rendered_faces.scene import Beard, Pattern, sample_scene
 from handsoff_stream.datasets.rendered_faces.variety import BEARD_STYLES, PATTERN_STYLES, sample_varied_scene
 
-COLOUR = np.array([0.9, 0.05, 0.05], np.float32)
+COLOR = np.array([0.9, 0.05, 0.05], np.float32)
 
 
 def test_a_varied_face_is_a_function_of_seed_and_index() -> None:
@@ -53,7 +53,7 @@ def test_a_share_of_varied_faces_has_beards_patterns_and_accessories() -> None:
 @pytest.mark.parametrize("style", BEARD_STYLES)
 def test_a_beard_lies_around_the_mouth_is_skin_among_the_ten_classes_and_hides_no_lip(style: str) -> None:
     bare = replace(sample_scene(0, 0, glasses=0, hat=0), yaw=0.0, pitch=0.0, roll=0.0)
-    face, shaved = (render_scene(replace(bare, beard=beard), 128) for beard in (Beard(style, 1.0, COLOUR), None))
+    face, shaved = (render_scene(replace(bare, beard=beard), 128) for beard in (Beard(style, 1.0, COLOR), None))
     rows, _ = np.nonzero(face.parts == Part.BEARD)
     eyes, _ = np.nonzero(face.parts == Part.IRIS_LEFT)
     assert len(rows) > 20 and rows.min() > eyes.max()
@@ -63,10 +63,10 @@ def test_a_beard_lies_around_the_mouth_is_skin_among_the_ten_classes_and_hides_n
 
 
 @pytest.mark.parametrize("style", PATTERN_STYLES)
-def test_a_pattern_has_both_colours_of_the_clothing_and_changes_no_label(style: str) -> None:
+def test_a_pattern_has_both_colors_of_the_clothing_and_changes_no_label(style: str) -> None:
     bare = replace(sample_scene(0, 0, glasses=0, hat=0), cloth=np.array([0.05, 0.05, 0.9], np.float32))
     plain, patterned = (
-        render_scene(replace(bare, pattern=pattern), 128) for pattern in (None, Pattern(style, 12.0, 0.5, COLOUR))
+        render_scene(replace(bare, pattern=pattern), 128) for pattern in (None, Pattern(style, 12.0, 0.5, COLOR))
     )
     assert np.array_equal(plain.parts, patterned.parts)
     red, blue = patterned.image[patterned.parts == Part.CLOTHING][:, [0, 2]].astype(int).T

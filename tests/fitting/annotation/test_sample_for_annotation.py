@@ -1,4 +1,4 @@
-"""Samples to annotate: what is written, that it can be written again, and that fitting takes it without inversion."""
+"""Samples to annotate are written reproducibly, and fitting uses them without inversion."""
 
 import csv
 import json
@@ -122,13 +122,15 @@ def test_truncation_is_the_checkpoints_unless_told(checkpoint, tmp_path):
 def test_images_have_the_generators_resolution_even_where_the_stream_has_not(checkpoint, tmp_path):
     smaller = Checkpoint(checkpoint.generator, checkpoint.heads, output_size=(8, 8))
     folder = write_samples(smaller, tmp_path / "samples", num=1, device="cpu").parent
-    assert Image.open(folder / rows(folder)[0]["image"]).size == (16, 16)
+    with Image.open(folder / rows(folder)[0]["image"]) as image:
+        assert image.size == (16, 16)
 
 
 def test_a_published_generator_file_can_be_sampled(tmp_path):
     source = Path(__file__).parents[2] / "data" / "rosinality_32.pt"
     folder = write_samples(source, tmp_path / "samples", num=1, device="cpu").parent
-    assert Image.open(folder / rows(folder)[0]["image"]).size == (32, 32)
+    with Image.open(folder / rows(folder)[0]["image"]) as image:
+        assert image.size == (32, 32)
 
 
 # Which samples

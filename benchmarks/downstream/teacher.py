@@ -1,6 +1,6 @@
-"""The judge of `comparison`: a network that had unlimited annotation, and labels samples in a person's place.
+"""The teacher of `comparison`: a segmentation network trained on unlimited labelled renders, which labels samples.
 
-Knows how a judge is trained and what is fitted on its labels. Does not know the arms that need it.
+Knows how the teacher is trained and what is fitted on its labels. Does not know the arms that need it.
 """
 
 from dataclasses import replace
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.downstream.batches import Experiment, labels_of, load_judge, unlimited
+from benchmarks.downstream.batches import Experiment, labels_of, load_teacher, unlimited
 from handsoff_stream.checkpoint import load_checkpoint
 from handsoff_stream.datasets.rendered_faces import FINE_PALETTE, PALETTE
 from handsoff_stream.device import resolve_device
@@ -18,47 +18,47 @@ from handsoff_stream.fitting.annotation.sample import regenerate
 from handsoff_stream.fitting.from_files import save_calibrated
 from handsoff_stream.tasks import Segmentation
 
-JUDGE_SEED = 1000
-"""Seed of the judge: its renders are those of no seed that is compared."""
+TEACHER_SEED = 1000
+"""Seed of the teacher; far from the compared seeds, so that no arm sees the teacher's renders."""
 SAMPLES_SEED = 2**62
-"""Seed of the samples that `datasetgan` has labelled: no stream's."""
+"""Seed of the samples that the arm `datasetgan` is fitted on; no stream uses it."""
 
 
-def train_judge(experiment: Experiment, steps: int) -> SegmentationScores:
-    """Train the network that labels samples on renders without end; returns its scores on validation renders."""
-    torch.manual_seed(JUDGE_SEED)
-    judge = experiment.network(JUDGE_SEED)
+def train_teacher(experiment: Experiment, steps: int) -> SegmentationScores:
+    """Train the teacher on fresh renders and write its weights; returns its scores on validation renders."""
+    torch.manual_seed(TEACHER_SEED)
+    teacher = experiment.network(TEACHER_SEED)
     train_segmentation(
-        judge,
-        unlimited(experiment, JUDGE_SEED, steps),
+        teacher,
+        unlimited(experiment, TEACHER_SEED, steps),
         steps=steps,
         lr=experiment.lr,
         schedule=experiment.schedule,
         warmup=experiment.warmup,
         dtype=experiment.torch_dtype,
     )
-    torch.save(judge.state_dict(), experiment.judge)
+    torch.save(teacher.state_dict(), experiment.teacher)
     validation = experiment.faces("validation", experiment.validation_images)
-    return evaluate(judge, validation, experiment.class_names, dtype=experiment.torch_dtype)
+    return evaluate(teacher, validation, experiment.class_names, dtype=experiment.torch_dtype)
 
 
 def fit_on_samples(experiment: Experiment, *, fit: FitSettings | None = None, calibration_samples: int = 2000) -> None:
-    """DatasetGAN's way: fit a label generator on samples of the checkpoint's generator; writes `experiment.sampled`.
+    """Fit a label generator on samples of the checkpoint's generator, as DatasetGAN does; writes `experiment.sampled`.
 
-    DatasetGAN has people label them (Zhang et al., CVPR 2021, section 3.2); here the judge does. As many samples as
-    there are labelled images, at the stream's truncation.
+    In DatasetGAN people label the samples (Zhang et al., CVPR 2021, section 3.2); here the teacher does. There are as
+    many samples as labelled images, and they have the stream's truncation.
     """
     checkpoint = load_checkpoint(experiment.checkpoint)
     device = resolve_device(None)
     generator = checkpoint.generator.to(device)
     psi = checkpoint.truncation if experiment.truncation is None else experiment.truncation
-    judge = load_judge(experiment)
+    teacher = load_teacher(experiment)
     images, latents, labels = [], {}, []
     for index in range(experiment.labelled):
         name = f"sample-{index:02d}"
         latents[name], image = regenerate(generator, SAMPLES_SEED, index, psi)
         images.append((name, image.cpu()))
-        labels.append(labels_of(judge, image[None])[0].cpu())
+        labels.append(labels_of(teacher, image[None])[0].cpu())
     palette = FINE_PALETTE if experiment.fine else PALETTE
     found = invert(generator, images, Path(experiment.sampled).with_suffix(".latents"), given=latents)
     task = Segmentation(experiment.class_names, palette)
