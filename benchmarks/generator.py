@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from benchmarks.common import write_result
 from benchmarks.report.bar_chart import Chart
 from benchmarks.report.rows import Presentation, Result, Row
-from handsoff_stream.checkpoint import load_checkpoint
+from handsoff_stream.checkpoint import Checkpoint, load_checkpoint
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
 from handsoff_stream.downstream import evaluate
 from recipes.faces.gate import samples
@@ -112,11 +112,26 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def open_checkpoints(files: list[str]) -> dict[str, Checkpoint]:
+    """The checkpoints under their files' names without suffix.
+
+    Raises:
+        SystemExit: two files of one name, of which the result could show only one.
+    """
+    names = [Path(file).stem for file in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise SystemExit(
+                f"two of the files are named {name!r}, and the result tells them apart by name; rename one"
+            )
+    return {name: load_checkpoint(file) for name, file in zip(names, files, strict=True)}
+
+
 def main() -> None:
     """Measure every generator at every truncation, print a table, and write the result."""
     args = arguments()
     device = torch.device(args.device)
-    checkpoints = {Path(name).stem: load_checkpoint(name) for name in args.checkpoints}
+    checkpoints = open_checkpoints(args.checkpoints)
     size = next(iter(checkpoints.values())).generator.resolution[0]
     teacher = open_teacher(args.teacher, args.teacher_steps, device, varied=args.varied)
     reference, _ = look_at((images.to(device) for images in rendered("validation", size, args)), teacher)

@@ -1,4 +1,4 @@
-"""Documentation: every public name is described, every reference leads somewhere, the tree is whole, the code runs."""
+"""Documentation: public names have docstrings, references resolve, the tree is complete, the code runs."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""A run may stop with one number of shards and go on with another: nothing comes twice, nothing is left out."""
+"""A run can stop with one number of shards and resume with another: no sample is repeated or omitted."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""From files that a user has to a checkpoint that streams, through the command line alone, killed on the way."""
+"""From a user's files to a checkpoint that streams, through the command line alone, with kills in between."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A state counts what was handed out: whatever an exception swallowed comes again, and nothing comes twice."""
+"""A state counts the samples that were handed out: after an exception none is lost and none is repeated."""
 
 import itertools
 import json

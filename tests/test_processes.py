@@ -1,4 +1,4 @@
-"""Ranks and DataLoader workers, as real processes: shares without overlap, passes that go on, no rank left waiting."""
+"""Ranks and DataLoader workers in real processes: disjoint shares, repeated passes, and no rank left waiting."""
 
 import copy
 import itertools

@@ -1,5 +1,6 @@
-"""The strict reader gives what an honest file holds, and for any other bytes a CheckpointError, soon and in little
-memory. Pickles are written here by the standard pickler or by hand, opcode by opcode; none is ever read by it.
+"""The strict reader returns the content of valid files, and refuses other bytes quickly, with little memory.
+
+Pickles are written here by the standard pickler or by hand, opcode by opcode; the standard unpickler reads none.
 """
 
 import io

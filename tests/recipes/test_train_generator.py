@@ -1,4 +1,4 @@
-"""The generator trainer resumes exactly, grows without a jump, and its discriminator is the paper's."""
+"""The generator trainer resumes exactly, grows without changing images, and has the paper's discriminator."""
 
 import json
 import signal
