@@ -1,7 +1,7 @@
 """Accelerate: every rank synthesises its own samples, and save_state / load_state resume all of them exactly.
 
-    python examples/integrations/accelerate_loop.py
-    accelerate launch --num_processes 2 --cpu examples/integrations/accelerate_loop.py
+python examples/integrations/accelerate_loop.py
+accelerate launch --num_processes 2 --cpu examples/integrations/accelerate_loop.py
 """
 
 import tempfile

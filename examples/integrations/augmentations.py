@@ -1,6 +1,6 @@
 """Augmentations of torchvision, albumentations and kornia: image and label together, a function of seed and index.
 
-    python examples/integrations/augmentations.py
+python examples/integrations/augmentations.py
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Lightning: an interrupted run goes on with the very next sample, on one process or several.
 
-    python examples/integrations/lightning_resume.py
+python examples/integrations/lightning_resume.py
 """
 
 import tempfile
@@ -33,7 +33,9 @@ class Segmenter(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def train(stream: HandsOffStream[LabelledBatch], folder: Path, steps: int, workers: int = 0, **options: Any) -> list[int]:
+def train(
+    stream: HandsOffStream[LabelledBatch], folder: Path, steps: int, workers: int = 0, **options: Any
+) -> list[int]:
     """Train until `steps`, from the checkpoint in the folder if there is one; the indices of the samples seen."""
     loader = HandsOffLoader(stream, num_workers=workers)
     saved = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1)

@@ -1,6 +1,6 @@
 """Speed, acceptance, uncertainty and class shares in TensorBoard; W&B takes the same numbers by `wandb.log(values)`.
 
-    python examples/integrations/log_the_stream.py && tensorboard --logdir runs
+python examples/integrations/log_the_stream.py && tensorboard --logdir runs
 """
 
 from torch.utils.tensorboard import SummaryWriter

@@ -1,7 +1,7 @@
 """PyTorch's DDP with persistent DataLoader workers: epochs go on, and every rank has as many batches as the others.
 
-    python examples/integrations/torch_ddp.py
-    torchrun --nproc-per-node 2 examples/integrations/torch_ddp.py
+python examples/integrations/torch_ddp.py
+torchrun --nproc-per-node 2 examples/integrations/torch_ddp.py
 """
 
 import os

@@ -1,6 +1,6 @@
 """torchdata: StatefulDataLoader and nodes save and resume the position of a stream.
 
-    python examples/integrations/torchdata_loaders.py
+python examples/integrations/torchdata_loaders.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """Training and validation from one stream: `skip` and `take` part the indices; the filter holds for both.
 
-    python examples/integrations/train_and_validation.py
+python examples/integrations/train_and_validation.py
 """
 
 from torch.utils.data import DataLoader, Subset

@@ -1,7 +1,7 @@
 """Hugging Face's Trainer: every rank synthesises its own samples, and a checkpoint resumes all of them exactly.
 
-    python examples/integrations/transformers_trainer.py
-    torchrun --nproc-per-node 2 examples/integrations/transformers_trainer.py
+python examples/integrations/transformers_trainer.py
+torchrun --nproc-per-node 2 examples/integrations/transformers_trainer.py
 """
 
 import tempfile

@@ -11,6 +11,7 @@ from handsoff_stream.errors import StreamError
 from handsoff_stream.outlets.loader import HandsOffLoader
 from handsoff_stream.shard import Shard
 
+pytestmark = pytest.mark.filterwarnings("default")  # of the frameworks themselves
 accelerate = pytest.importorskip("accelerate")
 
 
@@ -19,7 +20,9 @@ def accelerator(**options):
     return accelerate.Accelerator(dataloader_config=accelerate.DataLoaderConfiguration(**options))
 
 
-def prepared(checkpoint: str, dispatch: bool, shard: Shard | None, workers: int, context: str | None) -> list[int] | str:
+def prepared(
+    checkpoint: str, dispatch: bool, shard: Shard | None, workers: int, context: str | None
+) -> list[int] | str:
     """Indices seen by this rank, or what was said instead."""
     stream = make_stream(checkpoint, as_dict=True, epoch_size=32, shard=shard)
     loader = DataLoader(stream, batch_size=4, num_workers=workers, multiprocessing_context=context)

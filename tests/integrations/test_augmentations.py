@@ -15,7 +15,9 @@ def patterned(indices) -> LabelledBatch:
     label = torch.randint(0, 3, (8, 8), generator=generator)
     labels = torch.stack([label.roll(int(index), 0) for index in indices])
     i = torch.tensor(indices)
-    return LabelledBatch((labels[:, None] / 2).expand(-1, 3, -1, -1).contiguous(), labels, i.float(), i, indices[-1] + 1)
+    return LabelledBatch(
+        (labels[:, None] / 2).expand(-1, 3, -1, -1).contiguous(), labels, i.float(), i, indices[-1] + 1
+    )
 
 
 def of_torchvision():
