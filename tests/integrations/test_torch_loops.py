@@ -14,6 +14,8 @@ from handsoff_stream.filters import BlockQuantile
 from handsoff_stream.outlets.loader import HandsOffLoader
 from handsoff_stream.outlets.meter import StreamMeter
 
+pytestmark = pytest.mark.filterwarnings("default")  # of the frameworks themselves
+
 
 def ddp(checkpoint: str, workers: int) -> list[list[int]]:
     import torch_ddp
