@@ -35,6 +35,7 @@ from handsoff_stream.source import CheckpointSource
 from handsoff_stream.synthesizer import Synthesizer, in_chunks
 from handsoff_stream.transforms import JointTransform
 from handsoff_stream.uncertainty import ScoreKind
+from handsoff_stream.wrapping import check_not_divided_again
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -181,6 +182,7 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         """A new pass: the loaded state's if one was loaded, else the next epoch."""
         worker = detect_worker()
         self._check_devices(worker)
+        self._check_not_divided_again(worker)
         epoch, state = self._passes.begin(worker)
         progress = self._new_progress(state, epoch, worker)
         self._progress = os.getpid(), progress
@@ -290,6 +292,10 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
             return self._shard
         return self._carried_rank if worker is not None and self._carried_rank is not None else detect()
 
+    def _check_not_divided_again(self, worker: Worker | None) -> None:
+        if self._shard is None:
+            check_not_divided_again(self._rank(worker).count)
+
     def _check_devices(self, worker: Worker | None) -> None:
         for device in (self.device, self.output_device):
             check_device(device, in_worker=worker is not None)
@@ -305,6 +311,7 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
     def __getstate__(self) -> dict[str, Any]:
         # A copy begins where this stream was set to begin; it builds its own networks on first use. A worker that is
         # being spawned cannot ask torch.distributed, so the rank goes with it.
+        self._check_not_divided_again(detect_worker())
         state = {**self.__dict__, "_carried_rank": self._rank(detect_worker()), "_progress": None}
         return state if self._given_synthesize else {**state, "_synthesize": None}
 
