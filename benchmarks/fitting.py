@@ -234,7 +234,9 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=8, help="other images, to measure accuracy on")
     parser.add_argument("--members", type=int, default=10)
     parser.add_argument("--hidden", type=int, nargs=2, default=(128, 32))
-    parser.add_argument("--epochs", type=int, nargs="+", default=(2, 4, 8, 16), help="of ours, one fit each")
+    parser.add_argument(
+        "--epochs", type=int, nargs="+", default=(2, 4, 8, 16), help="one fit of this package for each number"
+    )
     parser.add_argument("--published-epochs", type=int, default=4, help="at most; the published training has 4 to 100")
     args = parser.parse_args()
     theirs, ours = in_fresh_process(run_published, args), in_fresh_process(run_ours, args)

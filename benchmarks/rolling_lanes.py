@@ -20,6 +20,7 @@ from rich.table import Table
 
 from benchmarks.common import add_stream_options, parser, result_name, settings, stream_options, write_result
 from benchmarks.report.rows import Presentation, Result, Row
+from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.filters import LANES_WITH_HISTORY, RollingPercentile
 from handsoff_stream.stream import HandsOffStream
 
@@ -95,19 +96,31 @@ def rows(result: Result) -> list[Row]:
 PRESENTATION = Presentation(rows)
 
 
+def synthesized(stream: HandsOffStream[LabelledBatch], samples: int) -> list[float]:
+    """Scores of the first samples of the stream, whole batches of 20."""
+    batches = track(zip(range(samples // 20), stream, strict=False), total=samples // 20)
+    return [score for _, batch in batches for score in batch.uncertainty.tolist()]
+
+
 def main() -> None:
     """Compare the decisions, print two tables, and write the result."""
     options = parser(__doc__, name="rolling_lanes")
     add_stream_options(options)
     options.add_argument("--checkpoint", default="faces", help="name or path")
-    options.add_argument("--samples", type=int, default=3000)
+    options.add_argument(
+        "--samples",
+        type=int,
+        default=3000,
+        help="to synthesize; 0: half of the checkpoint's calibration scores are samples, the other half calibrates",
+    )
     options.add_argument("--long-run", type=int, default=200_000, help="scores drawn from those of the samples")
     options.add_argument("--lanes", type=int, nargs="+", default=[1, 4, LANES_WITH_HISTORY, 96])
     args = options.parse_args()
     stream = HandsOffStream(args.checkpoint, filter=None, batch_size=20, device=args.device, **stream_options(args))
-    batches = track(zip(range(args.samples // 20), stream, strict=False), total=args.samples // 20)
-    scores = [score for _, batch in batches for score in batch.uncertainty.tolist()]
     calibration = stream._source.calibration_scores(stream.options)
+    scores = synthesized(stream, args.samples)
+    if not scores:
+        calibration, scores = calibration[::2], calibration[1::2]
     drawn = np.random.default_rng(0).choice(scores, args.long_run).tolist()
     runs = {"samples": scores, "long_run": drawn}
     result: dict[str, Any] = {

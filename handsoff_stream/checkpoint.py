@@ -44,7 +44,7 @@ class Calibration:
     options: dict[str, Any]
     """The synthesis options they were computed with, without seed and kind of score."""
     scores: dict[str, list[float]]
-    """Kind of score ("sum", "top10_mean") => one score a sample."""
+    """Kind of score ("sum", "top10_mean") => one score per sample."""
 
 
 @dataclass(frozen=True)

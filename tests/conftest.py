@@ -1,4 +1,4 @@
-"""What several test files build on: a whole, real, tiny checkpoint, and one helper that proves exact resuming."""
+"""Fixtures that several test files share: a complete, tiny checkpoint, and a check of exact resuming."""
 
 import json
 import os

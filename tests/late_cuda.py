@@ -1,10 +1,10 @@
-"""torch.cuda without a GPU: streams do their work late, and in any order with respect to each other.
+"""A torch.cuda without a GPU, whose streams run late and in any order relative to each other.
 
-What is done to a `Late` tensor is not computed but enqueued on the current stream; until it runs, memory holds
-`GARBAGE`. A stream works in order and stops at an event that has not happened. When it works is the test's choice:
-`eager` streams as soon as they can, the others only when the host waits for them. Every such order is one that a GPU
-may take, so a missing wait becomes wrong data. Memory that is freed goes to the next user at once, as the caching
-allocator would give it. `forget` leaves out one rule of prefetch.py on purpose.
+An operation on a `Late` tensor is not computed but queued on the current stream; until it runs, memory holds `GARBAGE`.
+A stream runs in order and stops at an event that has not happened. A test chooses when streams run: `eager` streams as
+soon as possible, other streams only when the host waits for them. A GPU may run in each of these orders, so a missing
+wait gives wrong data. Freed memory is given to the next user at once, as the caching allocator would do. `forget` omits
+one rule of prefetch.py on purpose.
 """
 
 import random

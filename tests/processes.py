@@ -1,6 +1,6 @@
-"""Streams in processes of their own: ranks that find each other over tcp://, DataLoader workers of any kind.
+"""Streams in separate processes: ranks that find each other over tcp://, and DataLoader workers of any start method.
 
-The stream's samples are those of a fake synthesizer, so that a process costs its start and nothing else.
+A fake synthesizer makes the stream's samples, so that a process only costs its start.
 """
 
 import itertools

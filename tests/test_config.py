@@ -1,4 +1,4 @@
-"""A YAML file says what a dataclass has fields for, and nothing else; mistakes are named with their line."""
+"""A YAML file sets the fields of a dataclass and nothing else; errors name the line."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

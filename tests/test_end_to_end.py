@@ -1,4 +1,4 @@
-"""From files that a user has to a checkpoint that streams, through the command line alone, killed on the way."""
+"""From a user's files to a checkpoint that streams, through the command line alone, with kills in between."""
 
 import subprocess
 import sys
@@ -44,8 +44,9 @@ def user(tmp_path: Path) -> Path:
 def fit(user: Path, name: str) -> list[str]:
     return [
         sys.executable, "-m", "handsoff_stream.cli", "fit", str(GENERATOR), "--images", str(user / "photos"),
-        "--labels", str(user / "masks"), "--class-map", str(user / "classes.yaml"), "--resize", "crop", "--steps", "30",
-        "--hidden", "16", "8", "--epochs", "2", "--device", "cpu", "--out", str(user / f"{name}.safetensors"),
+        "--labels", str(user / "masks"), "--class-map", str(user / "classes.yaml"), "--resize", "crop", "--steps", "10",
+        "--hidden", "16", "8", "--epochs", "1", "--calibration-samples", "40", "--device", "cpu",
+        "--out", str(user / f"{name}.safetensors"),
     ]  # fmt: skip
 
 

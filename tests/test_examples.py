@@ -1,4 +1,4 @@
-"""The examples run as printed in their docstrings, with smaller counts, and do what they say."""
+"""The examples run as their docstrings say, with smaller counts, and do what they claim."""
 
 import ast
 import runpy

@@ -1,4 +1,4 @@
-"""The pyramid stands for a hypercolumn: whatever is read from it equals the same part of the whole thing."""
+"""The pyramid represents hypercolumns: all that is read from it equals that part of the full hypercolumns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Filters keep the certain nine tenths: the right share, the offline choice, and a voice when all goes wrong."""
+"""Filters keep the most certain nine tenths: the right share, the offline choice, and a warning if all is rejected."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""One rectangle: edges in one order, sides, and where an output lies that shows a part of an image."""
+"""The rectangle type: the order of its edges, its size, and where an output of a part of an image lies."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Nothing that a training loop sets globally changes a sample, and nothing that makes a sample changes the loop."""
+"""Global settings of a training loop do not change samples, and making samples does not change those settings."""
 
 import random
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""A state counts what was handed out: whatever an exception swallowed comes again, and nothing comes twice."""
+"""A state counts the samples that were handed out: after an exception none is lost and none is repeated."""
 
 import itertools
 import json
@@ -9,9 +9,9 @@ import pytest
 import torch
 from processes import FILTERS, fake_stream, indices_of, synthesize
 
-from handsoff_stream.dealing import EPOCH_STRIDE
 from handsoff_stream.errors import StreamError
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
+from handsoff_stream.position.dealing import EPOCH_STRIDE
 from handsoff_stream.stream import HandsOffStream
 
 DATA = Path(__file__).parent / "data"

@@ -1,4 +1,4 @@
-"""Precision is named, chosen by the user, part of a stream's identity, and refused where it cannot be had."""
+"""Precision is named, chosen by the user, part of a stream's identity, and refused on devices without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sheet of samples that a person looks at before training on them."""
+"""The sheet of samples, which users look at before a training."""
 
 from __future__ import annotations
 

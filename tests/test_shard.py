@@ -1,4 +1,4 @@
-"""Shards divide the index line: every index belongs to exactly one, whatever their number."""
+"""Shards divide all indices: each index belongs to exactly one shard, for any number of shards."""
 
 from itertools import takewhile
 

@@ -1,4 +1,4 @@
-"""A stream is of one checkpoint: what decides samples is its identity, and a checkpoint that changes is noticed."""
+"""A stream belongs to one checkpoint: everything that decides samples is its identity, and changes are noticed."""
 
 import copy
 import dataclasses

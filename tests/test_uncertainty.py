@@ -1,4 +1,4 @@
-"""The formulas, against numbers that can be checked by hand and those of the published code."""
+"""The formulas of uncertainty give numbers computed by hand, and those of the published code."""
 
 from __future__ import annotations
 

@@ -7,13 +7,13 @@ be small, `--piece-mb 15` leaves the state in pieces, which the next slice puts 
 the result as JSON.
 """
 
+import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, parser, result_name, settings, write_result
+from benchmarks.common import parser, result_name, settings, write_result
 from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.files.atomic import whole_file
 
@@ -72,9 +72,10 @@ def main() -> None:
     args, passed_on = options.parse_known_args()
     args.run.mkdir(parents=True, exist_ok=True)
     join(args.run / STATE)
-    run = args.run.resolve()
-    command = [sys.executable, "-m", TRAINER, run, "--device", args.device, "--seconds", args.seconds, *passed_on]
-    subprocess.run([str(part) for part in command], check=True, cwd=ROOT)
+    given, sys.argv = sys.argv, [TRAINER, str(args.run), "--device", args.device, "--seconds", str(args.seconds)]
+    sys.argv += passed_on
+    importlib.import_module(TRAINER).main()  # SIGTERM lets it save and return
+    sys.argv = given
     record = {"settings": {**settings(args), "trainer": passed_on}, "last": last_metrics(args.run)}
     if args.piece_mb is not None:
         split(args.run / STATE, args.piece_mb << 20)

@@ -124,7 +124,7 @@ class FitArguments:
         """
         if self.latents is not None and self.given_latents is not None:
             raise ValueError(
-                "--latents is the folder of inversions, but --given-latents replaces inversion; pass only one of them"
+                "--latents is the folder of inversions, but --given-latents replaces inversion; pass one of them"
             )
         if self.encoder is None and self.radius != DEFAULT_RADIUS:
             raise ValueError(

@@ -63,8 +63,7 @@ def train_segmentation(
     Args:
         model: images [B, 3, H, W] => logits [B, K, H, W].
         batches: pairs of images float32 [B, 3, H, W] in [0, 1] and labels int64 [B, H, W]; iterated again if they end
-            before `steps`. Batches smaller than the first one, such as the last of an epoch, are dropped, because
-            small batches disturb BatchNorm and a single image makes it fail.
+            before `steps`. Batches smaller than the first one are dropped, because they disturb BatchNorm.
         steps: optimizer steps.
         lr: highest learning rate.
         schedule: "constant", or "cosine", which falls to zero at the end.
@@ -73,11 +72,7 @@ def train_segmentation(
         dtype: dtype of the forward pass under autocast; None means bfloat16 where the device has instructions for
             it, float32 elsewhere.
         ignore_index: label of pixels that do not count.
-        progress: called as `progress(step, loss)` after each step. The host then waits for each step, so on CUDA
-            training no longer overlaps with data loading.
-
-    Returns:
-        The loss of each step, and the times.
+        progress: called as `progress(step, loss)` after each step, for which the host then waits.
 
     Raises:
         ValueError: fewer than 1 step, an unknown schedule, batches of one image, or batches that end before `steps` and

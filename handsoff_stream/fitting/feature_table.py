@@ -15,6 +15,7 @@ size, h w native size.
 import mmap
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -60,6 +61,7 @@ class FileRows:
     def __init__(self, num_rows: int, channels: int, folder: Path) -> None:
         self.channels, self.num_bytes = channels, 2 * num_rows * channels
         self._file = tempfile.TemporaryFile(dir=folder)
+        weakref.finalize(self, self._file.close)
 
     def append(self, rows: Tensor) -> None:
         """Add float16 rows [n, C] after those added so far."""

@@ -71,7 +71,11 @@ class InversionOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """How labelled files become a checkpoint; everything but the files."""
+    """How labelled files become a checkpoint: all options except the files.
+
+    Raises:
+        ValueError: `memory_gb` or `calibration_samples` out of range.
+    """
 
     inversion: InversionOptions = InversionOptions()
     """Of the images whose latents are not given."""
@@ -104,7 +108,7 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class FitSummary:
-    """What a user wants to know after a fit."""
+    """The result of a fit, in short."""
 
     accuracy: float | None
     """Share of held-out labelled pixels that are labelled right; None if none were held out."""

@@ -161,39 +161,48 @@ class StyleGAN1(Generator):
 
     @property
     def resolution(self) -> tuple[int, int]:
+        """See `Generator.resolution`."""
         side = 4 << (len(self.channels) - 1)
         return side, side
 
     @property
     def num_ws(self) -> int:
+        """See `Generator.num_ws`."""
         return self._num_ws
 
     @property
     def z_dim(self) -> int:
+        """See `Generator.z_dim`."""
         return self._z_dim
 
     @property
     def w_dim(self) -> int:
+        """See `Generator.w_dim`."""
         return self._w_dim
 
     @property
     def feature_channels(self) -> tuple[int, ...]:
+        """See `Generator.feature_channels`."""
         return tuple(c for channels in self.channels for c in (channels, channels))
 
     @property
     def feature_sizes(self) -> tuple[tuple[int, int], ...]:
+        """See `Generator.feature_sizes`."""
         return self.noise_shapes
 
     @property
     def constant_map(self) -> None:
+        """See `Generator.constant_map`."""
         return None
 
     @property
     def noise_shapes(self) -> tuple[tuple[int, int], ...]:
+        """See `Generator.noise_shapes`."""
         sides = [4 << i for i in range(len(self.channels))]
         return tuple((side, side) for side in sides for _ in range(2))
 
     def config(self) -> dict[str, Any]:
+        """See `Generator.config`."""
         return {
             "channels": list(self.channels),
             "z_dim": self.z_dim,
@@ -205,6 +214,7 @@ class StyleGAN1(Generator):
         }
 
     def mapping(self, z_BD: Tensor, label: Tensor | None = None) -> Tensor:
+        """See `Generator.mapping`."""
         if label is not None:
             raise ValueError(
                 f"label is {list(label.shape)}, but this generator is unconditional; call mapping(z) without a label"
@@ -215,6 +225,7 @@ class StyleGAN1(Generator):
         return x
 
     def synthesis(self, w_plus_BLD: Tensor, noise: Noise = "const", *, dtype: torch.dtype | None = None) -> Synthesis:
+        """See `Generator.synthesis`."""
         if w_plus_BLD.ndim != 3 or w_plus_BLD.shape[1:] != (self.num_ws, self.w_dim):
             raise ValueError(
                 f"w_plus has shape {list(w_plus_BLD.shape)}, but this generator takes [B, {self.num_ws}, "

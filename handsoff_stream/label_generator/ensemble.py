@@ -182,7 +182,7 @@ class LabelGenerator(nn.Module):
             target.copy_(state[key])
 
     def _published_targets(self, member: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Published name => the member's part of ours; refuses tensors that do not fit."""
+        """Published name => the part of this class's tensors that holds the member; refuses tensors that do not fit."""
         layers = {0: self.linear1, 2: self.norm1, 3: self.linear2, 5: self.norm2, 6: self.linear3}
         targets = {
             f"layers.{position}.{name}": stacked[member]

@@ -1,10 +1,10 @@
-"""Lightning resumes a stream exactly: on one rank or several, endless or with epochs, however far it fetches ahead.
+"""A Lightning callback with which training resumes exactly, on one or several ranks, with or without epochs.
 
     loader = HandsOffLoader(HandsOffStream("faces", batch_size=8))
     Trainer(callbacks=[StreamPosition(loader)]).fit(module, loader, ckpt_path=path)
 
-Lightning itself saves what rank 0's loader says, and fetches a batch ahead if the loader has no length. The only
-importer of lightning.
+Without it Lightning saves the state of rank 0's loader only, and that state is one batch too far if the loader has no
+length, since Lightning then fetches a batch ahead. No other module imports lightning.
 """
 
 from typing import Any
@@ -17,10 +17,10 @@ from handsoff_stream.outlets.ranks import AllRanks
 
 
 class StreamPosition(Callback):
-    """Puts into each checkpoint where every rank's loader was after the batch it trained on last.
+    """Saves in each checkpoint the position of every rank's loader after the batch that was trained on last.
 
     Args:
-        loader: the one that is given to `fit`; its stream makes batches (`batch_size=n`).
+        loader: the loader that is passed to `fit`; its stream makes batches (`batch_size=n`).
     """
 
     def __init__(self, loader: HandsOffLoader[LabelledBatch]) -> None:
@@ -30,6 +30,7 @@ class StreamPosition(Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: LabelledBatch, batch_idx: int
     ) -> None:
+        """Remember the batch; called by Lightning."""
         self._trained = batch
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a stream delivers, as numbers for TensorBoard, Weights & Biases or any other logger.
+"""Statistics of a stream, as numbers for TensorBoard, Weights & Biases or any other logger.
 
     meter = StreamMeter(loader)
     for step, batch in enumerate(loader):
@@ -21,10 +21,10 @@ from handsoff_stream.outlets.loader import HandsOffLoader
 
 
 class StreamMeter:
-    """Speed, acceptance, uncertainty and class shares since they were last asked for.
+    """Speed, acceptance, uncertainty and class shares since the last call of `values`.
 
     Args:
-        loader: whose batches are counted; its stream makes batches (`batch_size=n`).
+        loader: the loader whose batches are counted; its stream makes batches (`batch_size=n`).
     """
 
     def __init__(self, loader: HandsOffLoader[Any]) -> None:
@@ -40,7 +40,7 @@ class StreamMeter:
         self._pixels: dict[str, Tensor] = {}
 
     def update(self, batch: LabelledBatch) -> None:
-        """Count a batch. Waits for no device."""
+        """Count a batch, without waiting for the device."""
         self._pairs += len(batch)
         largest = batch.uncertainty.max()
         self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
@@ -51,10 +51,10 @@ class StreamMeter:
                 self._pixels[head] = self._pixels.get(head, 0) + pixels
 
     def values(self) -> dict[str, float]:
-        """Numbers by name; a new interval begins.
+        """Numbers by name, and start a new interval.
 
         stream/pairs_per_second: of this rank. stream/acceptance: share of samples that the filter kept, in this pass of
-        this rank. stream/largest_uncertainty: of the batches; the filter's threshold is at or above it.
+        this rank. stream/largest_uncertainty: of all samples; the filter's threshold is not below it.
         stream/share/<class> or stream/share/<head>/<class>: share of labelled pixels, for heads with classes.
         """
         seconds = time.perf_counter() - self._began

@@ -11,14 +11,14 @@ import torch.distributed
 
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.outlets.loader import HandsOffLoader
-from handsoff_stream.state import State, merge_states
+from handsoff_stream.position.state import State, merge_states
 
 
 class AllRanks:
     """`state_dict` and `load_state_dict` of a loader, for all ranks together.
 
-    As many ranks as before go on exactly where each of them was. Another number of ranks shares what is left by
-    `merge_states`.
+    With the same number of ranks, each rank continues exactly where it was. With another number, `merge_states` divides
+    the remaining samples among the ranks.
 
     Args:
         loader: of this rank.
@@ -28,7 +28,7 @@ class AllRanks:
         self.loader = loader
 
     def state_dict(self, *, after: LabelledBatch | None = None) -> dict[str, Any]:
-        """The state of each rank, in their order; JSON-able. A collective operation: call it on every rank.
+        """The states of all ranks in their order, JSON-able. This is a collective operation: call it on every rank.
 
         Args:
             after: see `HandsOffLoader.state_dict`.
@@ -44,7 +44,7 @@ class AllRanks:
         """Let the next pass of this rank continue where `state_dict` was taken.
 
         Raises:
-            ValueError: the states are of a stream with other options, or no states of all ranks of a run.
+            ValueError: the states belong to a stream with other options, or are not those of all ranks of a run.
         """
         rank, count = _rank_and_count()
         states: list[State] = state["ranks"]

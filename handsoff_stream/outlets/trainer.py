@@ -1,10 +1,10 @@
-"""Hugging Face's Trainer on a stream: every rank synthesises its own batches, and checkpoints hold their positions.
+"""Hugging Face's Trainer on a stream: each rank synthesizes its own batches, and checkpoints hold all positions.
 
     trainer = StreamTrainer(model, args, loader=loader, inputs=lambda b: {"pixel_values": b.images, "labels": b.labels})
     trainer.train(resume_from_checkpoint=True)
 
-A plain Trainer hands its dataset to Accelerate, which shards it a second time, and replays an epoch from its beginning
-to resume. The only importer of transformers.
+A plain Trainer passes its dataset to Accelerate, which would shard the stream a second time. To resume, it repeats the
+epoch from its beginning. No other module imports transformers.
 """
 
 import json
@@ -26,10 +26,10 @@ Inputs = Callable[[LabelledBatch], dict[str, Any]]
 
 
 class StreamTrainer(Trainer):
-    """A Trainer whose training data is a loader, and that resumes it exactly.
+    """A Trainer that trains on a loader's batches, and resumes exactly.
 
-    With `epoch_size` an epoch of the stream is one of the Trainer; an endless stream needs `max_steps`. The batch size
-    is the stream's; `per_device_train_batch_size` only enters what the Trainer reports.
+    With `epoch_size`, an epoch of the stream is an epoch of the Trainer; an endless stream needs `max_steps`. The batch
+    size is the stream's; `per_device_train_batch_size` only changes the numbers that the Trainer reports.
 
     Args:
         *args, **options: of `transformers.Trainer`.
@@ -39,21 +39,21 @@ class StreamTrainer(Trainer):
 
     def __init__(self, *args: Any, loader: HandsOffLoader[LabelledBatch], inputs: Inputs, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.args.ignore_data_skip = True  # the loader goes on by itself
+        self.args.ignore_data_skip = True  # the loader resumes by itself
         self._batches = _Batches(loader, inputs)
         self._positions = AllRanks(loader)
         self.add_callback(_SavePositions(self._positions))
 
     def get_train_dataloader(self) -> Any:
-        """The loader's batches as keyword arguments, not sharded again."""
+        """The loader's batches as keyword arguments of the model; they are not sharded again."""
         return self._batches
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """See `transformers.Trainer.train`.
 
         Raises:
-            StreamError: the checkpoint has no position of the stream.
-            ValueError: its position is of a stream with other options.
+            StreamError: the checkpoint contains no position of the stream.
+            ValueError: the position belongs to a stream with other options.
         """
         folder = resume_from_checkpoint
         if folder is True:
@@ -64,7 +64,7 @@ class StreamTrainer(Trainer):
 
 
 class _Batches:
-    """What a loader yields, as keyword arguments of a model."""
+    """The batches of a loader, as keyword arguments of a model."""
 
     def __init__(self, loader: HandsOffLoader[LabelledBatch], inputs: Inputs) -> None:
         self._loader, self._inputs = loader, inputs

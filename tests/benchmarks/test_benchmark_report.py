@@ -1,4 +1,4 @@
-"""README's table and the plots show the committed results with hardware and date, and nothing else."""
+"""README's table and the plots show the committed results with their hardware and date, and nothing else."""
 
 import copy
 import json

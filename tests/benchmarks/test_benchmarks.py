@@ -1,4 +1,4 @@
-"""Benchmarks compare with what they say they compare with, and end with one JSON line that names no machine's paths."""
+"""Benchmarks compare what they claim to compare, and end with one line of JSON without paths of the machine."""
 
 import argparse
 import copy

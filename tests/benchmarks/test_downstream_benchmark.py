@@ -1,4 +1,4 @@
-"""The yardstick compares like with like: same classes, nothing seen twice, shares of the gap for each seed."""
+"""The comparison is fair: the same classes in all arms, no test face in a training, shares of the gap per seed."""
 
 import json
 import sys

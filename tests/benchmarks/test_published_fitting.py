@@ -1,4 +1,4 @@
-"""The re-implemented published training reads the same features as ours, and trains and stops as described."""
+"""The re-implemented published training reads the same features as this package, and trains and stops as described."""
 
 import pytest
 import torch

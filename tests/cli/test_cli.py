@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, plain sentences, exit codes, no tracebacks."""
+"""The command line in real processes: plain sentences, exit codes, no tracebacks."""
 
 import shutil
 import subprocess
@@ -69,7 +69,7 @@ def test_preview_writes_a_picture(checkpoint_path, tmp_path):
     code, text = run("preview", checkpoint_path, tmp_path / "sheet.png", "--num", 4)
     assert code == 0 and "wrote" in text
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size[0] > 100
+        assert sheet.width > 100
 
 
 def test_export_writes_shards_and_refuses_another_seed_in_the_same_folder(checkpoint_path, tmp_path):
@@ -168,7 +168,7 @@ def test_color_masks_of_another_size_and_a_class_map_of_ones_own(labelled, tmp_p
     fitted = load_checkpoint(tmp_path / "mine.safetensors")
     assert fitted.heads["segmentation"].task.class_names == ("nothing", "person", "dog") and fitted.size == (8, 8)
     assert fitted.provenance["class_map"]["from_colors"][2] == [[0, 0, 250], 1]
-    assert run(*arguments, "--classes", "a,b")[1].count("said once") == 1
+    assert run(*arguments, "--classes", "a,b")[1].count("given once") == 1
 
 
 @pytest.mark.filterwarnings("ignore:LPIPS has no trained backbone")

@@ -1,4 +1,4 @@
-"""What users write on the command line becomes what the functions take, or one sentence that says what to write."""
+"""Strings of the command line become arguments of functions, or an error that says what to write instead."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_what_masks_mean_is_said_once():
     assert parse_class_map(None, "a, b").class_names == ("a", "b")
     assert parse_class_map("celebamask_hq_8", None).num_classes == 8
     for arguments, said in (((None, None), "neither"), (("celebamask_hq_8", "a,b"), "both")):
-        with pytest.raises(ValueError, match=f"{said} --class-map .* said once"):
+        with pytest.raises(ValueError, match=f"{said} --class-map .* given once"):
             parse_class_map(*arguments)
 
 

@@ -1,4 +1,4 @@
-"""Training a segmentation network on a stream, and the scores of what it learned."""
+"""Training a segmentation network on a stream, and scoring it."""
 
 from __future__ import annotations
 
@@ -295,27 +295,27 @@ def test_labelled_faces_are_none_of_the_test_faces() -> None:
 
 
 @pytest.fixture(scope="module")
-def views() -> Iterator[RepeatedAugmented]:
+def repeated() -> Iterator[RepeatedAugmented]:
     yield RepeatedAugmented(labelled_faces(3, size=32), length=30, seed=5)
 
 
-def test_a_view_is_a_function_of_seed_and_index(views: RepeatedAugmented) -> None:
+def test_a_sample_is_a_function_of_seed_and_index(repeated: RepeatedAugmented) -> None:
     again = RepeatedAugmented(labelled_faces(3, size=32), length=30, seed=5)
     other = RepeatedAugmented(labelled_faces(3, size=32), length=30, seed=6)
-    first = views[4]  # asked for in another order below
+    first = repeated[4]  # asked for in another order below
     assert [torch.equal(a, b) for a, b in zip(again[4], first, strict=True)] == [True, True]
     assert not torch.equal(other[4][0], first[0])
-    assert not torch.equal(views[7][0], first[0])  # the same image, another view
-    assert len(views) == 30
+    assert not torch.equal(repeated[7][0], first[0])  # the same image, another augmentation
+    assert len(repeated) == 30
     with pytest.raises(IndexError):
-        views[30]
+        repeated[30]
 
 
-def test_augmentation_never_invents_a_class_and_marks_what_lies_outside(views: RepeatedAugmented) -> None:
+def test_augmentation_never_invents_a_class_and_marks_what_lies_outside(repeated: RepeatedAugmented) -> None:
     base = labelled_faces(3, size=32)
     outside = False
     for i in range(30):
-        image, mask = views[i]
+        image, mask = repeated[i]
         assert image.shape == (3, 32, 32) and image.dtype == torch.float32 and mask.dtype == torch.int64
         assert 0 <= image.min() and image.max() <= 1
         assert set(mask.unique().tolist()) <= set(base[i % 3][1].unique().tolist()) | {255}

@@ -1,4 +1,4 @@
-"""A file is whole or not there; what stood before stays until the new one is whole, whatever fails."""
+"""A file appears whole or not at all, and the old file stays until the new one is complete, whatever fails."""
 
 import os
 import shutil

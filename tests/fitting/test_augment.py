@@ -1,4 +1,4 @@
-"""Augmentations: labels go where the pixels go, rare classes get more of them, colors change where they may."""
+"""Augmentations: labels move with the pixels, rare classes get more augmentations, colors change where allowed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Calibration scores are those that a synthesizer gives, of both kinds, for a seed of their own."""
+"""Calibration scores are those of a synthesizer, of both kinds, for a separate seed."""
 
 import pytest
 import torch

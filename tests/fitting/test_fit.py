@@ -1,4 +1,4 @@
-"""Fitting: what is sampled, what is learned, and that learning together is learning alone."""
+"""Fitting: which pixels are sampled, what is learned, and that members trained together equal members trained alone."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Label generators and latents as others published them: the numbers of the original code, and clear refusals."""
+"""Published label generators and latents give the numbers of the original code, or are refused clearly."""
 
 import json
 from dataclasses import replace

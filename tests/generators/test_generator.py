@@ -1,4 +1,4 @@
-"""StyleGAN2 must reproduce the reference implementation's numbers and read its files without running them."""
+"""StyleGAN2 reproduces the numbers of the reference implementation, and reads its files without executing them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The folded StyleGAN2 computes what the paper states, in every precision, without ever waiting for the device."""
+"""The folded StyleGAN2 computes what the paper states, in every precision, without waiting for the device."""
 
 import pytest
 import torch

@@ -11,6 +11,7 @@ from handsoff_stream.errors import StreamError
 from handsoff_stream.outlets.loader import HandsOffLoader
 from handsoff_stream.shard import Shard
 
+pytestmark = pytest.mark.filterwarnings("default")  # of the frameworks themselves
 accelerate = pytest.importorskip("accelerate")
 
 

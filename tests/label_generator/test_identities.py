@@ -1,4 +1,4 @@
-"""Two of the identities that the fast path relies on, each alone; docs/how_it_works.md explains all four."""
+"""Two of the identities that the fast path uses, each in isolation; docs/how_it_works.md explains all four."""
 
 import torch
 import torch.nn.functional as F

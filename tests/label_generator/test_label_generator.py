@@ -1,4 +1,4 @@
-"""The label generator: published numbers, training like separate MLPs, fast path against reference."""
+"""The label generator: published numbers, training equal to separate MLPs, fast path equal to the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused kernel, in Triton's interpreter on a CPU: the labels and divergences of the reference, for any geometry."""
+"""The fused kernel in Triton's CPU interpreter gives the labels and divergences of the reference, for any geometry."""
 
 from __future__ import annotations
 

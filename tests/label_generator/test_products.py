@@ -1,4 +1,4 @@
-"""The library that multiplies is an implementation detail: results, and operands it must cope with."""
+"""The library that computes matrix products does not matter: results agree, and all operands are supported."""
 
 from __future__ import annotations
 

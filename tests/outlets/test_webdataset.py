@@ -1,4 +1,4 @@
-"""An export is what was streamed, in whole shards, and an interrupted one ends with the same bytes."""
+"""An export contains the streamed samples in complete shards; an interrupted export ends with the same bytes."""
 
 import gc
 import hashlib
@@ -14,7 +14,7 @@ from conftest import take
 from PIL import Image
 
 from handsoff_stream.errors import CheckpointError, OutputError
-from handsoff_stream.outlets import webdataset as outlet
+from handsoff_stream.outlets import webdataset as exporter
 from handsoff_stream.outlets.webdataset import write_shards
 from handsoff_stream.stream import HandsOffStream
 
@@ -50,7 +50,7 @@ def test_reading_the_shards_back_gives_the_streamed_tensors(make, tmp_path):
 def test_an_interrupted_export_continues_and_ends_with_the_same_bytes(make, tmp_path, monkeypatch):
     whole = write_shards(make(), tmp_path / "whole", num_samples=20, shard_size=6)
 
-    original, written = outlet._fields, []
+    original, written = exporter._fields, []
 
     def fail_at_the_ninth(batch):
         if len(written) == 9:
@@ -58,7 +58,7 @@ def test_an_interrupted_export_continues_and_ends_with_the_same_bytes(make, tmp_
         written.append(batch)
         return original(batch)
 
-    monkeypatch.setattr(outlet, "_fields", fail_at_the_ninth)
+    monkeypatch.setattr(exporter, "_fields", fail_at_the_ninth)
     with pytest.raises(KeyboardInterrupt):
         write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6)
     assert [p.name for p in sorted((tmp_path / "cut").glob("*.tar"))] == ["shard-000000.tar"]
@@ -66,7 +66,7 @@ def test_an_interrupted_export_continues_and_ends_with_the_same_bytes(make, tmp_
     leftover = tmp_path / "cut" / ".shard-000001.tar.k1ll3d.partial"  # as SIGKILL leaves it
     leftover.mkdir()
     (leftover / "shard-000001.tar").write_bytes(b"half a shard")
-    monkeypatch.setattr(outlet, "_fields", original)
+    monkeypatch.setattr(exporter, "_fields", original)
     resumed = write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6)
     assert [p.read_bytes() for p in resumed] == [p.read_bytes() for p in whole]
     assert not list((tmp_path / "cut").glob("*.partial"))
@@ -75,10 +75,10 @@ def test_an_interrupted_export_continues_and_ends_with_the_same_bytes(make, tmp_
 
 def test_float_labels_are_stored_as_arrays(make, tmp_path):
     batch = take(make(), 1)[0].select([0])
-    fields = outlet._label("depth", torch.rand(1, 4, 4))
+    fields = exporter._label("depth", torch.rand(1, 4, 4))
     assert list(fields) == ["depth.npy"]
     assert np.load(io.BytesIO(fields["depth.npy"]), allow_pickle=False).shape == (1, 4, 4)
-    assert set(outlet._fields(batch)) == {"__key__", "image.png", "label.png", "json"}
+    assert set(exporter._fields(batch)) == {"__key__", "image.png", "label.png", "json"}
 
 
 def test_every_name_in_a_shard_has_one_key(make, tmp_path):

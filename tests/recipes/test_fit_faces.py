@@ -1,4 +1,4 @@
-"""From a training run of the generator to a checkpoint, with the networks that were trained beside it."""
+"""From a training run of the generator to a checkpoint, with the networks that were trained beside the generator."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Fused layers compute what the generator's own do, forward and backward, compiled or not."""
+"""Fused layers compute what the generator's layers compute, forward and backward, compiled or not."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The gate sees dropped modes and vanished attributes, remembers what passed, and sends a run back."""
+"""The gate detects dropped modes and lost attributes, remembers its readings, and makes a run roll back."""
 
 import json
 import subprocess
@@ -126,8 +126,8 @@ def test_the_distance_of_a_generator_from_itself_is_nothing_and_from_another_som
 
 @pytest.mark.parametrize("recall", [0.0, 0.99 * MIN_RECALL * 0.8, 1.01 * MIN_RECALL * 0.8, 0.9])
 def test_recall_is_compared_with_the_best_that_passed(recall, tmp_path):
-    verdict = gate(tmp_path / "gate.jsonl", quality(recall=0.8), quality(recall=0.6)).objection(quality(recall=recall))
-    assert (verdict is None) == (recall >= MIN_RECALL * 0.8)
+    reason = gate(tmp_path / "gate.jsonl", quality(recall=0.8), quality(recall=0.6)).objection(quality(recall=recall))
+    assert (reason is None) == (recall >= MIN_RECALL * 0.8)
 
 
 @pytest.mark.parametrize("usual", [0.04, 0.2, 0.4])
@@ -136,9 +136,9 @@ def test_an_attribute_is_compared_with_its_best_share_but_never_asked_for_more_t
     usual, factor, tmp_path
 ):
     bound = MIN_SHARE * min(usual, SHARES["glasses"])
-    verdict = gate(tmp_path / "gate.jsonl", quality(glasses=usual)).objection(quality(glasses=factor * bound))
-    assert (verdict is None) == (factor > 1)
-    assert verdict is None or verdict.startswith("glasses: on ")
+    reason = gate(tmp_path / "gate.jsonl", quality(glasses=usual)).objection(quality(glasses=factor * bound))
+    assert (reason is None) == (factor > 1)
+    assert reason is None or reason.startswith("glasses: on ")
 
 
 def test_the_first_reading_passes_whatever_it_is(tmp_path):

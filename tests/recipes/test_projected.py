@@ -1,4 +1,4 @@
-"""Heads on frozen ImageNet features: what is frozen, what is random, what learns, and that no head wins."""
+"""Heads on frozen ImageNet features: which parts are frozen, random and trained, and that no head becomes too good."""
 
 import pytest
 import torch

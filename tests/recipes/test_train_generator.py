@@ -1,4 +1,4 @@
-"""The generator trainer resumes exactly, grows without a jump, and its discriminator is the paper's."""
+"""The generator trainer resumes exactly, grows without changing images, and has the paper's discriminator."""
 
 import json
 import signal
@@ -319,7 +319,8 @@ def test_the_script_trains_resumes_and_writes_a_generator_that_loads(tmp_path):
     assert "resuming at 16 images" in run(24)
     generator = load_generator(tmp_path / "run" / "generator.safetensors")
     assert isinstance(generator, StyleGAN2) and generator.resolution == (16, 16)
-    assert Image.open(tmp_path / "run" / "samples_00000024.png").size == (128, 128)
+    with Image.open(tmp_path / "run" / "samples_00000024.png") as sheet:
+        assert sheet.size == (128, 128)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows and {"images", "loss_d", "loss_g"} <= rows[0].keys()
 

@@ -1,15 +1,15 @@
-"""Reads very many damaged and crafted files; each must load or be refused, soon, in little memory, executing nothing.
+"""Reads many damaged and crafted files; each must load or be refused quickly, with little memory, executing nothing.
 
     python tests/security/fuzz.py --files 100000 --seconds 900 --seed 1
 
 prints one JSON object: counts per outcome, the slowest file, the largest memory. Exit code 1 names the file that broke
 a rule, and leaves it beside the scratch folder. The rules:
 
-- what is raised is raised by a sentence of this package, printable, of one line and at most 300 characters
-  (problems of labelled images: a line each);
-- processor time and peak memory are at most ten times those of the honest file it was made from, or that file's in
-  proportion to the size, where the variant is longer; but `LEAST_SECONDS` and `LEAST_MIB` are always allowed;
-- no process, no socket, no unpickled name, no code from a string, no file opened for writing: an audit hook watches.
+- every error is this package's, and its message is one printable line of at most 300 characters (problems of labelled
+  images have one line each);
+- processor time and peak memory are at most ten times those of the valid file that the variant was made from, scaled
+  by its size if the variant is larger; `LEAST_SECONDS` and `LEAST_MIB` are always allowed;
+- no process, socket, unpickled name, code from a string, or file opened for writing; an audit hook watches for them.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class Kind:
     """How often it is chosen; files that take long to read are chosen less often."""
     seconds: float = 0.0
     mib: float = 0.0
-    """Of the honest files, the largest."""
+    """Of the valid files, the largest."""
 
 
 class RuleBrokenError(Exception):
@@ -226,7 +226,7 @@ def attempt(kind: Kind, path: Path) -> tuple[str, float, float]:
 
 
 def measure_honest(all_kinds: list[Kind], folder: Path) -> None:
-    """Time and memory of the honest files, once everything that is imported late has been imported."""
+    """Time and memory of the valid files, once everything that is imported late has been imported."""
     for kind in all_kinds:
         for data in kind.seeds:
             path = folder / f"honest{kind.suffix}"
@@ -259,9 +259,9 @@ def run(count: int, seconds: float, seed: int) -> dict[str, Any]:
             outcome, took, mib = attempt(kind, path)
             longer = max(1.0, len(variant) / max(len(seed_) for seed_ in kind.seeds))
             if took > max(LEAST_SECONDS, FACTOR * kind.seconds * longer):
-                raise RuleBrokenError(f"{took:.2f} s, the honest file {kind.seconds:.3f} s")
+                raise RuleBrokenError(f"{took:.2f} s, the valid file {kind.seconds:.3f} s")
             if mib > max(LEAST_MIB, FACTOR * kind.mib * longer):
-                raise RuleBrokenError(f"{mib:.0f} MiB, the honest file {kind.mib:.1f} MiB")
+                raise RuleBrokenError(f"{mib:.0f} MiB, the valid file {kind.mib:.1f} MiB")
         except RuleBrokenError as error:
             kept = shutil.copy(path, Path(tempfile.gettempdir()) / f"fuzz-broke-a-rule-{seed}-{done}{kind.suffix}")
             raise SystemExit(f"{kind.name}, file {done} ({len(variant)} bytes, {kept}): {error}") from error

@@ -1,4 +1,4 @@
-"""Damaged and crafted variants of honest files: bytes at random, and the insides of each container with its checksums.
+"""Damaged and crafted variants of valid files: random bytes, and changes inside a container with correct checksums.
 
 A variant is a pure function of (seed file, random numbers). Knows containers. Does not know readers.
 """

@@ -1,6 +1,6 @@
-"""Small files that claim or unfold much: refused in time and memory in proportion to their size.
+"""Small files that claim or expand to large content are refused, in time and memory proportional to their size.
 
-Each file is made here, by a few lines. Its time is processor time, its memory the growth of the process's peak.
+Each file is made here by a few lines. Time is processor time; memory is the growth of the process's peak.
 """
 
 import json

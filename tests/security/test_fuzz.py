@@ -1,4 +1,4 @@
-"""Damaged and crafted files of every format load or are refused; `fuzz.py` has the rules that each one is held to."""
+"""Damaged and crafted files of all formats load or are refused; `fuzz.py` lists the rules that each one must obey."""
 
 import json
 import os

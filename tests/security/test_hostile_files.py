@@ -1,4 +1,4 @@
-"""Files that broke a promise once: a refusal of one printable line, on the command line and in the library."""
+"""Files that once broke a rule are refused with one printable line, on the command line and in the library."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""SIGKILL at any moment: what is there is whole, the next run goes on, and ends with the same bytes and nothing else.
+"""SIGKILL at any moment leaves only whole files, and the next run continues and ends with the same bytes.
 
-A run is a forked child of this process, which has everything imported: a hundred of them take seconds each.
+A run is a forked child of this process, which has imported everything already: a hundred runs take a few seconds.
 """
 
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Images and masks of unknown origin: five formats told by their content, one picture a file, 8 bits a channel."""
+"""Untrusted images and masks: five formats recognized by content, one image per file, 8 bits per channel."""
 
 import struct
 import subprocess
@@ -88,13 +88,13 @@ def test_16_bits_a_channel_are_refused_not_cut_to_8(tmp_path, color):
     path = tmp_path / "deep.png"
     path.write_bytes(png(2, 2, bits=16, color=color, rows=2 * (b"\0" + b"\xff" * (2 * 2 * channels))))
     for read in (read_image, read_mask):
-        with pytest.raises(ValueError, match="16 bits a channel.*save it with 8"):
+        with pytest.raises(ValueError, match="16 bits per channel.*save it with 8"):
             read(path)
 
 
 def test_16_bit_tiffs_in_color_and_16_bit_gray_images_are_refused(tmp_path):
     gray = saved(tmp_path, "gray.png", Image.fromarray(np.full((3, 3), 40_000, np.uint16)))
-    with pytest.raises(ValueError, match="16 bits a channel|mode I;16"):
+    with pytest.raises(ValueError, match="16 bits per channel|mode I;16"):
         read_image(gray)
     assert (read_mask(gray).values == 40_000).all()  # ids beyond 255 are no picture, and exact
     tags = [  # (tag, type, count, value or offset): 2 x 2 pixels of three 16-bit samples at byte 8
@@ -105,7 +105,7 @@ def test_16_bit_tiffs_in_color_and_16_bit_gray_images_are_refused(tmp_path):
     path = tmp_path / "deep.tif"
     path.write_bytes(b"II*\0" + struct.pack("<I", 38) + b"\xff" * 24 + struct.pack("<3H", 16, 16, 16) + ifd)
     for read in (read_image, read_mask):
-        with pytest.raises(ValueError, match="16 bits a channel"):
+        with pytest.raises(ValueError, match="16 bits per channel"):
             read(path)
 
 

@@ -1,4 +1,4 @@
-"""`inspect --scan` names every global that loading a file would import, in every container, and loads nothing."""
+"""`inspect --scan` names all globals that loading a file would import, in every container, and loads nothing."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""Depth: one number a pixel, learned where it is known, from images to a stream."""
+"""Depth: one number per pixel, fitted where it is known, and streamed."""
 
 import json
 from pathlib import Path

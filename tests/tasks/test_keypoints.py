@@ -1,4 +1,4 @@
-"""Keypoints: heatmaps out of points, points out of heatmaps, and a head that learns them beside others."""
+"""Keypoints: heatmaps from points, points from heatmaps, and a head that is fitted beside other heads."""
 
 import json
 import math

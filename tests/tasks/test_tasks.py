@@ -1,4 +1,4 @@
-"""Segmentation as a task: learning, deciding and disagreeing on single pixels."""
+"""The segmentation task: loss, decision and disagreement on single pixels."""
 
 from __future__ import annotations
 

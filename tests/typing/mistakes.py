@@ -1,4 +1,4 @@
-"""Mistakes that a type checker finds before a program runs: exactly one in each line that ends with `# wrong`."""
+"""Mistakes that a type checker finds: exactly one in each line that ends with `# wrong`."""
 
 from handsoff_stream import HandsOffStream, load_checkpoint
 

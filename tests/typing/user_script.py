@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_type
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def train_on_samples(model: nn.Module, device: torch.device) -> float:
     total = 0.0
     images: Tensor
     labels: Tensor
-    for images, labels in DataLoader(stream, batch_size=8, num_workers=2):
+    for images, labels in DataLoader(stream, batch_size=8, num_workers=2):  # collated: their types are the loader's
         total += loss_of(model, images.to(device), labels.to(device)).item()
     return total / len(stream)
 
@@ -51,20 +51,21 @@ def train_on_batches(model: nn.Module, path: Path, saved: Path) -> None:
     stream = HandsOffStream(checkpoint, batch_size=8, filter=BlockQuantile(), device="cpu", transforms=None)
     states: list[dict[str, Any]] = json.loads(saved.read_text())
     stream.load_state_dict(merge_states(states))
-    batch: LabelledBatch
     for batch in stream:
+        assert_type(batch, LabelledBatch)
         assert isinstance(batch.labels, Tensor), "a checkpoint with several heads gives a dict"
         loss_of(model, batch.images, batch.labels)
         print(batch.next_index, batch.uncertainty.max().item(), int(batch.indices[0]))
         saved.write_text(json.dumps([stream.state_dict()]))
 
 
-def look_at_one(index: int) -> tuple[int, ...]:
-    image, _ = HandsOffStream("faces")[index]
-    return tuple(image.shape)
+def look_at_some(stream: HandsOffStream[dict[str, Any]]) -> LabelledBatch:
+    """Samples by name, by index, and a batch by a slice."""
+    assert_type(stream[7], dict[str, Any])
+    image, label = HandsOffStream("faces")[7]
+    assert_type(image, Tensor)
+    assert_type(label, Tensor | dict[str, Tensor])
+    return stream[7:9]
 
 
-def look_at_some(stop: int) -> list[int]:
-    batch = HandsOffStream("faces")[0:stop]
-    sample = HandsOffStream("faces", as_dict=True)[stop]
-    return [*map(int, batch.indices), int(sample["index"])]
+look_at_some(HandsOffStream("faces", as_dict=True).take(100))

@@ -2,7 +2,7 @@
 
 Knows names and paths, and collects everything that is wrong with them. Opens no picture.
 
-A manifest lists one labelled image a row:
+A manifest lists one labelled image per row:
 
     image,label,latent
     photos/001.jpg,masks/001.png,latents/001.npy

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MASK_SUFFIXES = (".bmp", ".npy", ".png", ".tif", ".tiff")  # lossless ones
-IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "YCbCr")  # 8 bits a channel
+IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "YCbCr")  # 8 bits per channel
 ID_MODES = ("1", "I", "I;16", "L", "P")
 # What is read, by how it begins; PIL knows forty formats more, some of which start other programs.
 FORMATS = {
@@ -92,7 +92,7 @@ def read_image(file: Path) -> NDArray[np.uint8]:
         if picture.mode == "CMYK":
             raise ValueError("a picture in CMYK, whose colors depend on a profile; convert it to RGB with that profile")
         if picture.mode not in IMAGE_MODES:
-            raise ValueError(f"a picture of mode {picture.mode}; save it with 8 bits a channel")
+            raise ValueError(f"a picture of mode {picture.mode}; save it with 8 bits per channel")
         _require_opaque(picture)
         return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
 
@@ -151,7 +151,7 @@ def _require_8_bits(picture: Image.Image, head: bytes) -> None:
     elif isinstance(picture, TiffImagePlugin.TiffImageFile):
         depths = tuple(picture.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,)))
     if max(depths) > 8 and picture.mode not in ID_MODES:
-        raise ValueError(f"colors of {max(depths)} bits a channel, of which all but 8 would be lost; save it with 8")
+        raise ValueError(f"colors of {max(depths)} bits per channel, of which all but 8 would be lost; save it with 8")
 
 
 def _require_single(picture: Image.Image) -> None:

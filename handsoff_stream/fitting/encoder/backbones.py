@@ -68,7 +68,7 @@ class EncoderConfig:
         if not 32 <= min(self.image_size) <= max(self.image_size) <= 1024 or self.input_channels not in (3, 6):
             raise ValueError(
                 f"image_size={self.image_size}, input_channels={self.input_channels}: an encoder sees 32 to 1024 "
-                "pixels a side, in 3 channels (the image) or 6 (the image and its reconstruction)"
+                "pixels per side, in 3 channels (the image) or 6 (the image and its reconstruction)"
             )
         if self.input_channels == 3 and self.iterations != 1:
             raise ValueError(

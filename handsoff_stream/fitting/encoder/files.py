@@ -157,7 +157,7 @@ def _renamed(name: str) -> str:
 def _assemble(config: EncoderConfig, state: Mapping[str, Tensor]) -> StyleEncoder:
     """Encoder of this geometry with these weights, allocated only when all shapes are right."""
     check_count(config.num_ws, 2 * MAX_LEVELS, "style inputs")
-    check_count(max(config.image_size), MAX_SIDE, "pixels a side")
+    check_count(max(config.image_size), MAX_SIDE, "pixels per side")
     if config.num_ws + sum(config.units) > len(state):
         raise CheckpointError(f"a geometry of {config.num_ws} heads and {config.units} units in {len(state)} tensors")
     with torch.device("meta"):

@@ -116,7 +116,7 @@ def read_latent(path: str | Path) -> Tensor:
     if not isinstance(w_plus, Tensor) or w_plus.ndim not in (1, 2, 3) or w_plus.shape[:-2].numel() != 1:
         found = f"{w_plus.dtype} {list(w_plus.shape)}" if hasattr(w_plus, "shape") else type(w_plus).__name__
         raise CheckpointError(
-            f"{path}: holds {found}, not the float latent [L, D] or [D] of one image; keep one latent a file"
+            f"{path}: holds {found}, not the float latent [L, D] or [D] of one image; keep one latent per file"
         )
     latent = w_plus.float().reshape(w_plus.shape[-2:])
     if not latent.isfinite().all():

@@ -60,7 +60,11 @@ def load_generator(path: str | Path, *, average_latent: str | Path | None = None
 
 
 def read_generator(path: str | Path, *, average_latent: str | Path | None = None) -> GeneratorFile:
-    """As `load_generator`, and what the generator was read from."""
+    """As `load_generator`, and what the generator was read from.
+
+    Raises:
+        CheckpointError: as `load_generator`.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file, so there is no generator to load; check the path")

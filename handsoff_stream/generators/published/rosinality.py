@@ -2,7 +2,7 @@
 
 It also reads training snapshots (`g`, `d`, `g_ema`, `args`), bare state dicts, names with the `module.` prefix of
 DataParallel, and the `decoder.` of ReStyle, pSp and e4e encoders. The geometry follows from the shapes, because the
-files do not record it. Every parameter corresponds to one of ours, and none is flipped.
+files do not record it. Every parameter corresponds to one of this package, and none is flipped.
 
 Knows the names in these files. Does not know containers or arithmetic.
 """

@@ -147,7 +147,11 @@ class FoldedSynthesis:
     w_dim: int
 
     def __call__(self, w_plus_BLD: Tensor, noise: Noise = "const") -> Synthesis:
-        """Arguments, result and errors are those of `Generator.synthesis`."""
+        """Arguments and result are those of `Generator.synthesis`.
+
+        Raises:
+            ValueError: as `Generator.synthesis`.
+        """
         num_ws = len(self.noise_const) + 1
         if w_plus_BLD.ndim != 3 or w_plus_BLD.shape[1:] != (num_ws, self.w_dim):
             raise ValueError(

@@ -171,44 +171,54 @@ class StyleGAN2(Generator):
 
     @property
     def resolution(self) -> tuple[int, int]:
+        """See `Generator.resolution`."""
         scale = len(self.channels) - 1
         return self.constant_size[0] << scale, self.constant_size[1] << scale
 
     @property
     def num_ws(self) -> int:
+        """See `Generator.num_ws`."""
         return 2 * len(self.channels)
 
     @property
     def z_dim(self) -> int:
+        """See `Generator.z_dim`."""
         return self._z_dim
 
     @property
     def w_dim(self) -> int:
+        """See `Generator.w_dim`."""
         return self._w_dim
 
     @property
     def label_dim(self) -> int:
+        """See `Generator.label_dim`."""
         return self._label_dim
 
     @property
     def feature_channels(self) -> tuple[int, ...]:
+        """See `Generator.feature_channels`."""
         first, *rest = self.channels
         return (first, first, *(c for channels in rest for c in (channels, channels)))
 
     @property
     def feature_sizes(self) -> tuple[tuple[int, int], ...]:
+        """See `Generator.feature_sizes`."""
         height, width = self.constant_size
         return tuple((height << i, width << i) for i in range(len(self.channels)) for _ in range(2))
 
     @property
     def constant_map(self) -> Tensor:
+        """See `Generator.constant_map`."""
         return self.constant.detach()
 
     @property
     def noise_shapes(self) -> tuple[tuple[int, int], ...]:
+        """See `Generator.noise_shapes`."""
         return tuple(layer.size for layer in self._style_layers())
 
     def config(self) -> dict[str, Any]:
+        """See `Generator.config`."""
         # Newer arguments are added only where they differ from the defaults: older checkpoints keep their fingerprint.
         unusual: dict[str, Any] = {}
         if self.architecture != "skip":
@@ -230,6 +240,7 @@ class StyleGAN2(Generator):
         }
 
     def mapping(self, z_BD: Tensor, label: Tensor | None = None) -> Tensor:
+        """See `Generator.mapping`."""
         x = normalize(z_BD)
         if self.label_embedding is not None:
             if label is None or label.shape != (len(z_BD), self.label_dim):
@@ -247,6 +258,7 @@ class StyleGAN2(Generator):
         return x
 
     def fold(self, dtype: torch.dtype | None = None) -> FoldedSynthesis:
+        """See `Generator.fold`."""
         dtype = dtype or self.constant.dtype
         return FoldedSynthesis(
             constant=self.constant[None].contiguous(memory_format=torch.channels_last),
@@ -256,6 +268,7 @@ class StyleGAN2(Generator):
         )
 
     def synthesis(self, w_plus_BLD: Tensor, noise: Noise = "const", *, dtype: torch.dtype | None = None) -> Synthesis:
+        """See `Generator.synthesis`."""
         return self.fold(dtype)(w_plus_BLD, noise)
 
     def _blocks(self) -> Iterator[SynthesisBlock]:

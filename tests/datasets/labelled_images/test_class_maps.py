@@ -1,4 +1,4 @@
-"""Ids and colors of somebody's masks become classes as a map says; the maps that ship are the published ones."""
+"""Ids and colors in masks become classes as a class map says; the included maps are the published ones."""
 
 import json
 from pathlib import Path

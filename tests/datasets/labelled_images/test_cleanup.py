@@ -1,4 +1,4 @@
-"""Specks go, and nothing else; regions are found as a flood fill finds them."""
+"""Small connected components become unlabelled, and nothing else changes; a flood fill finds the same components."""
 
 from collections import deque
 
@@ -73,7 +73,7 @@ def test_regions_below_the_smallest_size_are_erased_and_no_others():
     ids[0:5, 0:6] = 1  # 30 pixels
     ids[8:13, 0:6] = 2
     ids[12, 5] = 0  # 29
-    ids[15:17, 15:17] = 1  # a speck of a class that is elsewhere larger
+    ids[15:17, 15:17] = 1  # a small component of a class that has a larger one elsewhere
     before = ids.copy()
     cleaned = erase_small_regions(ids, 30, fill=255)
     expected = ids.copy()

@@ -1,4 +1,4 @@
-"""Images and masks of any size become the generator's, and stay on top of each other."""
+"""Images and masks of any size are brought to the generator's size, and stay aligned."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Labelled images are checked as a whole before anything is done with them, and come in the generator's size."""
+"""Labelled images are all checked before any is used, and have the generator's size."""
 
 from pathlib import Path
 
@@ -268,7 +268,7 @@ def test_transparent_and_deep_pictures_are_refused(folders):
     Image.fromarray(PIXELS[..., 0].astype(np.uint16)).save(folders[0] / "b.png")
     transparent, deep = problems(folders)
     assert "a.png: cannot be read" in transparent and "transparent pixels" in transparent
-    assert "b.png: cannot be read" in deep and "8 bits a channel" in deep
+    assert "b.png: cannot be read" in deep and "8 bits per channel" in deep
 
 
 def test_photographs_are_turned_upright(folders):

@@ -1,4 +1,4 @@
-"""Images and masks are paired by folder or by manifest, and everything wrong with the pairing comes together."""
+"""Images and masks are paired by folder or by manifest; all pairing errors are reported together."""
 
 import json
 from pathlib import Path

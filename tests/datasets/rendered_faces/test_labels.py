@@ -1,4 +1,4 @@
-"""The fine classes of the rendered faces: they nest in the ten, lie where they belong, and have mirror images."""
+"""The fine classes of the rendered faces: each belongs to one of the ten classes and lies in its place on the face."""
 
 import hashlib
 from dataclasses import replace

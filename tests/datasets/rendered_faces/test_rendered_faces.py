@@ -1,4 +1,4 @@
-"""The embedded domain: determinism, ground truth, rare classes, and the ray casting underneath."""
+"""The included domain: determinism, ground truth, rare classes, and the ray casting."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace

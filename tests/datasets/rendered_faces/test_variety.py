@@ -1,4 +1,4 @@
-"""Varied faces: functions of seed and index like the plain ones, and wider in every respect that they name."""
+"""Varied faces are functions of seed and index, and have wider distributions than the plain ones."""
 
 from dataclasses import replace
 

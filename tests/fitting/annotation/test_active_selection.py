@@ -1,4 +1,4 @@
-"""Active selection: uncertain but not broken samples, and few of them that stand for all."""
+"""Active selection chooses a few samples that are uncertain but intact, and represent all candidates."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Samples to annotate: what is written, that it can be written again, and that fitting takes it without inversion."""
+"""Samples to annotate are written reproducibly, and fitting uses them without inversion."""
 
 import csv
 import json

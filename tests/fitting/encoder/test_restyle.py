@@ -1,4 +1,4 @@
-"""ReStyle encoders: the published files give the published latents, and everything else is refused in a sentence."""
+"""ReStyle encoders: published files give the published latents; other files are refused with one sentence."""
 
 import json
 from dataclasses import replace

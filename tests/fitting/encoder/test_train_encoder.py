@@ -1,4 +1,4 @@
-"""An encoder learns to invert, from real images, and an interrupted training ends where an uninterrupted one does."""
+"""An encoder learns to invert real images; an interrupted training gives the same result as an uninterrupted one."""
 
 from pathlib import Path
 

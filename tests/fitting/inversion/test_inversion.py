@@ -1,4 +1,4 @@
-"""Inversion finds latents, each image for itself, within its ball, and survives interruptions."""
+"""Inversion finds latents for each image independently, within its radius, and continues after interruptions."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The perceptual distance is LPIPS, says which LPIPS it is, and neither downloads nor disturbs anything."""
+"""The perceptual distance is LPIPS, names its weights, and neither downloads nor changes global state."""
 
 from pathlib import Path
 

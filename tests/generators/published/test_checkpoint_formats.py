@@ -1,6 +1,6 @@
-"""Every published generator format loads to the numbers of its reference implementation; what cannot is refused.
+"""Published generator formats load and give the numbers of their reference implementations; other files are refused.
 
-The files in data/ are small synthetic ones in the published formats; the tolerances are those of their authors.
+The files in data/ are small synthetic ones in the published formats; the tolerances are those of the publishers.
 """
 
 import tempfile
