@@ -266,6 +266,7 @@ def test_the_modes_of_the_training_loop_do_not_change_samples(checkpoint, mode):
         assert_same(take(HandsOffStream(checkpoint, device="cpu", batch_size=4), 3), alone)
 
 
+@pytest.mark.filterwarnings("ignore:this checkpoint has no calibration scores")
 def test_the_global_random_state_is_left_alone(checkpoint):
     before = torch.get_rng_state()
     take(HandsOffStream(checkpoint, device="cpu", noise="random"), 10)
@@ -391,6 +392,7 @@ def test_batch_size_may_change_on_resuming(checkpoint):
     assert torch.equal(images, next(iterator).images)
 
 
+@pytest.mark.filterwarnings("ignore:this checkpoint has no calibration scores")
 @pytest.mark.parametrize(
     ("change", "named"),
     [
