@@ -14,8 +14,8 @@ from handsoff_stream.checkpoint import Checkpoint, load_checkpoint, save_checkpo
 from handsoff_stream.errors import CheckpointError, StreamError
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
 from handsoff_stream.generators import load_generator
+from handsoff_stream.position.state import merge_states
 from handsoff_stream.shard import Shard
-from handsoff_stream.state import merge_states
 from handsoff_stream.stream import HandsOffStream
 
 __version__ = "0.1.0"

@@ -17,24 +17,25 @@ from torch.utils.data import IterableDataset
 from handsoff_stream.assembly import Assembly, Sample
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.checkpoint import Checkpoint
-from handsoff_stream.dealing import Dealing, Line, addressed
 from handsoff_stream.device import check_device, default_chunk_size, resolve_device
 from handsoff_stream.errors import StreamError
 from handsoff_stream.filters import Filter, started_filter
 from handsoff_stream.graphs import GraphedSynthesizer, check_graphs
 from handsoff_stream.options import FilterKind, KernelKind, NoiseKind, StreamOptions, SynthesisOptions, check_choices
-from handsoff_stream.passing import Passes, Progress, StreamIterator
+from handsoff_stream.position.dealing import Dealing, Line, addressed
+from handsoff_stream.position.passing import Passes, Progress, StreamIterator
+from handsoff_stream.position.resuming import Resumable
+from handsoff_stream.position.state import State, turned
+from handsoff_stream.position.walk import BadSample, Walk
 from handsoff_stream.precision import Precision, compute_dtype, default_precision
 from handsoff_stream.prefetch import Chunk, Synthesize, prefetch, side_stream
-from handsoff_stream.resuming import Resumable
 from handsoff_stream.seeding import check_seed
 from handsoff_stream.shard import Shard, Worker, detect, detect_worker
 from handsoff_stream.source import CheckpointSource
-from handsoff_stream.state import State, turned
 from handsoff_stream.synthesizer import Synthesizer, in_chunks
 from handsoff_stream.transforms import JointTransform
 from handsoff_stream.uncertainty import ScoreKind
-from handsoff_stream.walk import BadSample, Walk
+from handsoff_stream.wrapping import check_not_divided_again
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -181,6 +182,7 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         """A new pass: the loaded state's if one was loaded, else the next epoch."""
         worker = detect_worker()
         self._check_devices(worker)
+        self._check_not_divided_again(worker)
         epoch, state = self._passes.begin(worker)
         progress = self._new_progress(state, epoch, worker)
         self._progress = os.getpid(), progress
@@ -235,6 +237,9 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
     def __len__(self) -> int:
         """Samples (or batches) that this rank yields per epoch, on every rank the same, for any number of workers.
 
+        A DataLoader that collates samples itself does so in each worker, and so may yield a few short batches more than
+        its own length; build the stream with `batch_size` to have exactly that length.
+
         Raises:
             TypeError: the stream is endless (`epoch_size=None`).
         """
@@ -287,6 +292,10 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
             return self._shard
         return self._carried_rank if worker is not None and self._carried_rank is not None else detect()
 
+    def _check_not_divided_again(self, worker: Worker | None) -> None:
+        if self._shard is None:
+            check_not_divided_again(self._rank(worker).count)
+
     def _check_devices(self, worker: Worker | None) -> None:
         for device in (self.device, self.output_device):
             check_device(device, in_worker=worker is not None)
@@ -302,6 +311,7 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
     def __getstate__(self) -> dict[str, Any]:
         # A copy begins where this stream was set to begin; it builds its own networks on first use. A worker that is
         # being spawned cannot ask torch.distributed, so the rank goes with it.
+        self._check_not_divided_again(detect_worker())
         state = {**self.__dict__, "_carried_rank": self._rank(detect_worker()), "_progress": None}
         return state if self._given_synthesize else {**state, "_synthesize": None}
 

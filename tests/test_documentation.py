@@ -1,6 +1,8 @@
 """Documentation: public names have docstrings, references resolve, the tree is complete, the code runs."""
 
+import ast
 import importlib
+import importlib.util
 import inspect
 import json
 import pkgutil
@@ -20,6 +22,11 @@ PACKAGES = ["handsoff_stream", "handsoff_stream.downstream", "handsoff_stream.fi
 OUTLETS = [
     f"handsoff_stream.outlets.{module.name}" for module in pkgutil.iter_modules(handsoff_stream.outlets.__path__)
 ]
+FRAMEWORKS = {
+    "handsoff_stream.outlets.lightning_callback": "lightning",
+    "handsoff_stream.outlets.trainer": "transformers",
+}
+"""Modules that need a framework, which need not be installed."""
 
 
 def public_members(module: ModuleType) -> Iterator[tuple[str, object]]:
@@ -53,17 +60,39 @@ def referenced() -> list[str]:
     return re.findall(r"^::: (\S+)$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
 
 
-def resolve(path: str) -> object:
-    """The module or the member of a module with this dotted name."""
-    try:
-        return importlib.import_module(path)
-    except ModuleNotFoundError:
-        module, _, name = path.rpartition(".")
-        return getattr(importlib.import_module(module), name)
+def docstring(path: str) -> str | None:
+    """Of the module or the member of a module with this dotted name; a module is not imported for it."""
+    module, _, name = path.rpartition(".")
+    parent = importlib.util.find_spec(module) if module else None
+    if parent is None or (parent.submodule_search_locations and importlib.util.find_spec(path)):
+        return ast.get_docstring(source(path))
+    return inspect.getdoc(getattr(importlib.import_module(module), name))
+
+
+def source(module: str) -> ast.Module:
+    """The syntax tree of a module, which may need a framework that is not installed."""
+    return ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
+
+
+def undocumented_in_source(module: str) -> list[str]:
+    """Public classes, functions and methods of a module without a docstring, found without importing it."""
+    missing = []
+    for node in source(module).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            members = [node, *(node.body if isinstance(node, ast.ClassDef) else [])]
+            for member in members:
+                public = isinstance(member, ast.ClassDef | ast.FunctionDef) and not member.name.startswith("_")
+                overrides = isinstance(node, ast.ClassDef) and node.bases and member is not node
+                if public and not overrides and not ast.get_docstring(member):
+                    missing.append(member.name)
+    return missing
 
 
 @pytest.mark.parametrize("name", [*PACKAGES, *OUTLETS])
 def test_every_public_name_has_a_docstring(name):
+    if importlib.util.find_spec(FRAMEWORKS.get(name, "torch")) is None:
+        assert ast.get_docstring(source(name)) and undocumented_in_source(name) == []
+        return
     module = importlib.import_module(name)
     members = list(public_members(module))
     assert members and module.__doc__
@@ -88,7 +117,7 @@ def test_what_lacks_a_docstring_is_noticed():
 def test_the_reference_covers_the_public_packages_and_names_what_exists():
     assert set(referenced()) >= {*PACKAGES, *OUTLETS}
     for path in referenced():
-        assert resolve(path).__doc__, path
+        assert docstring(path), path
 
 
 def test_the_reference_of_the_stream_has_every_public_name():

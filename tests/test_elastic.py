@@ -11,10 +11,10 @@ from conftest import assert_resumes_exactly, take
 from torch.utils.data import DataLoader
 
 from handsoff_stream.batch import LabelledBatch
-from handsoff_stream.dealing import EPOCH_STRIDE
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
+from handsoff_stream.position.dealing import EPOCH_STRIDE
+from handsoff_stream.position.state import merge_states
 from handsoff_stream.shard import Shard
-from handsoff_stream.state import merge_states
 from handsoff_stream.stream import HandsOffStream
 
 FILTERS = {

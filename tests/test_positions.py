@@ -9,9 +9,9 @@ import pytest
 import torch
 from processes import FILTERS, fake_stream, indices_of, synthesize
 
-from handsoff_stream.dealing import EPOCH_STRIDE
 from handsoff_stream.errors import StreamError
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
+from handsoff_stream.position.dealing import EPOCH_STRIDE
 from handsoff_stream.stream import HandsOffStream
 
 DATA = Path(__file__).parent / "data"

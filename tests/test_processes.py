@@ -11,10 +11,10 @@ from processes import FILTERS, fake_stream, first_batches, indices_of, part_of_r
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from handsoff_stream.dealing import EPOCH_STRIDE
 from handsoff_stream.errors import StreamError
 from handsoff_stream.outlets.loader import HandsOffLoader
-from handsoff_stream.state import merge_states
+from handsoff_stream.position.dealing import EPOCH_STRIDE
+from handsoff_stream.position.state import merge_states
 
 
 def loader_of(stream, workers=2, **options):

@@ -15,8 +15,8 @@ from typing import Any, Generic, TypeVar
 from torch.utils.data import DataLoader, IterableDataset
 
 from handsoff_stream.batch import LabelledBatch
+from handsoff_stream.position.state import State, is_complete, merge_workers
 from handsoff_stream.shard import Worker, detect_worker
-from handsoff_stream.state import State, is_complete, merge_workers
 from handsoff_stream.stream import HandsOffStream
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ import torch.distributed
 
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.outlets.loader import HandsOffLoader
-from handsoff_stream.state import State, merge_states
+from handsoff_stream.position.state import State, merge_states
 
 
 class AllRanks:

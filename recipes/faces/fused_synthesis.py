@@ -37,7 +37,8 @@ def finish(y_BOHW: Tensor, demodulation_BO: Tensor, shift_B1HW: Tensor, bias_O: 
 @cache
 def compiled() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """`modulate` and `finish`, compiled if a small forward and backward pass shows that this machine can."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    config = torch._dynamo.config  # torch 2.7 calls the limit `recompile_limit` and keeps the older name
+    config.cache_size_limit = max(config.cache_size_limit, VARIANTS)
     functions = torch.compile(modulate, dynamic=False), torch.compile(finish, dynamic=False)
     try:
         x = torch.ones(1, 2, 4, 4, requires_grad=True)

@@ -271,7 +271,9 @@ class Trainer:
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        half_life = min(self.settings.ema_images, max(self.num_images * 0.05, 1.0))
+        half_life = self.settings.ema_images
+        if self.settings.start_from is None:  # what a fresh generator made at first is soon forgotten
+            half_life = min(half_life, max(self.num_images * 0.05, 1.0))
         beta = 0.5 ** (self.settings.batch / half_life)
         ema, generator = self.networks["ema"], self.networks["generator"]
         torch._foreach_lerp_(list(ema.parameters()), list(generator.parameters()), 1 - beta)

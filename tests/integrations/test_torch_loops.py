@@ -8,11 +8,13 @@ from frameworks import make_stream, uninterrupted
 from processes import run_ranks
 from torch.utils.data import DataLoader, random_split
 
-from handsoff_stream.dealing import EPOCH_STRIDE
 from handsoff_stream.errors import StreamError
 from handsoff_stream.filters import BlockQuantile
 from handsoff_stream.outlets.loader import HandsOffLoader
 from handsoff_stream.outlets.meter import StreamMeter
+from handsoff_stream.position.dealing import EPOCH_STRIDE
+
+pytestmark = pytest.mark.filterwarnings("default")  # of the frameworks themselves
 
 
 def ddp(checkpoint: str, workers: int) -> list[list[int]]:

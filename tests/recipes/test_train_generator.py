@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from handsoff_stream.checkpoint import Checkpoint, save_checkpoint
 from handsoff_stream.datasets.rendered_faces import RenderedFaces
 from handsoff_stream.generators import load_generator
 from handsoff_stream.generators.layers import filter_fir, fir_kernel
@@ -186,6 +187,17 @@ def test_only_the_discriminator_learns_first_when_asked(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, t.networks["generator"].parameters(), strict=True))
     t.step(reals(2))
     assert not all(torch.equal(a, b) for a, b in zip(before, t.networks["generator"].parameters(), strict=True))
+
+
+def test_the_ema_of_a_fine_tuned_generator_begins_with_what_it_knew(tmp_path):
+    first = trainer(stages=((8, 100),), channels=(8, 7))
+    save_checkpoint(tmp_path / "trained.safetensors", Checkpoint(first.networks["generator"]))
+    t = trainer(stages=((8, 100),), channels=(8, 7), start_from=str(tmp_path / "trained.safetensors"), ema_images=4.0)
+    start = t.networks["ema"].constant.clone()
+    assert torch.equal(start, first.networks["generator"].constant)
+    t.step(reals(0))
+    now = t.networks["generator"].constant
+    assert not torch.equal(start, now) and torch.allclose(t.networks["ema"].constant, (start + now) / 2, atol=1e-6)
 
 
 def test_the_ema_generator_follows_with_its_half_life():

@@ -7,10 +7,10 @@ import os
 from abc import abstractmethod
 from typing import Any
 
-from handsoff_stream.dealing import Dealing
-from handsoff_stream.passing import Passes, Progress
+from handsoff_stream.position.dealing import Dealing
+from handsoff_stream.position.passing import Passes, Progress
+from handsoff_stream.position.state import State, beginning, check_same_stream, check_version
 from handsoff_stream.shard import Shard, Worker, detect_worker
-from handsoff_stream.state import State, beginning, check_same_stream, check_version
 
 
 class Resumable:

@@ -7,9 +7,9 @@ shards and saved states. Does not know samples or filters.
 
 from dataclasses import dataclass, replace
 
+from handsoff_stream.position.state import State
 from handsoff_stream.seeding import MAX_INDEX
 from handsoff_stream.shard import Shard, Worker
-from handsoff_stream.state import State
 
 EPOCH_STRIDE = 2**40  # indices between the starts of two epochs: far more than one epoch can walk
 

@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from handsoff_stream.batch import LabelledBatch
-from handsoff_stream.dealing import Part
-from handsoff_stream.epochs import MAX_EPOCH, Epochs
 from handsoff_stream.errors import StreamError
+from handsoff_stream.position.dealing import Part
+from handsoff_stream.position.epochs import MAX_EPOCH, Epochs
+from handsoff_stream.position.state import STATE_VERSION, State, is_complete
+from handsoff_stream.position.walk import Walk
 from handsoff_stream.shard import Worker
-from handsoff_stream.state import STATE_VERSION, State, is_complete
-from handsoff_stream.walk import Walk
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ from dataclasses import replace
 from typing import Any
 
 from handsoff_stream.filters import KeepAll, RejectionMonitor
+from handsoff_stream.position.walk import decode_positions, encode_positions
 from handsoff_stream.shard import Shard, Worker
-from handsoff_stream.walk import decode_positions, encode_positions
 
 STATE_VERSION = 2
 KEYS = {"version", "stream", "shard", "epoch", "before", "handed", "walk"}
