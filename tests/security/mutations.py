@@ -72,7 +72,7 @@ def tree_mutated(tree: Any, rng: random.Random) -> Any:
                 break
             node = rng.choice(inner)
         if not isinstance(node, dict | list) or not node:
-            return rng.choice(ODD)
+            return copy.deepcopy(rng.choice(ODD))
         key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
         match rng.randrange(5):
             case 0:
@@ -80,9 +80,9 @@ def tree_mutated(tree: Any, rng: random.Random) -> Any:
             case 1 if isinstance(node, dict):
                 node[rng.choice(("", "x", "\x1b[2J", "k" * 600, f"{key} "))] = node.pop(key)
             case 2 if isinstance(node, list):
-                node.extend([node[key]] * rng.choice((1, 10, 2_000)))
+                node.extend(copy.deepcopy(node[key]) for _ in range(rng.choice((1, 10, 500))))
             case _:
-                node[key] = rng.choice(ODD)
+                node[key] = copy.deepcopy(rng.choice(ODD))
     return tree
 
 
