@@ -8,8 +8,12 @@ CHUNK_SIZE_CUDA = 16  # fills the low resolutions of a generator, whose layers a
 CHUNK_SIZE_CPU = 4
 
 
-def resolve_device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None, *, computes: bool = True) -> torch.device:
     """The device itself; None means CUDA if there is one, else the CPU.
+
+    Args:
+        device: name, device or None.
+        computes: whether samples are made there, which a CPU and CUDA can do; otherwise they are only copied there.
 
     Raises:
         ValueError: no such device.
@@ -20,7 +24,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device {str(device)!r} is unknown; pass cpu, cuda, or cuda:1 for the second one") from None
-    if chosen.type not in ("cpu", "cuda"):
+    if computes and chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device {str(device)!r} is not supported; pass cpu, cuda, or cuda:1 for the second one")
     return chosen
 

@@ -156,7 +156,7 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         check_choices(batch_size, epoch_size, chunk_size, as_dict, image_dtype, on_bad_sample)
         self._source = CheckpointSource(checkpoint, verify=verify)
         self.device = resolve_device(device)
-        self.output_device = self.device if output_device is None else resolve_device(output_device)
+        self.output_device = self.device if output_device is None else resolve_device(output_device, computes=False)
         check_graphs(graphs, self.device)
         self._graphs = graphs
         self.batch_size, self.epoch_size, self.drop_last = batch_size, epoch_size, drop_last

@@ -6,6 +6,7 @@ A fake synthesizer makes the stream's samples, so that a process only costs its 
 import itertools
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -82,6 +83,8 @@ def run_ranks(job: Callable[..., Any], count: int, *, killed: bool = False, **ar
 def _on_rank(job: Callable[..., Any], rank: int, count: int, port: int, queue: Any, arguments: dict[str, Any]) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
+    # A forkserver that an earlier test started belongs to the parent; this process needs one of its own.
+    multiprocessing.forkserver._forkserver.__init__()  # type: ignore[misc]
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
     try:
         outcome = job(**arguments), None

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from benchmarks import common, generator
 from handsoff_stream.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from handsoff_stream.generators.stylegan2 import StyleGAN2
-from recipes.faces.quality import Judge
+from recipes.faces.quality import Teacher
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def measured(tmp_path, monkeypatch, capsys):
     """Run it on files, with a judge that has learned next to nothing; returns what it prints and writes."""
 
     def measured(*files: object) -> dict:
-        arguments = ["--images", "8", "--judge", tmp_path / "judge.safetensors", "--judge-steps", "2"]
+        arguments = ["--images", "8", "--teacher", tmp_path / "judge.safetensors", "--teacher-steps", "2"]
         arguments += ["--sheet", tmp_path, "--device", "cpu", "--checkpoints", *files]
         monkeypatch.setattr(common, "RESULTS", tmp_path)
         monkeypatch.setattr(sys, "argv", [generator.__file__, *map(str, arguments)])
@@ -43,7 +43,7 @@ def test_generators_and_renders_stand_side_by_side(measured, checkpoint_path, tm
         assert quality["shares"].keys() == result["true_shares"].keys() == {"glasses", "hat"}
     assert all((tmp_path / f"{name}.png").exists() for name in ("tiny", "other"))
     assert str(tmp_path) not in json.dumps(result)
-    Judge().load_state_dict(load_file(tmp_path / "judge.safetensors"))  # kept for the next run
+    Teacher().load_state_dict(load_file(tmp_path / "judge.safetensors"))  # kept for the next run
     assert len(generator.rows(result)) == 4
 
 
