@@ -15,14 +15,13 @@ from pathlib import Path
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.image.kid import poly_mmd
 
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, RenderedFaces
 from handsoff_stream.downstream import train_segmentation
-from handsoff_stream.files.atomic import whole_file
+from handsoff_stream.files.tensors import read_tensors, write_tensors
 from handsoff_stream.progress import progress_bar
 
 LONG_TAIL = ("glasses", "hat")
@@ -30,6 +29,7 @@ TEACHER_SIZE = 64
 MIN_PIXELS = 5
 """An image shows a class if at least this many of its TEACHER_SIZE^2 pixels have it."""
 NEIGHBORS = 3
+TEACHER_KEY = "handsoff_stream_teacher"
 TEACHER_START = 2**20
 """The teacher is trained on renders of the validation split from this index on; earlier ones serve as reference."""
 
@@ -90,11 +90,10 @@ def open_teacher(path: Path | None, steps: int, device: torch.device, *, varied:
     if path is None or not path.exists():
         teacher = train_teacher(steps, device, varied=varied)
         if path is not None:
-            with whole_file(path) as partial:
-                save_file({name: tensor.contiguous() for name, tensor in teacher.state_dict().items()}, partial)
+            write_tensors(path, teacher.state_dict(), key=TEACHER_KEY, manifest={"steps": steps, "varied": varied})
         return teacher
     teacher = Teacher()
-    teacher.load_state_dict(load_file(path))
+    teacher.load_state_dict(read_tensors(path, None)[1])
     return teacher.to(device).eval().requires_grad_(False)
 
 
