@@ -75,7 +75,8 @@ class LabelledSet:
     def __getitem__(self, number: int) -> LabelledBatch:
         if number in self._kept:
             return self._kept[number].map(torch.clone)
-        one = self._read(number)
+        with isolated():
+            one = self._read(number)
         size = sum(tensor.nbytes for tensor in one.tensors())
         if size <= self._bytes_left:
             self._bytes_left -= size

@@ -227,10 +227,11 @@ def test_labelled_images_go_where_the_samples_go(checkpoint):
 
 
 def test_the_modes_of_the_training_loop_do_not_change_labelled_images(checkpoint):
-    expected = take(mixture(checkpoint, batch_size=4), 3)
+    labelled = labelled_set(5)
+    expected = take(mixture(checkpoint, labelled=labelled, batch_size=4), 3)
     torch.set_default_dtype(torch.float64)
     try:
-        assert_same(take(mixture(checkpoint, batch_size=4), 3), expected)
+        assert_same(take(mixture(checkpoint, labelled=labelled, batch_size=4), 3), expected)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -264,7 +265,9 @@ def test_a_transform_that_works_in_place_leaves_the_labelled_images_as_they_are(
         return image.zero_(), label.zero_()
 
     seen: list[tuple[int, int]] = []
-    stream = HandsOffStream(checkpoint, batch_size=4, device="cpu", synthesize=synthesize, image_dtype=image_dtype)
+    stream = HandsOffStream(
+        checkpoint, batch_size=4, device="cpu", synthesize=synthesize, filter=None, image_dtype=image_dtype
+    )
     take(mix(stream, labelled_set(3)[1:], transforms=in_place), 20)
     assert set(seen) == {(1, 1), (2, 2)} and len(seen) == 40
 
@@ -293,18 +296,10 @@ def test_resuming_is_exact_up_to_the_end_of_an_epoch(checkpoint, kind):
     def make():
         return mixture(checkpoint, filter="threshold", epoch_size=9, **kind)
 
-    steps = len(list(make()))
-    assert_resumes_exactly(make, steps=steps)
-    done = make()
-    first, second = list(done), take(done, 3)
-    resumed = make()
-    resumed.load_state_dict(through_json(done.state_dict()) if not first else state_after(make(), steps))
-    assert_same(take(resumed, 3), second)
-
-
-def state_after(stream, steps):
-    take(stream, steps)
-    return through_json(stream.state_dict())
+    done, resumed = make(), make()
+    assert_resumes_exactly(make, steps=len(list(done)) - 1)
+    resumed.load_state_dict(through_json(done.state_dict()))
+    assert_same(take(resumed, 1), take(done, 1))  # of the next epoch
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.get("share") not in SHARES[3:4]], ids=str)
@@ -430,15 +425,16 @@ def test_every_epoch_has_labelled_images_of_its_own_and_parts_of_the_line_do_not
     again = mixture(checkpoint, epoch_size=20, batch_size=4)
     again.set_epoch(2)
     assert rows(again) == passes[2]
-    held_out, training = mixed.take(12), mixed.skip(12)
-    parts = [rows(held_out), rows(training)]
+    whole = mixture(checkpoint, batch_size=4)
+    held_out, training = whole.take(12), whole.skip(12)
+    parts = [rows(held_out), rows(itertools.islice(training, 9))]
     assert parts[0] == rows(held_out), "what has an end is the same at every pass"
-    for left, right in itertools.combinations([*passes, *parts][1:], 2):
+    for left, right in [*itertools.combinations(passes, 2), parts]:
         assert not set(left) & set(right)
 
 
 def test_the_stream_is_left_as_it_is_and_the_mixture_begins_where_it_was_set_to_begin(checkpoint):
-    stream = HandsOffStream(checkpoint, device="cpu", synthesize=synthesize, batch_size=4)
+    stream = HandsOffStream(checkpoint, device="cpu", synthesize=synthesize, filter=None, batch_size=4)
     stream.set_epoch(3)
     mixed = mix(stream, labelled_set(2))
     first = next(iter(mixed))
@@ -491,7 +487,7 @@ def test_another_number_of_workers_goes_on_without_repeating_or_skipping(checkpo
         return HandsOffLoader(mixed, num_workers=workers, multiprocessing_context="fork" if workers else None)
 
     found, state = [], None
-    for workers, count in ((2, 5), (3, 6), (1, 4), (2, 1000)):
+    for workers, count in ((2, 3), (3, 5), (1, 4), (2, 1000)):
         loader = make(workers)
         if state is not None:
             loader.load_state_dict(state)
@@ -558,7 +554,7 @@ LABEL = torch.zeros(SIZE, SIZE, dtype=torch.int64)
     ],
 )
 def test_a_labelled_set_that_does_not_fit_the_stream_is_refused_when_it_is_mixed(checkpoint, labelled, error, message):
-    stream = HandsOffStream(checkpoint, device="cpu", synthesize=synthesize)
+    stream = HandsOffStream(checkpoint, device="cpu", synthesize=synthesize, filter=None)
     with pytest.raises(error, match=message):
         mix(stream, labelled)
 
@@ -566,13 +562,13 @@ def test_a_labelled_set_that_does_not_fit_the_stream_is_refused_when_it_is_mixed
 def test_an_image_beyond_the_first_ones_is_refused_when_it_is_needed(checkpoint):
     many = labelled_set(3) * 50
     many[1] = (image(3, 8, 8), LABEL)  # of 150, every second or third is read at once
-    mixed = mix(HandsOffStream(checkpoint, device="cpu", synthesize=synthesize, batch_size=8), many)
+    mixed = mix(HandsOffStream(checkpoint, device="cpu", synthesize=synthesize, filter=None, batch_size=8), many)
     with pytest.raises(ValueError, match=r"labelled\[1\] is \[3, 8, 8\]"):
         take(mixed, 100)
 
 
 def test_transforms_that_end_in_different_sizes_are_refused_with_the_remedy(checkpoint):
-    stream = HandsOffStream(checkpoint, device="cpu", synthesize=synthesize, batch_size=2)
+    stream = HandsOffStream(checkpoint, device="cpu", synthesize=synthesize, filter=None, batch_size=2)
     mixed = mix(stream, labelled_set(1), transforms=lambda image, label: (image[:, :8], label[:8]))
     with pytest.raises(ValueError, match=r"labelled image 0 has the shape \[3, 8, 16\] where a sample.*\[3, 16, 16\]"):
         next(iter(mixed))

@@ -136,6 +136,10 @@ class Dealing:
         saved = None if state["shard"] is None else Shard(*state["shard"])
         if saved == mine and state["walk"] is not None:
             return Part(state["walk"]["left"], state["before"], state["handed"], same_shard=True)
+        carried = state["handed"] if worker is None or worker.turn == 0 else 0
+        lefts = state.get("lefts", []) if saved == rank and self.batch_size is None else []
+        if worker is not None and len(lefts) == worker.count:
+            return Part(lefts[worker.turn], state["before"], carried)
         if saved is None or saved.count == 1:
             before = state["before"] + state["handed"]
             return Part(self._left(before, rank, worker), before)
@@ -146,7 +150,6 @@ class Dealing:
                 "shard])"
             )
         left = state["walk"]["left"] if state["walk"] else self._left(state["before"], rank, None)
-        carried = state["handed"] if worker is None or worker.turn == 0 else 0
         return Part(None if left is None else self.per_worker(left, worker), state["before"], carried)
 
     def _check_pending(self, state: State, rank: Shard) -> None:

@@ -8,6 +8,8 @@
     handed     samples of this epoch that this shard has handed out since
     walk       positions and histories, see walk.py; None before the first pass
     turn       [which worker is next, number of workers], in the state of a rank that has several
+    lefts      samples that each of them has to hand out, in the order of their turns from the next one on; they cannot
+               be told from the sum if a sample is followed by labelled images
     pending    [index, number] of each sample that was handed out without all of the labelled images that go with it,
                of which `number` is the next; only in states of mixtures, where there are such samples
 
@@ -137,6 +139,7 @@ def merge_workers(states: Mapping[int, State], *, after: int) -> State:
         "handed": sum(state["handed"] for state in ordered),
         "walk": walk,
         "turn": [shards[(after + 1) % count].index // ranks, count],
+        "lefts": [lefts[(after + 1 + turn) % count] for turn in range(count)],
         **_all_pending(ordered),
     }
 
