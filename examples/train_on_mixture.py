@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset
 
 from handsoff_stream import HandsOffStream, mix
 from handsoff_stream.config import load_class_map
 from handsoff_stream.datasets.labelled_images import Geometry, LabelledImages, list_labelled
-from handsoff_stream.datasets.rendered_faces import labelled_faces
+from handsoff_stream.datasets.rendered_faces import RenderedFaces, labelled_faces
 from handsoff_stream.downstream import build_deeplab, ordinary_augmentation
 from handsoff_stream.outlets.loader import HandsOffLoader
 
@@ -36,7 +35,7 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 augmentation = ordinary_augmentation()
 stream = HandsOffStream(args.checkpoint, batch_size=args.batch_size, transforms=augmentation)
-labelled: LabelledImages | Dataset = labelled_faces(16)
+labelled: LabelledImages | RenderedFaces = labelled_faces(16)
 if args.images is not None:
     listing, geometry = list_labelled(args.images, args.labels), Geometry(stream.size, resize="crop")
     labelled = LabelledImages(listing, load_class_map(args.class_map), geometry)
