@@ -95,7 +95,7 @@ def through_json(state):
 @pytest.mark.parametrize(
     ("batch_size", "of_them_labelled"), [(2, 1), (3, 1), (3, 2), (8, 2), (8, 3), (8, 4), (8, 7), (12, 9)]
 )
-@pytest.mark.parametrize("filter", FILTERS)
+@pytest.mark.parametrize("filter", ["none", "rolling"])
 def test_every_batch_holds_the_stream_and_then_the_share_of_labelled_images(
     checkpoint, filter, batch_size, of_them_labelled
 ):
@@ -105,7 +105,7 @@ def test_every_batch_holds_the_stream_and_then_the_share_of_labelled_images(
         checkpoint, batch_size=samples, filter=FILTERS[filter](), chunk_size=4, device="cpu", synthesize=synthesize
     )
     mixed = mixture(checkpoint, share, filter=filter, batch_size=batch_size)
-    for batch, own in itertools.islice(zip(mixed, alone, strict=False), 5):
+    for batch, own in itertools.islice(zip(mixed, alone, strict=False), 4):
         assert len(batch) == batch_size
         assert_same(batch.select(range(samples)), own)
         assert batch.next_index == own.next_index
@@ -117,7 +117,7 @@ def test_every_batch_holds_the_stream_and_then_the_share_of_labelled_images(
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("filter", FILTERS)
+@pytest.mark.parametrize("filter", ["none", "rolling"])
 def test_every_sample_is_followed_by_the_labelled_images_that_go_with_it(checkpoint, filter, share):
     alone = HandsOffStream(checkpoint, filter=FILTERS[filter](), chunk_size=4, device="cpu", synthesize=synthesize)
     alone.batch_size = 1
@@ -145,17 +145,17 @@ def test_the_first_samples_have_their_share_of_labelled_images(checkpoint, share
 def test_labelled_images_come_in_whole_random_orders(checkpoint, count, batch_size):
     options = {"as_dict": True} if batch_size is None else {"batch_size": batch_size}
     mixed = mixture(checkpoint, count=count, filter="none", **options)
-    shown = [-1 - index for index, _ in rows(take(mixed, 20 * count)) if index < 0]
+    shown = [-1 - index for index, _ in rows(take(mixed, 12 * count)) if index < 0]
     orders = [tuple(shown[i : i + count]) for i in range(0, len(shown) // count * count, count)]
-    assert len(orders) >= 10 and all(sorted(order) == list(range(count)) for order in orders)
-    assert len(set(orders)) > 5 or count == 1
+    assert len(orders) >= 6 and all(sorted(order) == list(range(count)) for order in orders)
+    assert len(set(orders)) > 4 or count == 1
 
 
 @pytest.mark.parametrize("share", [Fraction(1, 2), Fraction(1, 4), Fraction(3, 8)])
 @pytest.mark.parametrize("filter", ["threshold", "rolling"])
 def test_rejected_samples_hardly_change_how_often_an_image_is_shown(checkpoint, share, filter):
     mixed = mixture(checkpoint, share, count=4, filter=filter, batch_size=16)
-    shown = Counter(index for index, _ in rows(take(mixed, 60)) if index < 0)
+    shown = Counter(index for index, _ in rows(take(mixed, 40)) if index < 0)
     mean = sum(shown.values()) / 4
     assert len(shown) == 4 and all(abs(times - mean) < 0.15 * mean for times in shown.values())
 
@@ -163,8 +163,8 @@ def test_rejected_samples_hardly_change_how_often_an_image_is_shown(checkpoint, 
 @pytest.mark.parametrize("share", [Fraction(1, 2), Fraction(3, 8), Fraction(3, 4)])
 def test_no_two_labelled_images_are_transformed_alike_nor_as_the_sample_beside_them(checkpoint, share):
     stream = HandsOffStream(checkpoint, batch_size=8, filter=Threshold(value=700), device="cpu", transforms=signed)
-    numbers = [number for _, number in rows(take(mix(stream, labelled_set(2), share, transforms=signed), 30))]
-    assert len(set(numbers)) == len(numbers) == 240
+    numbers = [number for _, number in rows(take(mix(stream, labelled_set(2), share, transforms=signed), 12))]
+    assert len(set(numbers)) == len(numbers) == 96
 
 
 def test_another_seed_shows_other_images_transformed_otherwise(checkpoint):
@@ -288,7 +288,7 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("filter", ["threshold", "rolling"])
 def test_resuming_is_exact_at_every_step(checkpoint, kind, filter):
-    assert_resumes_exactly(lambda: mixture(checkpoint, filter=filter, **kind), steps=14)
+    assert_resumes_exactly(lambda: mixture(checkpoint, filter=filter, **kind), steps=8)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -304,7 +304,7 @@ def test_resuming_is_exact_up_to_the_end_of_an_epoch(checkpoint, kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.get("share") not in SHARES[3:4]], ids=str)
 def test_resuming_is_exact_on_a_shard(checkpoint, kind):
-    assert_resumes_exactly(lambda: mixture(checkpoint, shard=Shard(1, 3), **kind), steps=14)
+    assert_resumes_exactly(lambda: mixture(checkpoint, shard=Shard(1, 3), **kind), steps=8)
 
 
 def test_what_an_exception_swallowed_comes_again_after_resuming(checkpoint):
@@ -471,7 +471,7 @@ def test_a_loader_resumes_exactly_with_as_many_workers(checkpoint_path, workers,
         return HandsOffLoader(mixed, num_workers=workers, multiprocessing_context="fork" if workers else None)
 
     loader, items, states = make(), [], []
-    for item in itertools.islice(loader, 12):
+    for item in itertools.islice(loader, 9):
         items.append(item)
         states.append(through_json(loader.state_dict()))
     for step in range(2, len(items), 3):
