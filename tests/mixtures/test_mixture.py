@@ -8,13 +8,16 @@ from math import floor
 
 import pytest
 import torch
-from conftest import CLASSES, assert_same, take
+from conftest import assert_same, take
 from mixtures import FILTERS, SHARES, SIZE, expected_beside, labelled_set, mixture, rows, signed, synthesize
 
 from handsoff_stream import companions as companions_module
 from handsoff_stream import mix
+from handsoff_stream.checkpoint import Head
 from handsoff_stream.filters import Threshold
+from handsoff_stream.label_generator import LabelGenerator
 from handsoff_stream.stream import HandsOffStream
+from handsoff_stream.tasks import Depth
 
 
 @pytest.mark.parametrize(
@@ -123,8 +126,9 @@ def test_labelled_images_of_either_type_become_what_the_stream_yields(checkpoint
 
 
 def test_several_heads_and_heads_without_classes_take_labels_of_their_form(checkpoint):
-    stream = HandsOffStream(checkpoint, device="cpu", batch_size=2, filter=None, synthesize=two_heads)
-    stream._source._manifest = {**stream._source._manifest, "heads": {"parts": head(CLASSES), "depth": head(())}}
+    depth = LabelGenerator(checkpoint.generator.feature_channels, hidden=(7, 5), num_outputs=1, members=2).eval()
+    heads = {"parts": checkpoint.heads["segmentation"], "depth": Head(Depth(), depth.requires_grad_(False))}
+    stream = HandsOffStream(dataclasses.replace(checkpoint, heads=heads), device="cpu", batch_size=2)
     label = {"depth": torch.rand(1, SIZE, SIZE), "parts": torch.full((SIZE, SIZE), 255)}
     batch = next(iter(mix(stream, [(torch.zeros(3, SIZE, SIZE), label)])))
     assert torch.equal(batch.labels["depth"][1], label["depth"])
@@ -134,15 +138,6 @@ def test_several_heads_and_heads_without_classes_take_labels_of_their_form(check
     label["depth"] = label["depth"][0]
     with pytest.raises(ValueError, match=r"for depth is \[16, 16\], the stream's are \[K, 16, 16\]"):
         mix(stream, [(torch.zeros(3, SIZE, SIZE), label)])
-
-
-def head(names):
-    return {"task": {"class_names": names}}
-
-
-def two_heads(indices):
-    batch = synthesize(indices)
-    return dataclasses.replace(batch, labels={"parts": batch.labels, "depth": batch.images[:, :1]})
 
 
 def test_labelled_images_go_where_the_samples_go(checkpoint):
