@@ -29,7 +29,8 @@ class LabelledBatch:
     uncertainty: Tensor
     """float32 [B], the image score that the filter judged."""
     indices: Tensor
-    """int64 [B] on the CPU: `stream[i]` regenerates the sample of index i."""
+    """int64 [B] on the CPU: `stream[i]` regenerates the sample of index i. In a mixture, -1 - n stands for image n of
+    the labelled set, whose uncertainty is 0."""
     next_index: int
     """The first index of this shard that had not been handed out or dropped when the batch was handed out."""
 

@@ -95,8 +95,8 @@ def write_shards(
         The paths of the shards.
 
     Raises:
-        ValueError: a stream of single samples, a count below 1, or a folder that holds another stream's export, or
-            shards that `export.json` does not list.
+        ValueError: a stream of single samples, a mixture, a count below 1, or a folder that holds another stream's
+            export, or shards that `export.json` does not list.
         CheckpointError: a damaged `export.json`.
         OutputError: another process exports to the folder, or the folder cannot be written, or its disk has too little
             space for all samples, estimated from the first one.
@@ -105,6 +105,11 @@ def write_shards(
         raise ValueError(
             f"batch_size={stream.batch_size}, num_samples={num_samples}, shard_size={shard_size}: build the stream "
             f"with batch_size=n and pass counts of at least 1, for at most {MAX_SHARDS} shards"
+        )
+    if stream.assembly.companions is not None:
+        raise ValueError(
+            f"this stream is a mixture with {stream.assembly.companions}, and shards would repeat images that exist "
+            "already; export the stream alone"
         )
     with locked_folder(folder) as locked:
         export = _Export(stream, locked, num_samples, shard_size)

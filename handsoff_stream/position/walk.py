@@ -130,6 +130,10 @@ class Walk:
             return range(0)
         return range(begin // block * block, -(-end // block) * block)
 
+    def owns(self, index: int) -> bool:
+        """Whether an index lies on a lane of this shard."""
+        return index // self._span % self._lanes in self.shard.lanes(self._lanes)
+
     def _implied(self, lane: int, index: int) -> int:
         return _first_on(lane, index, self._lanes, self._span)
 

@@ -14,6 +14,7 @@ from conftest import take
 from PIL import Image
 
 from handsoff_stream.errors import CheckpointError, OutputError
+from handsoff_stream.mixture import mix
 from handsoff_stream.outlets import webdataset as exporter
 from handsoff_stream.outlets.webdataset import write_shards
 from handsoff_stream.stream import HandsOffStream
@@ -180,6 +181,12 @@ def test_more_than_the_disk_holds_is_refused_after_one_sample(make, tmp_path):
     assert not list(tmp_path.glob("*.tar"))
     with pytest.raises(ValueError, match="at most 1000000 shards"):
         write_shards(make(), tmp_path, num_samples=10**12, shard_size=1)
+
+
+def test_a_mixture_is_refused_because_its_labelled_images_exist_already(make, tmp_path):
+    labelled = [(torch.zeros(3, 16, 16), torch.zeros(16, 16, dtype=torch.int64))]
+    with pytest.raises(ValueError, match=r"mixture with Companions\(1 labelled images, share=1/5\).*stream alone"):
+        write_shards(mix(make(), labelled, 0.2), tmp_path, num_samples=2)
 
 
 def test_streams_of_samples_and_empty_exports_are_refused(checkpoint, make, tmp_path):
