@@ -22,6 +22,8 @@ from handsoff_stream.cli.app import (
     tell,
 )
 
+BACKBONES_HELP = "efficientnet-lite0 (for about 128 pixels), resnet101, resnet50, mobilenet_v3_large or resnet18."
+
 
 @app.command(epilog="Example: `handsoff-stream inspect faces`")
 @plain_errors
@@ -86,7 +88,9 @@ def train(
     out: Annotated[Path, typer.Argument(help="State dict of the trained network.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
     batch_size: Annotated[int, typer.Option(min=2, max=4096, help="Samples per step.")] = 8,
-    backbone: Annotated[str, typer.Option(help="resnet101, resnet50, mobilenet_v3_large or resnet18.")] = "resnet18",
+    backbone: Annotated[
+        str, typer.Option(help="efficientnet-lite0, resnet101, resnet50, mobilenet_v3_large or resnet18.")
+    ] = "resnet18",
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
     test_images: Annotated[Path | None, typer.Option(help="Folder of real test images.")] = None,
     test_labels: Annotated[Path | None, typer.Option(help="Folder of their masks.")] = None,
@@ -95,7 +99,7 @@ def train(
     device: DeviceOption = None,
 ) -> None:
     """Train DeepLabV3 on the stream, and score it on real images (for `faces`, on held-out renders)."""
-    from handsoff_stream.demo import train_on_stream
+    from handsoff_stream.downstream.on_stream import train_on_stream
 
     if (test_images is None) != (test_labels is None):
         raise ValueError(
@@ -142,13 +146,15 @@ def export(
 @plain_errors
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for preview.png and result.json.")] = Path("demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each of the two trainings.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="resnet101, resnet50, mobilenet_v3_large or resnet18.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each training.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="efficientnet-lite0, resnet101, resnet50, mobilenet_v3_large or resnet18.")
+    ] = None,
     test_images: Annotated[int, typer.Option(min=1, max=100_000, help="Held-out renders to score on.")] = 200,
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ) -> None:
-    """Train one network on the stream and one on the 16 labelled images, with equal budgets, and compare them."""
+    """Compare networks trained on 16 labelled images, and on these mixed with the stream, with equal budgets."""
     from handsoff_stream.demo import run_demo
 
     run_demo(out, steps=steps, backbone=backbone, test_images=test_images, seed=seed, device=device, console=console)
