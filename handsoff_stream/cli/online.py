@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from handsoff_stream.cli.app import (
+    REPEAT,
     CheckpointArgument,
     DeviceOption,
     PrecisionOption,
@@ -24,7 +25,7 @@ from handsoff_stream.cli.app import (
 
 
 @app.command(epilog="Example: `handsoff-stream inspect faces`")
-@plain_errors
+@plain_errors("nothing was changed; repeat the command to begin again")
 def inspect(
     checkpoint: CheckpointArgument,
     scan: Annotated[
@@ -63,7 +64,7 @@ def _scan(path: str) -> None:
 
 
 @app.command(epilog="Example: `handsoff-stream preview faces sheet.png --num 24 --seed 7`")
-@plain_errors
+@plain_errors()
 def preview(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="PNG file to write.")],
@@ -80,7 +81,7 @@ def preview(
 
 
 @app.command(epilog="Example: `handsoff-stream train faces deeplab.pt --steps 2000 --backbone resnet101`")
-@plain_errors
+@plain_errors("an unfinished training is not kept; repeat the command to begin again")
 def train(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="State dict of the trained network.")],
@@ -117,7 +118,7 @@ def train(
 
 
 @app.command(epilog="Example: `handsoff-stream export faces shards/ --num 10000`")
-@plain_errors
+@plain_errors(REPEAT)
 def export(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="Folder for shard-000000.tar, ...; an unfinished export is continued.")],
@@ -139,7 +140,7 @@ def export(
 
 
 @app.command(epilog="Example: `handsoff-stream demo --out demo --steps 2000 --backbone resnet101`")
-@plain_errors
+@plain_errors("there is no result; repeat the command to begin again")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for preview.png and result.json.")] = Path("demo"),
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each of the two trainings.")] = None,
