@@ -1,6 +1,7 @@
 """With failures: a run that fails as a training run can, and goes on from the file of its position."""
 
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision import tv_tensors  # noqa: F401  (transforms import it, which takes seconds in every worker)
 
 from benchmarks.geometries import random_checkpoint
 from benchmarks.processes import in_fresh_process
@@ -28,6 +30,7 @@ from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.checkpoint import Checkpoint
 from handsoff_stream.errors import OutputError
 from handsoff_stream.files.atomic import write_file
+from handsoff_stream.filters import RollingPercentile
 from handsoff_stream.fitting.calibration import calibrate
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.outlets.loader import HandsOffLoader
@@ -35,9 +38,12 @@ from handsoff_stream.stream import HandsOffStream
 from handsoff_stream.synthesizer import Synthesizer
 
 BATCH_SIZE = 8
+CHUNK_SIZE = 32
+WINDOW = 200
+"""Scores that the rolling filter remembers per lane."""
 SAVE_EVERY = 5
 """Batches between two files of the stream's position."""
-BATCHES_PER_FAILURE = 50
+BATCHES_PER_FAILURE = 100
 """On average."""
 NOT_FINITE_OF = 997
 """One index of so many has a sample that is not finite."""
@@ -49,7 +55,7 @@ Numbers = NDArray[np.int64]
 @functools.cache
 def tiny_checkpoint() -> Checkpoint:
     """Random weights, 16 x 16 pixels, 3 classes: every part of a stream, at a thousandth of its cost."""
-    checkpoint = random_checkpoint(16, channels=(6, 5, 4), hidden=(7, 5), members=3, classes=3)
+    checkpoint = random_checkpoint(16, channels=(6, 5, 4), hidden=(7, 5), members=3, classes=3, latent=8)
     return calibrate(checkpoint, num_samples=500)
 
 
@@ -68,17 +74,16 @@ class SometimesNotFinite:
 
 
 class RaisesAt:
-    """A transform that fails at its n-th call; None: never."""
+    """A transform that changes nothing and fails at its n-th call."""
 
-    def __init__(self, call: int | None) -> None:
+    def __init__(self, call: int) -> None:
         self._left = call
 
     def __call__(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        if self._left is not None:
-            self._left -= 1
-            if self._left < 0:
-                raise ArithmeticError("the transform failed")
-        return image.flip(-1), label.flip(-1)
+        self._left -= 1
+        if self._left < 0:
+            raise ArithmeticError("the transform failed")
+        return image, label
 
 
 @contextmanager
@@ -117,13 +122,15 @@ class Log:
 
 
 def make_loader(synthesize: SometimesNotFinite, workers: int, fails_at: int | None) -> HandsOffLoader[LabelledBatch]:
-    """The loader of every life of a run."""
+    """The loader of one life of a run; `fails_at`: calls of the transform in each worker until it fails."""
     stream = HandsOffStream(
         tiny_checkpoint(),
         batch_size=BATCH_SIZE,
         device="cpu",
         synthesize=synthesize,
-        transforms=RaisesAt(fails_at),
+        transforms=None if fails_at is None else RaisesAt(fails_at),
+        filter=RollingPercentile(window=WINDOW),
+        chunk_size=CHUNK_SIZE,
         on_bad_sample="skip",
     )
     return HandsOffLoader(stream, num_workers=workers)
@@ -175,8 +182,10 @@ class Run:
             self.log.length, skipped = saved["length"], saved["skipped"]
         try:
             self._train(loader, kind, at, skipped)
-        except (ArithmeticError, OSError, RuntimeError) as error:
+        except (ArithmeticError, EOFError, OSError, RuntimeError) as error:
             self.failures[_kind_of(error)] += 1
+        del loader
+        gc.collect()  # or the next life's workers would inherit the remains of this one's
 
     def _train(self, loader: HandsOffLoader[LabelledBatch], kind: str, at: int, skipped: int) -> None:
         for number, batch in enumerate(loader, 1):
@@ -204,7 +213,8 @@ def _kind_of(error: Exception) -> str:
         return "transform"
     if isinstance(error, OutputError):
         return "disk"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+    # A worker that is killed while it hands a tensor over leaves a connection without an end.
+    if isinstance(error, EOFError | ConnectionError | FileNotFoundError) or "DataLoader worker" in str(error):
         return "worker killed"
     raise error
 
