@@ -60,9 +60,7 @@ def main() -> None:
     """Run one part, and write its result again and again."""
     args = arguments()
     if args.part == "rate":
-        stream = HandsOffStream(
-            args.checkpoint, batch_size=BATCH_SIZE, device=args.device, **stream_options(args)
-        )
+        stream = HandsOffStream(args.checkpoint, batch_size=BATCH_SIZE, device=args.device, **stream_options(args))
         results = run_rate(stream, seconds=60 * args.minutes, window_seconds=args.window_seconds)
     else:
         results = run_failures(args.samples, workers=args.workers, windows=args.windows)

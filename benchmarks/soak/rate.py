@@ -28,7 +28,9 @@ class Ledger:
         self.pairs += len(indices)
         self._next = indices[-1] + 1
         dropped = batch.next_index - self.pairs
-        self.unaccounted = max(self.unaccounted, abs(counts["rejected"] - dropped), abs(counts["accepted"] - self.pairs))
+        self.unaccounted = max(
+            self.unaccounted, abs(counts["rejected"] - dropped), abs(counts["accepted"] - self.pairs)
+        )
 
 
 def run_rate(

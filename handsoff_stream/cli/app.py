@@ -1,18 +1,22 @@
 """The command-line application: shared options, commands with many options, error messages and terminal output.
 
-A user's mistake ends in one sentence on stderr and exit code 2, Ctrl-C in one that says how to go on and exit code 130; a
-traceback is a bug of this package. Names and values
-that come from files are escaped before they are printed, and are never interpreted as rich's markup.
+A user's mistake ends in one sentence on stderr and exit code 2, Ctrl-C in one that says how to go on and exit code 130;
+a traceback is a bug of this package. Names and values that come from files are escaped before they are printed, and are
+never interpreted as rich's markup.
 
 Knows typer and the terminal. Does not know what the commands do.
 """
 
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from functools import wraps
 from inspect import Parameter, Signature
+from types import FrameType
 from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import torch
@@ -120,20 +124,41 @@ def plain_errors(go_on: str = NOTHING_WRITTEN) -> Callable[[Callable[..., None]]
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         @wraps(verb)
         def run(*args: Any, **kwargs: Any) -> None:
+            interruptions: list[int] = []
             try:
-                verb(*args, **kwargs)
-            except USER_ERRORS as error:
-                _end(_sentence(error), 2)
-            except KeyboardInterrupt:
-                _end(f"interrupted; {go_on}", INTERRUPTED)
-            except (MemoryError, RuntimeError) as error:
-                if not _is_about_memory(error):
-                    raise
-                _end(f"not enough memory ({printable(str(error), 120)})", 2)
+                with _noted(interruptions):
+                    verb(*args, **kwargs)
+            except (Exception, KeyboardInterrupt) as error:
+                if interruptions or isinstance(error, KeyboardInterrupt):
+                    _end(f"interrupted; {go_on}", INTERRUPTED)
+                if isinstance(error, USER_ERRORS):
+                    _end(_sentence(error), 2)
+                if _is_about_memory(error):
+                    _end(f"not enough memory ({printable(str(error), 120)})", 2)
+                raise
 
         return run
 
     return decorate
+
+
+@contextmanager
+def _noted(interruptions: list[int]) -> Iterator[None]:
+    """Note each SIGINT beside raising KeyboardInterrupt, which some compiled code turns into an error of its own."""
+
+    def note(number: int, _: FrameType | None) -> None:
+        interruptions.append(number)
+        raise KeyboardInterrupt
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _end(sentence: str, code: int) -> NoReturn:
@@ -159,4 +184,6 @@ def _sentence(error: BaseException) -> str:
 
 
 def _is_about_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)

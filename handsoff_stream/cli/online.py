@@ -129,11 +129,12 @@ def export(
     device: DeviceOption = None,
 ) -> None:
     """Write samples as WebDataset shards without loss; an interrupted export can be continued."""
+    from handsoff_stream.device import usable_device
     from handsoff_stream.outlets.webdataset import write_shards
     from handsoff_stream.progress import progress_bar
     from handsoff_stream.stream import HandsOffStream
 
-    stream = HandsOffStream(checkpoint, batch_size=1, seed=seed, device=device, precision=precision)
+    stream = HandsOffStream(checkpoint, batch_size=1, seed=seed, device=usable_device(device), precision=precision)
     with progress_bar("exporting", num, console=console) as update:
         paths = write_shards(stream, out, num_samples=num, shard_size=shard_size, progress=lambda n: update(n, ""))
     tell(f"wrote {len(paths)} shards to {out}")

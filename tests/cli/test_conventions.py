@@ -16,7 +16,11 @@ import handsoff_stream
 from handsoff_stream.checkpoint import save_checkpoint
 from handsoff_stream.cli import app
 
-COMMAND = (sys.executable, "-c", "import sys; sys.argv[0] = 'handsoff-stream'; import handsoff_stream.cli as c; c.main()")
+COMMAND = (
+    sys.executable,
+    "-c",
+    "import sys; sys.argv[0] = 'handsoff-stream'; import handsoff_stream.cli as c; c.main()",
+)
 VERBS = sorted(one.name or one.callback.__name__.replace("_", "-") for one in app.registered_commands)
 
 

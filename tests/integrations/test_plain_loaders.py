@@ -63,7 +63,9 @@ def epochs_of(indices: list[int]) -> list[int]:
 
 
 def test_lightning_goes_through_epochs_of_a_plain_loader(lightning_fits, checkpoint_path):
-    assert lightning_fits({"max_epochs": 2}, epoch_size=16) == [(uninterrupted(checkpoint_path, 32, epoch_size=16), False)]
+    assert lightning_fits({"max_epochs": 2}, epoch_size=16) == [
+        (uninterrupted(checkpoint_path, 32, epoch_size=16), False)
+    ]
 
 
 def test_each_limited_epoch_of_lightning_has_samples_of_its_own(lightning_fits):

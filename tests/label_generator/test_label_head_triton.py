@@ -109,9 +109,8 @@ def streamed() -> dict[str, Any]:
 
 
 def rounded_down() -> dict[str, float]:
-    """The largest change of the divergence, by case, if every ratio of sizes is one float too low, as a GPU may have it."""
+    """The largest change of the divergence, by case, if every ratio of sizes is one float too low, as on a GPU."""
     import triton
-    import triton.language as tl
 
     from handsoff_stream.label_generator import triton_head
 
@@ -119,7 +118,6 @@ def rounded_down() -> dict[str, float]:
     def below(native, full):  # type: ignore[no-untyped-def]
         return (native / full) * 0.99999994  # the float below 1
 
-    assert tl is not None
     names = [name for name in CASES if name.startswith("whole_positions")]
     before, triton_head._ratio = triton_head._ratio, below
     try:
@@ -256,8 +254,8 @@ def test_a_device_needs_the_shared_memory_that_tritons_driver_names(kib: int, pr
 
 
 def test_a_ratio_of_sizes_that_is_rounded_down_drops_no_sample(results: dict[str, Any]) -> None:
-    """Positions that are whole numbers come out just below in floats; the first sample under a tile is then one too low,
-    unless it is found in whole numbers. At 4 -> 44 and 8 -> 104 the last sample under some tiles was missing."""
+    """A position that is a whole number comes out just below it. Rounded down, it named a first sample under the tile
+    that was one too low, and the last sample was missing; so the first sample is found in whole numbers."""
     assert len(results["rounded_down"]) == 2
     assert max(results["rounded_down"].values()) < 1e-5
 
