@@ -132,10 +132,12 @@ def uninterrupted_by_two(checkpoint: Any, epochs: int) -> list[int]:
 def trained(checkpoint: str, folder: str, shard: Shard | None, dispatch: bool) -> list[int] | str:
     """What this rank's plain Trainer trains on of a stream of dictionaries, or what was said instead."""
     import torch
+    import transformers.trainer
     import transformers_trainer
     from transformers import Trainer, TrainingArguments
 
     launched_as_rank()
+    transformers.trainer.is_datasets_available = lambda: False  # it takes the folder tests/datasets for that package
     config = {"dispatch_batches": dispatch, "split_batches": False}
     args = TrainingArguments(
         folder, max_steps=4, per_device_train_batch_size=4, report_to="none", disable_tqdm=True, save_strategy="no",
