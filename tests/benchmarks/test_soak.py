@@ -1,7 +1,9 @@
 """A short soak: failures of every kind, a run cut short, and what the counts would see."""
 
 import dataclasses
+import itertools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -17,15 +19,15 @@ from benchmarks.soak.rate import Ledger, run_rate
 from handsoff_stream.checkpoint import save_checkpoint
 from handsoff_stream.stream import HandsOffStream
 
-SAMPLES = 640
+SAMPLES = 520  # so many that the first three lives, which fail in different ways, cannot hand out all of them
 
 
 def test_after_failures_of_every_kind_each_sample_came_once_and_in_order(tmp_path):
-    *_, result = run_failures(SAMPLES, workers=2, windows=8, batches_per_failure=8)
+    *_, result = run_failures(SAMPLES, workers=2, windows=4, batches_per_failure=10)
     assert result["finished"] and result["samples"] == SAMPLES
     wrong = {name: result[name] for name in ("lost", "twice", "elsewhere", "other_pixels")}
     assert wrong == {"lost": 0, "twice": 0, "elsewhere": 0, "other_pixels": 0}
-    assert set(result["failures"]) == set(FAILURES) and min(result["failures"].values()) >= 2
+    assert set(result["failures"]) == set(FAILURES) and min(result["failures"].values()) >= 1
     assert result["lives"] == sum(result["failures"].values()) + 1
     assert result["pairs"] > SAMPLES, "what came after the last file of the position came again"
     assert result["skipped_not_finite"] == 1 and NOT_FINITE_OF // 2 < SAMPLES
@@ -53,12 +55,15 @@ def test_what_is_lost_repeated_exchanged_or_changed_is_counted():
 
 def test_at_full_rate_every_index_was_handed_out_once_or_dropped(checkpoint):
     stream = HandsOffStream(checkpoint, batch_size=8, device="cpu")
-    results = list(run_rate(stream, seconds=0.3, window_seconds=0.05))
-    assert [result["finished"] for result in results] == [False] * (len(results) - 1) + [True]
-    last = results[-1]
-    assert (last["out_of_order"], last["unaccounted"]) == (0, 0)
-    assert last["pairs"] == stream.accepted and last["rejected"] == stream.rejected > 0
-    assert sum(window["pairs"] for window in last["windows"]) == last["pairs"]
+    *_, last = itertools.islice(run_rate(stream, seconds=math.inf, window_seconds=0), 20)
+    assert (last["out_of_order"], last["unaccounted"], last["finished"]) == (0, 0, False)
+    assert last["pairs"] == stream.accepted == 160 and last["rejected"] == stream.rejected > 0
+    assert [window["pairs"] for window in last["windows"]] == [8] * 20
+
+
+def test_a_run_at_full_rate_ends_when_its_time_is_over(checkpoint):
+    results = list(run_rate(HandsOffStream(checkpoint, batch_size=8, device="cpu"), seconds=0, window_seconds=0))
+    assert [result["finished"] for result in results] == [True]
 
 
 @pytest.mark.parametrize("change", ["repeated", "left out"])
