@@ -35,7 +35,7 @@ def test_ddp_ends_on_both_ranks_and_its_epochs_differ(checkpoint_path, workers):
 
 @pytest.fixture
 def collected_by_this_thread():
-    """torchdata 0.11 joins the thread of a prefetcher that is collected, which fails if this very thread collects it."""
+    """torchdata 0.11 joins the thread of a prefetcher that is collected, and fails in this very thread."""
     gc.disable()
     yield
     gc.collect()
