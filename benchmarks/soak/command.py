@@ -21,7 +21,8 @@ def rows(result: Result) -> list[Row]:
     grows = Row(f"soak: growth of the process's memory over {length}", slope, "none: 0", None)
     if "failures" not in result:
         wrong = result["out_of_order"] + result["unaccounted"]
-        return [Row(f"soak at full rate: samples lost or twice, of {length}", str(wrong), "none: 0", None), grows]
+        what = f"soak at {result['pairs_per_s']:.3g} pairs/s: samples lost or twice, of {length}"
+        return [Row(what, str(wrong), "none: 0", None), grows]
     count = sum(result["failures"].values())
     wrong = sum(result[name] for name in ("lost", "twice", "elsewhere", "other_pixels"))
     what = f"soak: {result['samples']:,} samples, resumed after {count} failures: samples lost, twice or changed"
