@@ -8,6 +8,7 @@ from indices to a batch. Does not know networks, tasks, files or CUDA.
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, Unpack, overload
 
@@ -35,7 +36,7 @@ from handsoff_stream.source import CheckpointSource
 from handsoff_stream.synthesizer import Synthesizer, in_chunks
 from handsoff_stream.transforms import JointTransform
 from handsoff_stream.uncertainty import ScoreKind
-from handsoff_stream.wrapping import check_not_divided_again
+from handsoff_stream.wrapping import check_not_divided_again, check_not_pinned, warn_if_training_goes_on
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -183,6 +184,10 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         worker = detect_worker()
         self._check_devices(worker)
         self._check_not_divided_again(worker)
+        if self.batch_size is None:
+            check_not_pinned(self, self.output_device)
+        if self._passes.begins_anew(worker):
+            warn_if_training_goes_on()
         epoch, state = self._passes.begin(worker)
         progress = self._new_progress(state, epoch, worker)
         self._progress = os.getpid(), progress
@@ -210,7 +215,8 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
             on_bad_sample=self._on_bad_sample,
         )
         if state is not None and state["walk"] is not None:
-            walk.load_state_dict(state["walk"], same_shard=part.same_shard)
+            saved = Shard(*state["shard"] or (0, 1))
+            walk.load_state_dict(state["walk"], saved=saved, same_shard=part.same_shard)
         return Progress(walk, epoch, part, self._identity(), pending_in(state, walk))
 
     def _prefetch(self, chunks: Iterable[range]) -> Iterator[Chunk]:
@@ -316,6 +322,8 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         # A copy begins where this stream was set to begin; it builds its own networks on first use. A worker that is
         # being spawned cannot ask torch.distributed, so the rank goes with it.
         self._check_not_divided_again(detect_worker())
+        if get_spawning_popen() is not None and self._passes.begins_anew(detect_worker()):
+            warn_if_training_goes_on()
         state = {**self.__dict__, "_carried_rank": self._rank(detect_worker()), "_progress": None}
         return state if self._given_synthesize else {**state, "_synthesize": None}
 

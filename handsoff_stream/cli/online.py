@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from handsoff_stream.cli.app import (
+    REPEAT,
     CheckpointArgument,
     DeviceOption,
     PrecisionOption,
@@ -26,7 +27,7 @@ BACKBONES_HELP = "efficientnet-lite0 (for about 128 pixels), resnet101, resnet50
 
 
 @app.command(epilog="Example: `handsoff-stream inspect faces`")
-@plain_errors
+@plain_errors("nothing was changed; repeat the command to begin again")
 def inspect(
     checkpoint: CheckpointArgument,
     scan: Annotated[
@@ -65,7 +66,7 @@ def _scan(path: str) -> None:
 
 
 @app.command(epilog="Example: `handsoff-stream preview faces sheet.png --num 24 --seed 7`")
-@plain_errors
+@plain_errors()
 def preview(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="PNG file to write.")],
@@ -82,7 +83,7 @@ def preview(
 
 
 @app.command(epilog="Example: `handsoff-stream train faces deeplab.pt --steps 2000 --backbone resnet101`")
-@plain_errors
+@plain_errors("an unfinished training is not kept; repeat the command to begin again")
 def train(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="State dict of the trained network.")],
@@ -121,7 +122,7 @@ def train(
 
 
 @app.command(epilog="Example: `handsoff-stream export faces shards/ --num 10000`")
-@plain_errors
+@plain_errors(REPEAT)
 def export(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="Folder for shard-000000.tar, ...; an unfinished export is continued.")],
@@ -132,18 +133,19 @@ def export(
     device: DeviceOption = None,
 ) -> None:
     """Write samples as WebDataset shards without loss; an interrupted export can be continued."""
+    from handsoff_stream.device import usable_device
     from handsoff_stream.outlets.webdataset import write_shards
     from handsoff_stream.progress import progress_bar
     from handsoff_stream.stream import HandsOffStream
 
-    stream = HandsOffStream(checkpoint, batch_size=1, seed=seed, device=device, precision=precision)
+    stream = HandsOffStream(checkpoint, batch_size=1, seed=seed, device=usable_device(device), precision=precision)
     with progress_bar("exporting", num, console=console) as update:
         paths = write_shards(stream, out, num_samples=num, shard_size=shard_size, progress=lambda n: update(n, ""))
     tell(f"wrote {len(paths)} shards to {out}")
 
 
 @app.command(epilog="Example: `handsoff-stream demo --out demo --steps 2000 --backbone resnet101`")
-@plain_errors
+@plain_errors("there is no result; repeat the command to begin again")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for preview.png and result.json.")] = Path("demo"),
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each training.")] = None,

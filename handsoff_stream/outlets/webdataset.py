@@ -89,7 +89,7 @@ def write_shards(
         folder: receives `shard-000000.tar`, ... and `export.json`; created if missing.
         num_samples: total number of samples; the last shard may be shorter.
         shard_size: samples per shard.
-        progress: called with the number of samples in complete shards.
+        progress: called after each sample, with the number of samples that are written by then.
 
     Returns:
         The paths of the shards.
@@ -157,25 +157,21 @@ class _Export:
                 for _ in range(self.record.shards[i].samples):
                     next(samples)
                 continue
-            made = self._write(i, samples)
+            made = self._write(i, samples, progress)
             if made != self.record.shards[i]:
                 raise ValueError(
                     f"{self.paths[i]}: written again, but with other bytes than {STATE_FILE} lists, which another "
                     "machine or version can cause; export to a new folder"
                 )
-            if progress is not None:
-                progress(i * self.shard_size + made.samples)
 
     def go_on(self, progress: Callable[[int], None] | None) -> None:
         """Write the remaining shards."""
         samples = iter(self.stream)
         for i in range(len(self.record.shards), len(self.paths)):
-            made = self._write(i, samples)
+            made = self._write(i, samples, progress)
             shards = [*self.record.shards, made]
             self.record = self.record.model_copy(update={"shards": shards, "stream": self.stream.state_dict()})
             self.record.save(self.folder)
-            if progress is not None:
-                progress(i * self.shard_size + made.samples)
 
     def _stored(self) -> _ExportRecord | None:
         path = self.folder / STATE_FILE
@@ -204,7 +200,7 @@ class _Export:
     def _count(self, number: int) -> int:
         return min(self.shard_size, self.num_samples - number * self.shard_size)
 
-    def _write(self, number: int, samples: Iterator[Any]) -> _ShardRecord:
+    def _write(self, number: int, samples: Iterator[Any], progress: Callable[[int], None] | None) -> _ShardRecord:
         path, count = self.paths[number], self._count(number)
         with whole_file(path) as partial, webdataset.TarWriter(str(partial), mtime=MTIME, encoder=False) as writer:
             for i in range(count):
@@ -212,6 +208,8 @@ class _Export:
                 if i == 0:
                     check_folder(self.folder, needed=count * _stored_bytes(fields) * (len(self.paths) - number))
                 writer.write(fields)
+                if progress is not None:
+                    progress(number * self.shard_size + i + 1)
         return _ShardRecord(file=path.name, samples=count, bytes=path.stat().st_size, sha256=sha256(path))
 
 

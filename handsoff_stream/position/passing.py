@@ -49,6 +49,10 @@ class Passes:
             return self._loaded if self._loaded is not None and self._epochs.is_first_pass_of(worker) else None
         return self._loaded if self._waiting or not here else None
 
+    def begins_anew(self, worker: Worker | None) -> bool:
+        """Whether the next pass is the first one of all, because nobody has said where to go on."""
+        return self.waiting(worker) is None and self._epochs.is_untouched(worker)
+
     def load(self, state: State, worker: Worker | None) -> None:
         """Continue from a state, or after its epoch if nothing of that is left. A worker cannot know that of others."""
         done = worker is None and is_complete(state)

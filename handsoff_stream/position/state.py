@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 from handsoff_stream.filters import KeepAll, RejectionMonitor
-from handsoff_stream.position.walk import Walk, decode_positions, encode_positions
+from handsoff_stream.position.walk import NEXT_CHUNKS, Walk, decode_positions, encode_positions
 from handsoff_stream.shard import Shard, Worker
 
 STATE_VERSION = 2
@@ -182,6 +182,8 @@ def merge_states(states: Sequence[State]) -> State:
         positions |= decode_positions(state["walk"], _lanes_of(state))
     walk |= encode_positions(positions, lanes, span)
     walk["left"] = None if epoch_size is None else max(epoch_size - before, 0)
+    if len(begun) < len(found):
+        walk["next"] = None
     return {**merged, "walk": walk}
 
 
@@ -203,8 +205,15 @@ def _merged_walk(states: Sequence[State]) -> dict[str, Any]:
         "filters": dict(sorted(filters.items(), key=lambda item: int(item[0]))),
         "counts": RejectionMonitor(KeepAll()).state_dict(),
         "left": None,
-        "next": [] if all(walk["next"] == [] for walk in walks) else None,
+        "next": _merged_next([walk["next"] for walk in walks]),
     }
+
+
+def _merged_next(of_shards: Sequence[list[int] | None]) -> list[int] | None:
+    """The chunks that come next on all shards together; None if those of a shard are not known."""
+    if any(chunks is None for chunks in of_shards):
+        return None
+    return sorted({chunk for chunks in of_shards for chunk in chunks or ()})[:NEXT_CHUNKS]
 
 
 def _of_workers(state: Any) -> Iterator[State]:

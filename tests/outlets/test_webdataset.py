@@ -49,7 +49,9 @@ def test_reading_the_shards_back_gives_the_streamed_tensors(make, tmp_path):
 
 
 def test_an_interrupted_export_continues_and_ends_with_the_same_bytes(make, tmp_path, monkeypatch):
-    whole = write_shards(make(), tmp_path / "whole", num_samples=20, shard_size=6)
+    said: list[int] = []
+    whole = write_shards(make(), tmp_path / "whole", num_samples=20, shard_size=6, progress=said.append)
+    assert said == list(range(1, 21)), "progress is that of samples, not of shards"
 
     original, written = exporter._fields, []
 
@@ -68,7 +70,9 @@ def test_an_interrupted_export_continues_and_ends_with_the_same_bytes(make, tmp_
     leftover.mkdir()
     (leftover / "shard-000001.tar").write_bytes(b"half a shard")
     monkeypatch.setattr(exporter, "_fields", original)
-    resumed = write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6)
+    said.clear()
+    resumed = write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6, progress=said.append)
+    assert said == list(range(7, 21))
     assert [p.read_bytes() for p in resumed] == [p.read_bytes() for p in whole]
     assert not list((tmp_path / "cut").glob("*.partial"))
     assert {p.name for p in (tmp_path / "cut").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
