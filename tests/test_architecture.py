@@ -15,7 +15,7 @@ LAYERS = [
     {"errors"},
     {"batch", "class_ids", "device", "files", "geometry", "isolation", "precision", "progress", "provenance"}
     | {"seeding", "shard", "uncertainty", "wrapping"},
-    {"features", "manifest"},
+    {"features", "imagenet", "manifest"},
     {"filters", "generators", "label_generator", "noise", "prefetch", "tasks", "transforms"},
     {"assembly", "options", "position"},
     {"checkpoint"},
@@ -91,7 +91,7 @@ def test_the_online_half_does_not_know_the_offline_half_or_real_images():
     online = {name for layer in LAYERS[: LEVEL["stream"] + 1] for name in layer}
     for path in FILES:
         if part(path) in online:
-            assert not internal(path) & {"datasets", "downstream", "fitting", "outlets"}, path
+            assert not internal(path) & {"datasets", "downstream", "fitting", "imagenet", "outlets"}, path
 
 
 def module_name(path: Path) -> str:
@@ -154,6 +154,7 @@ def test_optional_packages_are_imported_in_their_own_rooms_only():
         "lightning": {"outlets"},
         "lpips": {"fitting"},
         "segmentation_models_pytorch": {"downstream"},
+        "timm": {"imagenet"},
         "torchmetrics": {"downstream"},
         "torchvision": {"downstream", "fitting", "transforms"},
         "transformers": {"outlets"},

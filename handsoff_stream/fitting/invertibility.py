@@ -134,7 +134,7 @@ def without_lost_pixels(
                 classes.setdefault(name, {})[class_name] = lost / pixels
         if 0 < pixels_N.sum() == lost_N.sum():
             gone.append(class_name)
-    share = float(lost_Nhw.sum() / labelled_Nhw.sum().clamp(min=1))
+    share = int(lost_Nhw.sum()) / max(1, int(labelled_Nhw.sum()))
     report = LostPixels(factor, share, {name: classes[name] for name in names if name in classes}, tuple(gone))
     return masks_Nhw.masked_fill(lost_Nhw, IGNORE_INDEX), report
 
