@@ -116,16 +116,18 @@ def inversions(
 ) -> dict[str, tuple[Inversion, Perceptual, float]]:
     """Way => the inversions, their distance, and the seconds that they took; near 0 if they were there already."""
     random, imagenet = load_perceptual(RANDOM), load_perceptual(IMAGENET)
-    trained_encoder(args, generator, imagenet, folder / "encoder.safetensors")
-    encodings = encode_images(load_restyle(folder / "encoder.safetensors"), generator, images)
-    ways: dict[str, tuple[Perceptual, int, dict[str, Tensor] | None]] = {
-        "random distance": (random, args.steps, None),
-        "ImageNet distance": (imagenet, args.steps, None),
-        "ImageNet, encoder": (imagenet, args.steps, encodings),
-        "encoder alone": (imagenet, 0, encodings),
+    file = folder / "encoder.safetensors"
+    ways = {
+        "random distance": (random, args.steps, False),
+        "ImageNet distance": (imagenet, args.steps, False),
+        "ImageNet, encoder": (imagenet, args.steps, True),
+        "encoder alone": (imagenet, 0, True),
     }
     found = {}
-    for name, (perceptual, steps, start) in ways.items():
+    for name, (perceptual, steps, encoded) in ways.items():
+        if encoded:
+            trained_encoder(args, generator, imagenet, file)
+        start = encode_images(load_restyle(file), generator, images) if encoded else None
         chosen = InversionSettings(steps=steps, radius=None)
         started = time.perf_counter()
         here = folder / name.replace(" ", "_")

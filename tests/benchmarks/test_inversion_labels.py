@@ -56,7 +56,7 @@ def test_what_a_reconstruction_lacks_lowers_the_ratio_and_the_mask_is_judged_by_
     made[1, :, :, 6:] = 0  # a quarter of the second image turns dark
     lost[1, :, 7] = lost[1, :, 0] = True
     found = measure(faces, Brightness(), made, lost, score(faces, faces.seen_NHW))
-    assert found["ratio_per_class"]["bright"] < 0.8 and found["miou_ratio"] < 1
+    assert found["ratio_per_class"]["bright"] == pytest.approx(0.8) and found["miou_ratio"] < 1
     # Three rows of two columns are wrong where the teacher was right; one of the columns is left out.
     assert found["mask"]["wrong_that_is_left_out"] == 0.5
     assert found["mask"]["wrong_of_left_out"] == pytest.approx(3 / 7)
