@@ -254,6 +254,11 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     generator = load_checkpoint(args.checkpoint).generator.to(args.device)
     faces = labelled(experiment, teacher)
     real = score(faces, faces.seen_NHW)
+    if real["miou"] == 0:
+        raise ValueError(
+            f"after {args.teacher_steps} steps the teacher recognizes nothing in the images, so there is nothing to "
+            "compare inversions with; raise --teacher-steps, and delete the teacher in --folder"
+        )
     ways, pictures = {}, []
     everywhere = torch.ones_like(faces.masks_NHW, dtype=torch.bool)
     for name, (found, perceptual, seconds) in inversions(args, generator, faces.images, folder).items():
