@@ -260,10 +260,9 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "compare inversions with; raise --teacher-steps, and delete the teacher in --folder"
         )
     ways, pictures = {}, []
-    everywhere = torch.ones_like(faces.masks_NHW, dtype=torch.bool)
     for name, (found, perceptual, seconds) in inversions(args, generator, faces.images, folder).items():
         made = reconstructions(generator, found.w_plus)
-        lost = lost_pixels(generator, faces.images, found.w_plus, perceptual, everywhere)
+        lost = lost_pixels(generator, faces.images, found.w_plus, perceptual, faces.masks_NHW, len(faces.class_names))
         ways[name] = {"image_distance": perceptual.description, "seconds": seconds}
         ways[name] |= measure(faces, teacher, made, lost, real)
         pictures.append((made, lost))

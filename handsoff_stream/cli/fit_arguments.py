@@ -111,7 +111,7 @@ class FitArguments:
         typer.Option(
             help="Leave out pixels whose inversion differs from the image by more than this many medians; inf: none."
         ),
-    ] = 3.0
+    ] = 2.0
     hidden: Annotated[
         tuple[int, int] | None, typer.Option(help="Widths of the two hidden layers; default: the domain's.")
     ] = None

@@ -89,7 +89,7 @@ class FitOptions:
     augmentation: AugmentationSettings | None = None
     """Augmentations of the images, inverted and learned from as well; None for none."""
     invertibility: float | None = DEFAULT_FACTOR
-    """Pixels whose inversion differs from the image more than so many times the median are not learned from, see
+    """Pixels whose inversion differs from the image by more than so many medians are not learned from, see the module
     `invertibility`; None: all are. Images with given latents are not affected."""
     memory_gb: float | None = None
     """Gigabytes for features on the device; the rest goes to temporary files beside the checkpoint."""
