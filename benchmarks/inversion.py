@@ -14,10 +14,10 @@ Six methods are compared:
 The encoder is read from `--encoder`; if the file does not exist, the encoder is trained first, on other renders, and
 written there. HandsOff trains its encoder on the images that it inverts; this encoder has not seen them.
 
-Errors are means over the images: the image distance (LPIPS; the result names its backbone, which has random weights if
-the trained ones are missing), the mean squared error of pixels in [-1, 1], and PSNR. Seconds are per image at this
-batch size and include all stages of a method, without the training of the encoder, which is given separately. The last
-line of the output is the result as JSON.
+Errors are means over the images: the image distance (the default of `load_perceptual`; the result names it), the mean
+squared error of pixels in [-1, 1], and PSNR. Seconds are per image at this batch size and include all stages of a
+method, without the training of the encoder, which is given separately. The last line of the output is the result as
+JSON.
 """
 
 import argparse

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors"},
     {"batch", "class_ids", "device", "files", "geometry", "isolation", "precision", "progress", "provenance"}
     | {"seeding", "shard", "uncertainty", "wrapping"},
-    {"features", "manifest"},
+    {"features", "imagenet", "manifest"},
     {"filters", "generators", "label_generator", "noise", "prefetch", "tasks", "transforms"},
     {"companions"},
     {"assembly", "options", "position"},
@@ -92,7 +92,7 @@ def test_the_online_half_does_not_know_the_offline_half_or_real_images():
     online = {name for layer in LAYERS[: LEVEL["stream"] + 1] for name in layer}
     for path in FILES:
         if part(path) in online:
-            assert not internal(path) & {"datasets", "downstream", "fitting", "outlets"}, path
+            assert not internal(path) & {"datasets", "downstream", "fitting", "imagenet", "outlets"}, path
 
 
 def module_name(path: Path) -> str:
@@ -155,6 +155,7 @@ def test_optional_packages_are_imported_in_their_own_rooms_only():
         "lightning": {"outlets"},
         "lpips": {"fitting"},
         "segmentation_models_pytorch": {"downstream"},
+        "timm": {"imagenet"},
         "torchmetrics": {"downstream"},
         "torchvision": {"downstream", "fitting", "transforms"},
         "transformers": {"outlets"},

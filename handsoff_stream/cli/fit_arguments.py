@@ -5,6 +5,7 @@ The offline part is imported inside functions: importing it takes seconds, and `
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
 GeneratorArgument = Annotated[
     str, typer.Argument(help="Generator or checkpoint file, or the name of an included checkpoint.")
 ]
-NetOption = Annotated[str | None, typer.Option(help="LPIPS backbone: vgg, alex or squeeze.")]
-EncoderOption = Annotated[
-    Path | None, typer.Option(help="ReStyle encoder whose latents inversion starts from and stays near.")
+NetOption = Annotated[
+    str | None,
+    typer.Option(help="Features to compare images in: efficientnet-lite0 (ImageNet), or LPIPS's vgg, alex or squeeze."),
 ]
+EncoderOption = Annotated[Path | None, typer.Option(help="Encoder whose latents inversion starts from and stays near.")]
 DomainOption = Annotated[
     str | None,
     typer.Option(help="Use the paper's settings for: faces, cars, full-bodies-8, full-bodies-10 or streets."),
@@ -104,6 +106,12 @@ class FitArguments:
     encoder: EncoderOption = None
     radius: RadiusOption = DEFAULT_RADIUS
     net: NetOption = None
+    invertibility: Annotated[
+        float,
+        typer.Option(
+            help="Leave out pixels whose inversion differs from the image by more than this many medians; inf: none."
+        ),
+    ] = 2.0
     hidden: Annotated[
         tuple[int, int] | None, typer.Option(help="Widths of the two hidden layers; default: the domain's.")
     ] = None
@@ -165,6 +173,7 @@ class FitArguments:
             fit=self._fit_settings(),
             widths_of=self.domain if self.hidden is None else None,
             augmentation=augmentation,
+            invertibility=None if self.invertibility == math.inf else self.invertibility,
             memory_gb=self.memory_gb,
             half=self.half,
             calibration_samples=self.calibration_samples,

@@ -5,7 +5,7 @@ The offline part is imported inside functions: importing it takes seconds, and `
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -34,6 +34,9 @@ from handsoff_stream.cli.fit_arguments import (
     StepsOption,
 )
 from handsoff_stream.cli.parsing import parse_inversion, parse_names
+
+if TYPE_CHECKING:
+    from handsoff_stream.fitting.invertibility import LostPixels
 
 AverageLatentOption = Annotated[
     Path | None, typer.Option(help=".npy file of the average latent, if the generator file has none.")
@@ -107,12 +110,17 @@ def train_encoder_verb(
     images: Annotated[Path, typer.Argument(help="Folder of images; they need no labels.")],
     out: Annotated[Path, typer.Argument(help="Encoder to write, .safetensors; an unfinished training continues.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
-    architecture: Annotated[str, typer.Option(help="small, or ReStyle's resnet34 or ir_se50.")] = "small",
+    architecture: Annotated[
+        str,
+        typer.Option(
+            help="efficientnet-lite0 (ImageNet weights, samples first), small, or ReStyle's resnet34 or ir_se50."
+        ),
+    ] = "small",
     resize: ResizeOption = "exact",
     net: NetOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Train a ReStyle encoder, which predicts the latents that inversion starts from, for a domain without one."""
+    """Train an encoder, which predicts the latents that inversion starts from, for a domain without one."""
     from handsoff_stream.fitting import EncoderSettings
     from handsoff_stream.fitting.from_files import train_encoder_on_folder
 
@@ -146,10 +154,12 @@ def invert_verb(given: InvertArguments) -> None:
 
     settings = parse_inversion(given.domain, given.steps, given.radius)
     options = InversionOptions(settings=settings, encoder=given.encoder, net=given.net)
-    found = invert_folder(given.generator, given.images, given.out, options, resize=given.resize, device=given.device)
-    table = Table("image", "LPIPS", "PSNR (dB)")
-    for name, lpips, psnr in found:
-        table.add_row(cell(name), f"{lpips:.3f}", f"{psnr:.1f}")
+    found, distance = invert_folder(
+        given.generator, given.images, given.out, options, resize=given.resize, device=given.device
+    )
+    table = Table("image", "distance", "PSNR (dB)", caption=f"distance: {distance}")
+    for name, perceptual, psnr in found:
+        table.add_row(cell(name), f"{perceptual:.3f}", f"{psnr:.1f}")
     console.print(table)
 
 
@@ -207,5 +217,24 @@ def fit_verb(given: FitArguments) -> None:
     if summary.accuracy is not None:
         note = f"; accuracy on held-out pixels of the labelled images {summary.accuracy:.1%}"
     tell(f"wrote {given.out}{note}")
+    if summary.image_distance is not None:
+        tell(f"inversion compared images by {summary.image_distance}")
+    if summary.lost is not None:
+        for line in _lost_lines(summary.lost):
+            tell(line)
     if summary.unseen_classes:
         tell(f"no labelled image shows {', '.join(summary.unseen_classes)}, so the stream will not label them either")
+
+
+def _lost_lines(lost: "LostPixels") -> list[str]:
+    """What the user should know of pixels that inversions lack: one sentence for the set, one for each image."""
+    lines = [f"left out {lost.share:.1%} of the labelled pixels, which inversions lack"]
+    for image, classes in lost.classes.items():
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in classes.items())
+        lines.append(f"the inversion of {image} lacks {shares}")
+    if lost.gone:
+        lines.append(
+            f"no pixel is left of {', '.join(lost.gone)}, so the stream will not label them either; add images that "
+            "show them, invert with an encoder, or pass --invertibility inf"
+        )
+    return lines

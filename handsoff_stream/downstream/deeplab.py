@@ -19,7 +19,8 @@ from torchvision.models import segmentation
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 
-from handsoff_stream.downstream.efficientnet import EfficientNetDeepLab, packaged_weights, timm_names
+from handsoff_stream.downstream.efficientnet import EfficientNetDeepLab, encoder_names
+from handsoff_stream.imagenet import packaged_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -83,7 +84,7 @@ BACKBONES: dict[str, Backbone] = {
         segmentation.deeplabv3_mobilenet_v3_large, models.MobileNet_V3_Large_Weights.IMAGENET1K_V1
     ),
     "resnet18": Backbone(_small_resnet18, models.ResNet18_Weights.IMAGENET1K_V1.url, _without_features),
-    "efficientnet-lite0": Backbone(EfficientNetDeepLab, None, timm_names),
+    "efficientnet-lite0": Backbone(EfficientNetDeepLab, None, encoder_names),
 }
 
 

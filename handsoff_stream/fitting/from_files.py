@@ -37,6 +37,7 @@ from handsoff_stream.fitting.inversion.descent import InversionSettings
 from handsoff_stream.fitting.inversion.latents import Encode, invert
 from handsoff_stream.fitting.inversion.perceptual import load_perceptual
 from handsoff_stream.fitting.inversion.store import invert_images
+from handsoff_stream.fitting.invertibility import DEFAULT_FACTOR, LostPixels, check_factor, leave_out_lost
 from handsoff_stream.fitting.labelled_files import LabelledFiles, examples
 from handsoff_stream.fitting.presets import hidden_widths
 from handsoff_stream.fitting.published import read_label_generator
@@ -54,9 +55,9 @@ class InversionOptions:
     settings: InversionSettings = InversionSettings()
     """How to descend."""
     encoder: Path | None = None
-    """A ReStyle encoder's file, whose latents inversion starts from and stays near; None: see `invert`."""
+    """An encoder's file, whose latents inversion starts from and stays near; None: see `invert`."""
     net: str | None = None
-    """LPIPS backbone, see `load_perceptual`."""
+    """Network in whose features images are compared, see `load_perceptual`."""
 
     def encode(self, generator: Generator) -> Encode | None:
         """The encoder, read and bound to a generator; None without one.
@@ -74,7 +75,7 @@ class FitOptions:
     """How labelled files become a checkpoint: all options except the files.
 
     Raises:
-        ValueError: `memory_gb` or `calibration_samples` out of range.
+        ValueError: `invertibility`, `memory_gb` or `calibration_samples` out of range.
     """
 
     inversion: InversionOptions = InversionOptions()
@@ -87,6 +88,9 @@ class FitOptions:
     """Domain whose published hidden widths replace those of `fit`; see `presets`."""
     augmentation: AugmentationSettings | None = None
     """Augmentations of the images, inverted and learned from as well; None for none."""
+    invertibility: float | None = DEFAULT_FACTOR
+    """Pixels whose inversion differs from the image by more than so many medians are not learned from, see the module
+    `invertibility`; None: all are. Images with given latents are not affected."""
     memory_gb: float | None = None
     """Gigabytes for features on the device; the rest goes to temporary files beside the checkpoint."""
     half: bool = False
@@ -97,6 +101,8 @@ class FitOptions:
     """Where to compute; None means CUDA if there is one."""
 
     def __post_init__(self) -> None:
+        if self.invertibility is not None:
+            check_factor(self.invertibility)
         if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
             raise ValueError(f"memory_gb={self.memory_gb} holds no features; pass a positive number, or None")
         if not 0 <= self.calibration_samples <= MAX_CALIBRATION_SAMPLES:
@@ -114,6 +120,10 @@ class FitSummary:
     """Share of held-out labelled pixels that are labelled right; None if none were held out."""
     unseen_classes: Sequence[str]
     """Classes that no labelled image shows, which therefore are never predicted."""
+    image_distance: str | None
+    """What compared images in inversion; None if all latents were given."""
+    lost: LostPixels | None
+    """Pixels that were left out because inversions lack them; None if that is off or all latents were given."""
 
 
 def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: FitOptions | None = None) -> FitSummary:
@@ -145,6 +155,7 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
     images, masks = examples(labelled, options.augmentation, latents_given=bool(given))
     encode = options.inversion.encode(network)
     settings = _fit_settings(options, num_images=len(labelled))
+    distance = None if len(given) == len(images) else load_perceptual(options.inversion.net)
 
     latents = invert(
         network.to(device),
@@ -152,28 +163,29 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
         folder,
         options.inversion.settings,
         given=given,
-        perceptual=options.inversion.net,
+        perceptual=distance,
         encode=encode,
         progress=True,
     )
+    names, factor, lost = files.class_map.class_names, options.invertibility, None
+    if distance is not None and factor is not None:
+        masks, lost = leave_out_lost(network, images, latents.w_plus, masks, distance, names, factor, trusted=given)
     checkpoint = fit_checkpoint(
         network,
         latents,
         masks,
-        Segmentation(files.class_map.class_names, files.class_map.palette),
+        Segmentation(names, files.class_map.palette),
         settings,
         memory_gb=options.memory_gb,
         cache_dir=out.parent,
-        about=_about(files, labelled, options, latents_given=bool(given)),
+        about=_about(files, labelled, options, lost, latents_given=bool(given)),
         progress=True,
     )
     part = _part_to_stream(source, labelled)
-    if part is not None:
-        checkpoint = checkpoint.cropped(part)
+    checkpoint = checkpoint if part is None else checkpoint.cropped(part)
     save_calibrated(checkpoint, out, device, options.calibration_samples, half=options.half)
-
-    counts = zip(files.class_map.class_names, labelled.pixels_per_class, strict=True)
-    return FitSummary(checkpoint.provenance["fit"]["accuracy"], [name for name, pixels in counts if pixels == 0])
+    unseen = [name for name, pixels in zip(names, labelled.pixels_per_class, strict=True) if pixels == 0]
+    return FitSummary(checkpoint.provenance["fit"]["accuracy"], unseen, latents.provenance.get("perceptual"), lost)
 
 
 def _fit_settings(options: FitOptions, *, num_images: int) -> FitSettings:
@@ -183,11 +195,15 @@ def _fit_settings(options: FitOptions, *, num_images: int) -> FitSettings:
 
 
 def _about(
-    files: LabelledFiles, labelled: LabelledImages, options: FitOptions, *, latents_given: bool
+    files: LabelledFiles, labelled: LabelledImages, options: FitOptions, lost: LostPixels | None, *, latents_given: bool
 ) -> dict[str, Any]:
     """What provenance says of the images and labels."""
     about = files.describe(labelled, latents_given=latents_given)
-    return about if options.augmentation is None else {**about, "augmentation": options.augmentation.config()}
+    if options.augmentation is not None:
+        about["augmentation"] = options.augmentation.config()
+    if lost is not None:
+        about["invertibility"] = lost.config()
+    return about
 
 
 def _part_to_stream(generator: Path, labelled: LabelledImages) -> Rectangle | None:
@@ -226,11 +242,11 @@ def invert_folder(
     *,
     resize: str = "exact",
     device: str | None = None,
-) -> list[tuple[str, float, float]]:
+) -> tuple[list[tuple[str, float, float]], str]:
     """Invert every image of a folder, into one file each in the folder `out`; finished ones are kept.
 
     Returns:
-        (name, LPIPS, PSNR in dB) of each image, by name.
+        (name, perceptual distance, PSNR in dB) of each image, by name; and what the distance is.
 
     Raises:
         LabelledImagesError: anything wrong with the images.
@@ -244,11 +260,10 @@ def invert_folder(
     encode = options.encode(network)
     network.to(chosen)
     encodings = None if encode is None else encode(folder)
-    found = invert_images(
-        network, folder, out, load_perceptual(options.net), options.settings, encodings=encodings, progress=True
-    )
+    distance = load_perceptual(options.net)
+    found = invert_images(network, folder, out, distance, options.settings, encodings=encodings, progress=True)
     names = [name for name, _ in folder]
-    return list(zip(names, found.perceptual.tolist(), found.psnr.tolist(), strict=True))
+    return list(zip(names, found.perceptual.tolist(), found.psnr.tolist(), strict=True)), distance.description
 
 
 def train_encoder_on_folder(
@@ -261,7 +276,7 @@ def train_encoder_on_folder(
     net: str | None = None,
     device: str | None = None,
 ) -> None:
-    """Train a ReStyle encoder on a folder of images, or continue an unfinished training.
+    """Train an encoder on a folder of images, or continue an unfinished training.
 
     Raises:
         LabelledImagesError: anything wrong with the images.

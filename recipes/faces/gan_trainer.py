@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from handsoff_stream.generators import Generator, load_generator
+from handsoff_stream.imagenet import FrozenFeatures
 from recipes.faces.fused_synthesis import fuse
 from recipes.faces.gan_losses import average, feature_distance, pyramid_distance, update
 from recipes.faces.gan_networks import Settings, build, grow, optimizers
-from recipes.faces.projected import FrozenFeatures, augment
+from recipes.faces.projected import STRIDES, augment
 
 
 class Trainer:
@@ -44,7 +45,7 @@ class Trainer:
         self.seconds = 0.0
         self.resolution = 0
         self.networks: dict[str, Any] = {}
-        self.features = FrozenFeatures().to(device, dtype) if settings.projected else None
+        self.features = FrozenFeatures(STRIDES).to(device, dtype) if settings.projected else None
         self.enter_stage(settings.stages[0][0])
         if settings.start_from is not None:
             self.fine_tune(load_generator(settings.start_from))

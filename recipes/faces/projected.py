@@ -1,9 +1,9 @@
 """A projected discriminator: light heads on frozen, randomly mixed ImageNet features (Sauer et al., NeurIPS 2021).
 
-`FrozenFeatures` gives an EfficientNet-Lite0's maps at strides 4, 8, 16 and 32. `RandomProjection` mixes them across
-channels and scales by fixed random convolutions (section 3.2 of the paper). `ProjectedHeads` has those convolutions and
-one trained head per scale. Images are augmented first (`augment`); otherwise heads on such good features soon classify
-every image correctly.
+`FrozenFeatures` of `handsoff_stream.imagenet` gives an EfficientNet-Lite0's maps at `STRIDES`. `RandomProjection` mixes
+them across channels and scales by fixed random convolutions (section 3.2 of the paper). `ProjectedHeads` has those
+convolutions and one trained head per scale. Images are augmented first (`augment`); otherwise heads on such good
+features soon classify every image correctly.
 
 Knows images, features and logits. Does not know losses, optimizers, or the discriminator that is trained from scratch.
 
@@ -12,64 +12,18 @@ Shape letters: B batch, C channels, H W map size.
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrizations import spectral_norm
 
-from handsoff_stream.downstream.efficientnet import packaged_weights, timm_names
+from handsoff_stream.imagenet import CHANNELS
 
+STRIDES = (4, 8, 16, 32)
+"""Of the feature maps that the heads see."""
 MAX_SHIFT = 1 / 8
 CUTOUT = 1 / 3
-
-
-def imagenet_efficientnet_lite0() -> nn.Module:
-    """timm's EfficientNet-Lite0 as a pyramid of features, with the ImageNet weights of the installed package.
-
-    Raises:
-        FileNotFoundError: the package is not installed.
-    """
-    stored = timm_names(torch.load(packaged_weights(), map_location="cpu", weights_only=True))
-    network: nn.Module = timm.create_model(
-        "tf_efficientnet_lite0", pretrained=False, features_only=True, out_indices=(1, 2, 3, 4)
-    )
-    # Head and classifier are left out.
-    network.load_state_dict({name: stored[f"model.{name}"] for name in network.state_dict()})
-    return network
-
-
-def fold_batch_norms(module: nn.Module) -> None:
-    """Fold each timm BatchNorm into the convolution before it, in place; its activation stays."""
-    children = list(module.named_children())
-    for (name, child), (next_name, following) in zip(children, children[1:], strict=False):
-        if isinstance(child, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
-            setattr(module, name, fuse_conv_bn_eval(child, following))
-            setattr(module, next_name, cast(Any, following).act)
-    for child in module.children():
-        fold_batch_norms(child)
-
-
-class FrozenFeatures(nn.Module):
-    """Images float32 [B, 3, H, W] in [-1, 1] => four maps [B, C_l, H / s, W / s] for strides s of 4, 8, 16 and 32.
-
-    The network was trained on pixels in (-1, 1), so images need no normalization.
-    """
-
-    channels = (24, 40, 112, 320)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = imagenet_efficientnet_lite0().eval().requires_grad_(False)
-        fold_batch_norms(self.network)
-
-    def forward(self, images_BCHW: Tensor) -> list[Tensor]:
-        """The four maps, finest first, in the dtype of the weights."""
-        dtype = next(self.network.parameters()).dtype
-        return cast(list[Tensor], self.network(images_BCHW.to(dtype).contiguous(memory_format=torch.channels_last)))
 
 
 class RandomProjection(nn.Module):
@@ -141,8 +95,8 @@ class ProjectedHeads(nn.Module):
 
     def __init__(self, *, size: int, width: int = 64):
         super().__init__()
-        self.projection = RandomProjection(FrozenFeatures.channels, width)
-        self.heads = nn.ModuleList(head(width, size // stride) for stride in (4, 8, 16, 32))
+        self.projection = RandomProjection([CHANNELS[stride] for stride in STRIDES], width)
+        self.heads = nn.ModuleList(head(width, size // stride) for stride in STRIDES)
 
     def mix(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The random projection of the maps of `FrozenFeatures`: four maps [B, width, h, w] in the same dtype."""

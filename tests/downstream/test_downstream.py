@@ -25,8 +25,8 @@ from handsoff_stream.downstream import (
     train_segmentation,
 )
 from handsoff_stream.downstream.deeplab import BACKBONES, IMAGENET_MEAN, IMAGENET_STD
-from handsoff_stream.downstream.efficientnet import packaged_weights, timm_names
 from handsoff_stream.downstream.repeated import RandomMirror
+from handsoff_stream.imagenet import packaged_weights
 from handsoff_stream.stream import HandsOffStream
 
 Pair = tuple[Tensor, Tensor]
@@ -215,14 +215,6 @@ def test_efficientnet_gets_its_imagenet_weights_from_an_installed_package(no_dow
         loaded["model.conv_stem.weight"],
         build_deeplab(3, backbone="efficientnet-lite0").network.backbone.state_dict()["model.conv_stem.weight"],
     )
-
-
-def test_the_shipped_weights_are_those_of_timms_efficientnet_lite0_under_other_names() -> None:
-    import timm
-
-    expected = timm.create_model("efficientnet_lite0").state_dict()
-    renamed = timm_names(torch.load(packaged_weights(), map_location="cpu", weights_only=True))
-    assert {name: t.shape for name, t in renamed.items()} == {f"model.{name}": t.shape for name, t in expected.items()}
 
 
 def test_missing_weights_of_a_package_are_named_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,12 @@
-"""The encoder networks of ReStyle (Alaluf et al., ICCV 2021): images => offsets of latents in W+.
+"""The encoder networks: images => offsets of latents in W+.
 
-A backbone (IR-SE50 of ArcFace or ResNet-34, both reduce 16-fold) and one small convolutional head for each style
-input. pSp encoders (Richardson et al., CVPR 2021) predict every style by itself, e4e ones (Tov et al., SIGGRAPH 2021)
+A backbone that reduces 16-fold, and one small convolutional head for each style input. The backbone is one of ReStyle's
+(Alaluf et al., ICCV 2021), IR-SE50 of ArcFace or ResNet-34, or an EfficientNet-Lite0, which starts from ImageNet
+weights. pSp encoders (Richardson et al., CVPR 2021) predict every style by itself, e4e ones (Tov et al., SIGGRAPH 2021)
 the first, and the others' offsets from it. Heads read the deepest map, or a feature pyramid of three maps.
 
-Modules are named as in the published files, but for the stem. Knows networks and their geometry. Does not know files,
-generators or the iteration.
+ReStyle's modules are named as in the published files, but for the stem. Knows networks and their geometry. Does not
+know files, generators or the iteration.
 
 Shape letters: B batch, C channels, H W image size, h w map size, L number of style inputs, D latent size.
 """
@@ -20,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from handsoff_stream.generators.layers import EqualizedLinear
+from handsoff_stream.imagenet import CHANNELS, efficientnet_lite0
 
 PUBLISHED_UNITS = {"ir_se50": (3, 4, 14, 3), "resnet34": (3, 4, 6, 3)}
 """Backbone => residual units of its four stages."""
+EFFICIENTNET = "efficientnet-lite0"
 STAGE_STRIDES = {"ir_se50": (2, 2, 2, 2), "resnet34": (1, 2, 2, 2)}  # after a stem of stride 1 and 2
 SQUEEZE = 16
 COARSE_STYLES, MIDDLE_STYLES = 3, 7  # with a pyramid: styles below read the deepest map, below the middle one
@@ -37,11 +40,12 @@ class EncoderConfig:
     """
 
     backbone: str
-    """"ir_se50" or "resnet34"."""
-    widths: tuple[int, ...]
-    """Channels of the stem and of the four stages; (64, 64, 128, 256, 512) in the published ones."""
-    units: tuple[int, ...]
-    """Residual units of the four stages."""
+    """"ir_se50", "resnet34" or "efficientnet-lite0"."""
+    widths: tuple[int, ...] = ()
+    """Channels of the stem and of the four stages; (64, 64, 128, 256, 512) in the published ones. None of
+    efficientnet-lite0, whose sizes are fixed."""
+    units: tuple[int, ...] = ()
+    """Residual units of the four stages; likewise."""
     num_ws: int
     w_dim: int
     image_size: tuple[int, int]
@@ -59,12 +63,17 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         sizes = (*self.widths, *self.units, self.num_ws, self.w_dim, self.iterations)
-        if self.backbone not in STAGE_STRIDES or len(self.widths) != 5 or len(self.units) != 4 or min(sizes) < 1:
+        counts = (0, 0) if self.backbone == EFFICIENTNET else (5, 4)
+        known = self.backbone in (EFFICIENTNET, *STAGE_STRIDES)
+        if not known or (len(self.widths), len(self.units)) != counts or min(sizes) < 1:
             raise ValueError(
                 f"backbone={self.backbone!r}, widths={self.widths}, units={self.units}, num_ws={self.num_ws}, "
                 f"w_dim={self.w_dim}, iterations={self.iterations} describe no encoder; pass a backbone of "
-                f"{sorted(STAGE_STRIDES)}, 5 widths and 4 counts of units, all positive"
+                f"{sorted(STAGE_STRIDES)}, 5 widths and 4 counts of units, all positive, or {EFFICIENTNET!r} without "
+                "widths and units"
             )
+        if self.backbone == EFFICIENTNET and self.pyramid:
+            raise ValueError(f"{EFFICIENTNET} has no feature pyramid here; leave out pyramid=True, or pass another one")
         if not 32 <= min(self.image_size) <= max(self.image_size) <= 1024 or self.input_channels not in (3, 6):
             raise ValueError(
                 f"image_size={self.image_size}, input_channels={self.input_channels}: an encoder sees 32 to 1024 "
@@ -84,13 +93,35 @@ class StyleEncoder(nn.Module):
     """Image and reconstruction => a step in W+; `restyle.encode` takes the steps.
 
     `latent_avg`: float32 [L, D], where the first step starts.
+
+    With an EfficientNet-Lite0 there is also `latent_std`, float32 [D], in units of which the heads predict, and heads
+    of offsets from the first code start at zero. Its weights are random until `load_imagenet` is called.
     """
 
     latent_avg: Tensor
+    latent_std: Tensor
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
+        if config.backbone == EFFICIENTNET:
+            self.features = efficientnet_lite0((16,), pretrained=False, input_channels=config.input_channels)
+            self.register_buffer("latent_std", torch.ones(config.w_dim))
+            channels = CHANNELS[16]
+        else:
+            channels = self._add_residual_backbone(config)
+        self.styles = nn.ModuleList(
+            StyleHead(channels, config.w_dim, math.ceil(max(config.image_size) / self._stride(j)))
+            for j in range(config.num_ws)
+        )
+        if config.backbone == EFFICIENTNET and config.offsets:
+            for head in list(self.styles)[1:]:
+                assert isinstance(head, StyleHead)
+                nn.init.zeros_(head.linear.weight)
+        self.register_buffer("latent_avg", torch.zeros(config.num_ws, config.w_dim))
+
+    def _add_residual_backbone(self, config: EncoderConfig) -> int:
+        """Add the modules of ReStyle's backbones; returns the channels of the deepest map."""
         stem, *stages = config.widths
         kernel, stride = (3, 1) if config.backbone == "ir_se50" else (7, 2)
         self.stem = nn.Sequential(
@@ -102,11 +133,16 @@ class StyleEncoder(nn.Module):
         if config.pyramid:
             self.latlayer1 = nn.Conv2d(stages[2], stages[3], 1)
             self.latlayer2 = nn.Conv2d(stages[1], stages[3], 1)
-        self.styles = nn.ModuleList(
-            StyleHead(stages[3], config.w_dim, math.ceil(max(config.image_size) / self._stride(j)))
-            for j in range(config.num_ws)
-        )
-        self.register_buffer("latent_avg", torch.zeros(config.num_ws, config.w_dim))
+        return stages[3]
+
+    def load_imagenet(self) -> None:
+        """Give an EfficientNet-Lite0 its ImageNet weights; a reconstruction among the inputs has no influence at first.
+
+        Raises:
+            FileNotFoundError: the package with the weights is not installed.
+        """
+        trained = efficientnet_lite0((16,), pretrained=True, input_channels=self.config.input_channels)
+        self.features.load_state_dict(trained.state_dict())
 
     def forward(self, inputs_BCHW: Tensor) -> Tensor:
         """The step.
@@ -120,6 +156,8 @@ class StyleEncoder(nn.Module):
         """
         maps = self._maps(inputs_BCHW)
         codes_BLD = torch.stack([head(maps[self._stride(j)]) for j, head in enumerate(self.styles)], dim=1)
+        if self.config.backbone == EFFICIENTNET:
+            codes_BLD = codes_BLD * self.latent_std
         if not self.config.offsets:
             return codes_BLD
         return torch.cat([codes_BLD[:, :1], codes_BLD[:, :1] + codes_BLD[:, 1:]], dim=1)
@@ -132,6 +170,8 @@ class StyleEncoder(nn.Module):
 
     def _maps(self, x: Tensor) -> dict[int, Tensor]:
         """Stride => map; without a pyramid that of stride 16 only."""
+        if self.config.backbone == EFFICIENTNET:
+            return {16: self.features(x)[0]}
         x = self.stem(x)
         stage_outputs = []
         units = iter(self.body)

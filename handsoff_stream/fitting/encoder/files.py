@@ -1,4 +1,4 @@
-"""Files that hold ReStyle encoders: the published `.pt` ones, and our own `.safetensors`.
+"""Files that hold encoders: the published `.pt` ones of ReStyle, and our own `.safetensors`.
 
 Told apart by content; nothing in a file is executed. The published files name the architecture in their options, and
 all sizes are read off the shapes. Knows names and geometry. Does not know what encoders compute.
@@ -56,6 +56,7 @@ def load_restyle(path: str | Path) -> StyleEncoder:
 
     Raises:
         CheckpointError: the file is missing, damaged, hostile, or holds no encoder of a known kind.
+        ModuleNotFoundError: an encoder on EfficientNet-Lite0, but timm, which has that network, is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -67,6 +68,8 @@ def load_restyle(path: str | Path) -> StyleEncoder:
         encoder = _assemble(config, state)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except ImportError:
+        raise
     except Exception as error:  # a damaged file may hold anything where a size or a tensor is expected
         raise CheckpointError(
             f"{path}: damaged encoder ({type(error).__name__}: {printable(str(error), 100)}); copy or download it again"

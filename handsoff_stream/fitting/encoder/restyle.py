@@ -1,4 +1,4 @@
-"""Images => latents in W+ in a few passes of a ReStyle encoder.
+"""Images => latents in W+ in one or a few passes of an encoder.
 
 ReStyle (Alaluf et al., ICCV 2021, section 3): starting from the average latent, each pass shows the encoder the image
 and what the generator makes of the current latent, and adds the step that it predicts.
@@ -88,17 +88,32 @@ def iterate(
     """
     passes = encoder.config.iterations if iterations is None else iterations
     _check_generator(encoder, generator, passes)
+    w_plus_BLD, shown_BCHW, target_BCHW = begin(encoder, generator, images_BCHW)
+    for _ in range(passes):
+        w_plus_BLD = next_latents(encoder, w_plus_BLD, shown_BCHW, target_BCHW)
+        made_BCHW = generator.synthesis(w_plus_BLD, "const").images
+        yield w_plus_BLD, made_BCHW
+        w_plus_BLD, shown_BCHW = w_plus_BLD.detach(), resize_generated(encoder, made_BCHW.detach())
+
+
+def begin(encoder: StyleEncoder, generator: Generator, images_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the first pass starts from; arguments as for `encode`.
+
+    Returns:
+        The average latent of each image [B, L, D]; what the generator makes of it, and the images, both as the encoder
+        sees them, float32 [B, 3, *encoder.config.image_size], nominally in [-1, 1].
+    """
     target_BCHW = to_working_size(encoder, generator, images_BCHW.to(generator.w_avg.device, torch.float32))
     with torch.no_grad():
         average_1CHW = generator.synthesis(encoder.latent_avg[None], "const").images
     w_plus_BLD = encoder.latent_avg.expand(len(images_BCHW), -1, -1)
-    shown_BCHW = resize_generated(encoder, average_1CHW).expand_as(target_BCHW)
-    for _ in range(passes):
-        step_BLD = encoder(torch.cat([target_BCHW, shown_BCHW], dim=1)[:, : encoder.config.input_channels])
-        w_plus_BLD = w_plus_BLD + step_BLD
-        made_BCHW = generator.synthesis(w_plus_BLD, "const").images
-        yield w_plus_BLD, made_BCHW
-        w_plus_BLD, shown_BCHW = w_plus_BLD.detach(), resize_generated(encoder, made_BCHW.detach())
+    return w_plus_BLD, resize_generated(encoder, average_1CHW).expand_as(target_BCHW), target_BCHW
+
+
+def next_latents(encoder: StyleEncoder, w_plus_BLD: Tensor, shown_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+    """Latents after one more pass, [B, L, D]; arguments as `begin` returns them, of the current latents."""
+    inputs_BCHW = torch.cat([target_BCHW, shown_BCHW], dim=1)[:, : encoder.config.input_channels]
+    return w_plus_BLD + encoder(inputs_BCHW)
 
 
 def crop_rows(images_BCHW: Tensor) -> Tensor:

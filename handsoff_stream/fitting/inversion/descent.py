@@ -1,6 +1,8 @@
 """Real image => the latent that the generator makes it from, by gradient descent in W+ (HandsOff, section 3.1).
 
-    min over w, |w - w_e|^2 <= radius, of LPIPS(x, G(w)) + pixel_weight * MSE(x, G(w))
+    min over w, |w - w_e|^2 <= radius, of P(x, G(w)) + pixel_weight * MSE(x, G(w))
+
+P is a perceptual distance; in the paper it is LPIPS.
 
 Every image has its own optimizer state, learning curve and best iterate, and its gradient does not depend on the images
 that share its batch. The generator's weights and noise maps stay as they are, so that it can go on making new images.
@@ -89,7 +91,7 @@ class Inversion:
     loss: Tensor
     """float32 [N], perceptual + pixel_weight * mse."""
     perceptual: Tensor
-    """float32 [N], LPIPS."""
+    """float32 [N], the perceptual distance."""
     mse: Tensor
     """float32 [N], mean squared error of pixels in [-1, 1]."""
 

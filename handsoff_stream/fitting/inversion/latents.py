@@ -154,7 +154,7 @@ def invert(
         perceptual: image distance of the inversion, or the name of its backbone, see `load_perceptual`; not loaded if
             all latents are given.
         encode: the images to be inverted => name => w_e [L, D], to start from and stay near, such as `encode_images`
-            of a ReStyle encoder. None: each descent starts at the best of random candidates.
+            of an encoder. None: each descent starts at the best of random candidates.
         progress: show bars.
 
     Raises:
@@ -176,7 +176,7 @@ def invert(
             **settings.config(),
             "images": [name for name, _ in pending],
             "psnr": found.psnr.tolist(),
-            "lpips": found.perceptual.tolist(),
+            "distance": found.perceptual.tolist(),
         }
     names = tuple(name for name, _ in images)
     return FoundLatents(names, torch.stack([latents[name] for name in names]), provenance)
