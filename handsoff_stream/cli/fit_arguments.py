@@ -109,9 +109,10 @@ class FitArguments:
     invertibility: Annotated[
         float,
         typer.Option(
-            help="Leave out pixels whose inversion differs from the image by more than this many medians; inf: none."
+            help="Leave out pixels whose inversion differs from the image by more than this many medians, such as 2; "
+            "inf: none."
         ),
-    ] = 2.0
+    ] = math.inf
     hidden: Annotated[
         tuple[int, int] | None, typer.Option(help="Widths of the two hidden layers; default: the domain's.")
     ] = None

@@ -37,7 +37,7 @@ from handsoff_stream.fitting.inversion.descent import InversionSettings
 from handsoff_stream.fitting.inversion.latents import Encode, invert
 from handsoff_stream.fitting.inversion.perceptual import load_perceptual
 from handsoff_stream.fitting.inversion.store import invert_images
-from handsoff_stream.fitting.invertibility import DEFAULT_FACTOR, LostPixels, check_factor, leave_out_lost
+from handsoff_stream.fitting.invertibility import LostPixels, check_factor, leave_out_lost
 from handsoff_stream.fitting.labelled_files import LabelledFiles, examples
 from handsoff_stream.fitting.presets import hidden_widths
 from handsoff_stream.fitting.published import read_label_generator
@@ -88,7 +88,7 @@ class FitOptions:
     """Domain whose published hidden widths replace those of `fit`; see `presets`."""
     augmentation: AugmentationSettings | None = None
     """Augmentations of the images, inverted and learned from as well; None for none."""
-    invertibility: float | None = DEFAULT_FACTOR
+    invertibility: float | None = None
     """Pixels whose inversion differs from the image by more than so many medians are not learned from, see the module
     `invertibility`; None: all are. Images with given latents are not affected."""
     memory_gb: float | None = None
