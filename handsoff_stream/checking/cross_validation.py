@@ -57,10 +57,6 @@ class HeldOutLabels:
     network_on_reconstruction: Labels | None
     """By the same network, of the reconstructions."""
 
-    def train(self, fold: int) -> list[int]:
-        """Positions of the images that were not held out."""
-        return _others(self.folds[fold], self.folds)
-
 
 def label_held_out(
     material: Material,

@@ -51,6 +51,7 @@ from handsoff_stream.isolation import isolated
 from handsoff_stream.provenance import sha256, versions
 from handsoff_stream.tasks import Segmentation
 
+MIN_IMAGES = 4
 CHECK_MEMBERS = 3  # of each label generator; a majority needs three
 
 
@@ -69,7 +70,7 @@ class CheckOptions:
     network: NetworkSettings | None = NetworkSettings()
     """The segmentation network for comparison; None: none is trained, and no loss is attributed."""
     folds: int = 4
-    """How many parts the images are divided into, from 2 to their number."""
+    """How many parts the images are divided into, from 2 to their number; at least 4 images are needed."""
     seed: int = 0
     """Of folds, network and standard errors."""
     device: str | None = None
@@ -93,7 +94,7 @@ def check_files(
         LabelledImagesError: anything wrong with the images or masks, all of it at once.
         OutputError: the folder cannot be written, or is a folder of the input; this is found out before the work.
         CheckpointError: a generator, encoder or latent file that cannot be read.
-        ValueError: fewer images than folds; no class that two folds show.
+        ValueError: fewer than 4 images, or fewer than folds; no class that two folds show.
         ImportError: a package of the segmentation network is not installed.
     """
     options = options or CheckOptions()
@@ -167,10 +168,10 @@ def _check_images(shown_NK: NDArray[np.bool_], options: CheckOptions) -> None:
     num_images, folds = len(shown_NK), options.folds
     if folds < 2:
         raise ValueError(f"{folds} folds hold nothing out; pass at least 2")
-    if num_images < folds:
+    if num_images < max(folds, MIN_IMAGES):
         raise ValueError(
-            f"{num_images} labelled image(s) cannot be divided into {folds} folds, of which one is held out at a time; "
-            f"label at least {folds}"
+            f"{num_images} labelled image(s) are too few for {folds} folds, of which one is held out at a time; label "
+            f"at least {max(folds, MIN_IMAGES)}"
         )
     if not learnable_classes(shown_NK, stratified_folds(shown_NK, folds, options.seed)).any():
         raise ValueError(

@@ -140,7 +140,7 @@ def network_labels(
         TensorDataset(images_T3HW, masks_THW), length=length, seed=seed, transforms=ordinary_augmentation(names)
     )
     order = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # dropout
         network = build_network(len(names), seed)
         train_segmentation(

@@ -14,20 +14,24 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from handsoff_stream.checking import CheckOptions, check_files
 from handsoff_stream.checkpoint import load_checkpoint, save_checkpoint
 from handsoff_stream.cli import app
+from handsoff_stream.datasets.labelled_images import ClassMap
 from handsoff_stream.datasets.rendered_faces import RenderedFaces
-from handsoff_stream.fitting import FeatureTable, FitSettings, fit_label_generator
+from handsoff_stream.fitting import FeatureTable, FitSettings, InversionSettings, fit_label_generator
+from handsoff_stream.fitting.from_files import InversionOptions
+from handsoff_stream.fitting.labelled_files import LabelledFiles
 from handsoff_stream.tasks import Segmentation
 
-NUM_IMAGES = 9
+NUM_IMAGES = 6
 CLASSES = ("background", "skin", "rest", "nowhere")
 pytestmark = pytest.mark.filterwarnings("ignore:LPIPS has no trained backbone")
 
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory) -> Path:
-    """Nine 16x16 renders with masks in three of four classes, and a generator of that size."""
+    """Six 16x16 renders with masks in three of four classes, and a generator of that size."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "images").mkdir()
     (folder / "masks").mkdir()
@@ -141,8 +145,8 @@ def test_the_labels_of_a_fold_are_those_of_a_label_generator_fitted_without_it(u
     fitted, _ = fit_label_generator(table, masks[train], task, FitSettings(members=2, epochs=1))
     with torch.no_grad():
         features = generator.synthesis(w_plus[held_out], "const").features
-        outputs = fitted.reference(features, (16, 16))
-        expected = task.decide(outputs.flatten(1, -2)).view(len(held_out), 16, 16)
+        outputs_MPK = fitted.reference(features, (16, 16)).permute(0, 1, 3, 4, 2).flatten(1, 3)
+        expected = task.decide(outputs_MPK).view(len(held_out), 16, 16)
     stored = stored_labels(out, "labels", "labels")[held_out]
     assert (stored == expected.numpy()).mean() > 0.999
 
@@ -169,7 +173,8 @@ def test_a_fit_reuses_the_inversions(user, checked, tmp_path):
 
 def test_a_check_that_is_killed_and_continued_ends_with_the_same_report(user, checked, tmp_path):
     out = tmp_path / "check"
-    command = [sys.executable, "-m", "handsoff_stream.cli", *arguments(user, out)]
+    given = arguments(user, out, latents=checked[0] / "latents")
+    command = [sys.executable, "-m", "handsoff_stream.cli", *given]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not list(out.glob("folds/fold-0.network.safetensors")):
@@ -180,7 +185,7 @@ def test_a_check_that_is_killed_and_continued_ends_with_the_same_report(user, ch
         process.wait()
     finished = {path: path.stat().st_mtime_ns for path in (out / "folds").glob("*.safetensors")}
     assert 0 < len(finished) < 12 and not (out / "report.json").exists()
-    code, text = run(*arguments(user, out))
+    code, text = run(*given)
     assert code == 0, text
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     for name in ("report.json", "report.html"):
@@ -189,14 +194,21 @@ def test_a_check_that_is_killed_and_continued_ends_with_the_same_report(user, ch
 
 def test_results_of_other_settings_and_damaged_results_are_computed_again(user, checked, tmp_path):
     out = tmp_path / "check"
-    assert run(*arguments(user, out, **{"network-steps": 0}))[0] == 0
-    file = out / "folds" / "fold-0.labels.safetensors"
-    first, report = file.read_bytes(), (out / "report.json").read_bytes()
-    assert run(*arguments(user, out, **{"network-steps": 0, "epochs": 2}))[0] == 0
-    assert file.read_bytes() != first
-    file.write_bytes(first[:-7])
-    assert run(*arguments(user, out, **{"network-steps": 0}))[0] == 0
-    assert file.read_bytes() == first and (out / "report.json").read_bytes() == report
+    files = LabelledFiles(images=user / "images", labels=user / "masks", class_map=ClassMap.of_ids(CLASSES))
+
+    def check(learning_rate: float) -> bytes:
+        fit = FitSettings(members=1, epochs=1, pixels_per_image=64, learning_rate=learning_rate)
+        inversion = InversionOptions(settings=InversionSettings(steps=2))
+        options = CheckOptions(
+            inversion=inversion, latents_folder=checked[0] / "latents", fit=fit, network=None, device="cpu"
+        )
+        check_files(user / "g.safetensors", files, out, options)
+        return (out / "folds" / "fold-0.labels.safetensors").read_bytes()
+
+    first, report = check(0.001), (out / "report.json").read_bytes()
+    assert check(0.1) != first
+    (out / "folds" / "fold-0.labels.safetensors").write_bytes(first[:-7])
+    assert check(0.001) == first and (out / "report.json").read_bytes() == report
 
 
 # Mistakes ------------------------------------------------------------------------------------------------------------
@@ -213,21 +225,21 @@ def one_image(user, tmp_path) -> Path:
 def test_too_few_images_are_refused_before_the_work(user, one_image, tmp_path):
     given = arguments(user, tmp_path / "check", images=one_image / "images", labels=one_image / "masks")
     code, text = run(*given)
-    assert code == 2 and "1 labelled image(s) cannot be divided into 4 folds" in text and "label at least 4" in text
+    assert code == 2 and "1 labelled image(s) are too few for 4 folds" in text and "label at least 4" in text
     assert not (tmp_path / "check").exists()
 
 
 def test_classes_of_one_fold_each_cannot_be_checked(user, tmp_path):
-    (tmp_path / "masks").mkdir()
-    for i in range(NUM_IMAGES):
-        Image.fromarray(np.full((16, 16), i // 8, np.uint8)).save(tmp_path / "masks" / f"{i}.png")
-    (tmp_path / "masks" / "8.png").write_bytes((tmp_path / "masks" / "0.png").read_bytes())
-    half = np.full((16, 16), 0, np.uint8)
-    half[8:] = 1
-    Image.fromarray(half).save(tmp_path / "masks" / "8.png")
-    code, text = run(*arguments(user, tmp_path / "check", labels=tmp_path / "masks", **{"network-steps": 0}))
-    assert code == 0, text
-    assert "Shown by too few images to be checked: skin." in text
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            pixels = np.full((16, 16), i, np.uint8)
+            Image.fromarray(pixels if name == "masks" else np.stack([pixels] * 3, -1)).save(
+                tmp_path / name / f"{i}.png"
+            )
+    code, text = run(*arguments(user, tmp_path / "check", images=tmp_path / "images", labels=tmp_path / "masks"))
+    assert code == 2 and "every class is shown by images of one fold only" in text
+    assert not (tmp_path / "check").exists()
 
 
 @pytest.mark.parametrize(
@@ -238,7 +250,7 @@ def test_classes_of_one_fold_each_cannot_be_checked(user, tmp_path):
         ({"out": "file"}, "is no folder"),
         ({"out": "check", "latents": "check"}, "holds images, masks or inversions"),
         ({"out": "check", "folds": 1}, "1 folds hold nothing out"),
-        ({"out": "check", "folds": 10}, "9 labelled image(s) cannot be divided into 10 folds"),
+        ({"out": "check", "folds": 10}, "6 labelled image(s) are too few for 10 folds"),
         ({"out": "check", "device": "gpu"}, "device 'gpu' is unknown"),
         ({"out": "check", "encoder": "missing.pt"}, "missing.pt"),
     ],
