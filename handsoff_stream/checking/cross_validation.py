@@ -74,7 +74,7 @@ def label_held_out(
     Args:
         material: all images.
         shown_NK: whether each image shows each class.
-        folder: existing; receives one file for each result.
+        folder: receives one file for each result; created if missing.
         num_folds: from 2 to N.
         fit: of the label generators.
         network: of the segmentation network; None for none.
@@ -87,6 +87,7 @@ def label_held_out(
     """
     folds = stratified_folds(shown_NK, num_folds, seed)
     halves = [nested_half(_others(fold, folds), shown_NK, seed) for fold in folds]
+    folder.mkdir(parents=True, exist_ok=True)
     store = _Store(folder, material)
     jobs = list(_jobs(material, folds, halves, folder, fit, network, seed))
     parts: list[dict[str, Tensor]] = [{} for _ in folds]

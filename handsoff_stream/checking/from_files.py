@@ -44,7 +44,7 @@ from handsoff_stream.files.atomic import check_file, check_folder, locked_folder
 from handsoff_stream.fitting.fit import FitSettings
 from handsoff_stream.fitting.from_files import InversionOptions
 from handsoff_stream.fitting.inversion.latents import FoundLatents, invert
-from handsoff_stream.fitting.labelled_files import LabelledFiles
+from handsoff_stream.fitting.labelled_files import LabelledFiles, examples
 from handsoff_stream.fitting.presets import hidden_widths
 from handsoff_stream.generators import Generator, load_generator
 from handsoff_stream.isolation import isolated
@@ -107,19 +107,13 @@ def check_files(
         check_file(out / "pictures" / f"{name}.png")
     given = files.latents(labelled, network)
     encode = options.inversion.encode(network)
-    items = list(labelled)
-    masks = torch.stack([mask for _, _, mask in items])
+    images, masks = examples(labelled, None, latents_given=bool(given))
     task = Segmentation(files.class_map.class_names, files.class_map.palette)
     shown_NK = _shown(masks, task.num_classes)
     _check_images(shown_NK, options)
-    if options.network is not None:
-        build_network(task.num_classes, seed=0)  # whether its packages are there
-    fit = _fit_settings(options, len(items))
+    fit = _fit_settings(options, len(images))
 
     with locked_folder(out), isolated():
-        for name in ("folds", "pictures"):
-            (out / name).mkdir(exist_ok=True)
-        images = [(name, image) for name, image, _ in items]
         latents = invert(
             network.to(device),
             images,
@@ -165,7 +159,8 @@ def _shown(masks_Nhw: Tensor, num_classes: int) -> NDArray[np.bool_]:
 
 
 def _check_images(shown_NK: NDArray[np.bool_], options: CheckOptions) -> None:
-    num_images, folds = len(shown_NK), options.folds
+    """Refuse images that cannot be divided, and a network whose packages are missing."""
+    (num_images, num_classes), folds = shown_NK.shape, options.folds
     if folds < 2:
         raise ValueError(f"{folds} folds hold nothing out; pass at least 2")
     if num_images < max(folds, MIN_IMAGES):
@@ -178,6 +173,8 @@ def _check_images(shown_NK: NDArray[np.bool_], options: CheckOptions) -> None:
             "every class is shown by images of one fold only, so none can be learned while that fold is held out; "
             "label more images of the same classes"
         )
+    if options.network is not None:
+        build_network(num_classes, seed=0)
 
 
 def _fit_settings(options: CheckOptions, num_images: int) -> FitSettings:
@@ -246,6 +243,7 @@ def _write(material: Material, held_out: HeldOutLabels, about: dict[str, Any], o
     findings = find(held_out, masks, names, material.task.class_names, psnr, seed=seed)
     report = CheckReport(findings, about)
     pictures: dict[str, bytes] = {}
+    (out / "pictures").mkdir(exist_ok=True)
     for i, name in enumerate(names):
         drawn = draw_panels(
             material.images[i], material.reconstructions[i], masks[i], held_out.labels[i], list(palette)
