@@ -56,6 +56,12 @@ class CheckReport:
         """Why each image does not invert, in the order of `images`; empty for those that do."""
         return tuple(image_sentence(found) for found in self.images)
 
+    def worst_images(self, most: int) -> tuple[str, ...]:
+        """Why some images do not invert: those whose reconstruction the network labels worst."""
+        pairs = zip(self.images, self.image_sentences, strict=True)
+        broken = [(found.network_on_reconstruction or 0.0, sentence) for found, sentence in pairs if sentence]
+        return tuple(sentence for _, sentence in sorted(broken)[:most])
+
     def record(self) -> dict[str, Any]:
         """All of it, JSON-able; numbers that do not exist are None."""
         classes = zip(self.classes, self.class_sentences, strict=True)

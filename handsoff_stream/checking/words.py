@@ -64,8 +64,8 @@ def _beside_the_network(summary: Summary) -> list[str]:
         )
     return [
         said,
-        f"The network's IoU changes by {signed(_negative(inversion))} from the images to their reconstructions "
-        f"(inversion), and from there to the label generator by {signed(_negative(labelling))} (labelling).",
+        f"Mean loss in inversion: {signed(inversion)}, from the network's IoU on the images to its IoU on their "
+        f"reconstructions. Mean loss in labelling: {signed(labelling)}, from there to the label generator.",
     ]
 
 
@@ -76,7 +76,7 @@ def _lost(classes: Sequence[ClassFinding]) -> list[str]:
         "shown by too few images to be checked": [c.name for c in classes if c.images and not c.compared],
         "shown by no image": [c.name for c in classes if not c.images],
     }
-    return [f"{kind[:1].upper()}{kind[1:]}: {', '.join(names)}." for kind, names in kinds.items() if names]
+    return [f"Classes {kind}: {', '.join(names)}." for kind, names in kinds.items() if names]
 
 
 def _more_labels(summary: Summary) -> str:
@@ -95,11 +95,9 @@ def class_sentence(found: ClassFinding, summary: Summary) -> str:
     if found.images == 0:
         return "No labelled image shows it, so the stream will never label it."
     if not found.compared:
-        images = "1 image" if found.images == 1 else f"{found.images} images, all of one fold,"
-        return (
-            f"Only {images} of {summary.num_images} can be learned from, and then nothing is left to check it with; "
-            "label more images that show it."
-        )
+        shown = f"Shown by {found.images} of {summary.num_images} images"
+        where = " only" if found.images == 1 else ", all in one fold"
+        return f"{shown}{where}, so it was never seen in training when it was to be labelled; label more that show it."
     as_what = f" Its wrong pixels are mostly labelled {found.mistaken_for}." if found.mistaken_for else ""
     if found.network is None or found.network_on_reconstruction is None or found.labels is None:
         return f"IoU {found.labels or 0:.2f}.{as_what}"
@@ -144,17 +142,16 @@ def _advice(found: ClassFinding, summary: Summary, *, is_first: bool) -> str:
         f"{shown}; IoU {found.labels_half:.2f} with {summary.half_images} labelled images, {found.labels:.2f} with "
         f"{summary.train_images} ({signed(gained)})"
     )
+    is_lost = _is_loss(found.lost_in_inversion)
     if _is_gain(gained):
-        said = f"{measured}: more images that show it will help{' most' if is_first else ''}"
-    elif gained.is_clear and gained.value < 0:
-        said = f"{measured}: more images did not help"
-    elif gained.is_clear:
-        said = f"{measured}: little to gain"
-    else:
-        said = f"{measured}: no gain beyond the noise"
-    if _is_loss(found.lost_in_inversion):
-        said += ", but it is lost in inversion, which more labels do not mend"
-    return f"{said}."
+        more = "more labelled images" if found.images == summary.num_images else "more images that show it"
+        limit = ", apart from what is lost in inversion" if is_lost else ""
+        return f"{measured}: {more} will help{' most' if is_first else ''}{limit}."
+    if is_lost:
+        return f"{measured}: it is lost in inversion, which more labels do not mend."
+    if not gained.is_clear:
+        return f"{measured}: no gain beyond the noise."
+    return f"{measured}: {'more images did not help' if gained.value < 0 else 'little to gain'}."
 
 
 def image_sentence(found: ImageFinding) -> str:
@@ -180,7 +177,3 @@ def _is_loss(difference: Estimate | None) -> bool:
 
 def _is_gain(difference: Estimate | None) -> bool:
     return difference is not None and difference.is_clear and difference.value >= NAMED / 2
-
-
-def _negative(estimate: Estimate) -> Estimate:
-    return Estimate(-estimate.value, estimate.standard_error)

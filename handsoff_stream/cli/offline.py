@@ -194,7 +194,7 @@ def check(given: CheckArguments) -> None:
 
     report = check_files(given.generator, given.files(), given.out, given.check_options())
     console.print(report_table(report))
-    for sentence in (*report.verdict, *filter(None, report.image_sentences)):
+    for sentence in (*report.verdict, *report.worst_images(3)):
         tell(sentence)
     tell(f"wrote {given.out}/report.html, with a picture of every image, and report.json")
 

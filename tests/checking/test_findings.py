@@ -112,10 +112,10 @@ def test_the_verdict_says_how_good_what_is_lost_and_what_to_do(findings):
         "a mean IoU of 0.59",
         "over 5 of 7 classes, fitted to 6 of the 8 labelled images at a time",
         "mix the stream with the labelled images, do not replace them",
-        "Lost in inversion: uninvertible.",
-        "Lost in labelling: unlabellable.",
-        "Shown by too few images to be checked: single.",
-        "Shown by no image: absent.",
+        "Classes lost in inversion: uninvertible.",
+        "Classes lost in labelling: unlabellable.",
+        "Classes shown by too few images to be checked: single.",
+        "Classes shown by no image: absent.",
         "8 of 8 images do not invert.",
         "more labelled images will probably help further",
     ):
@@ -139,22 +139,22 @@ def test_sentences_of_classes(findings):
     assert said["kept"] == "Kept."
     assert said["uninvertible"].startswith("Lost in inversion: the network finds 1.00 on the images and 0.00 on their")
     assert said["unlabellable"].startswith("Lost in labelling: the network finds 1.00 on the reconstructions")
-    assert said["single"].startswith("Only 1 image of 8 can be learned from")
+    assert said["single"].startswith("Shown by 1 of 8 images only, so it was never seen in training")
     assert said["absent"] == "No labelled image shows it, so the stream will never label it."
 
 
 def test_advice_begins_with_the_class_that_gains_most(findings):
     said = advice(findings)
     assert said[0] == (
-        "scarce: shown by 8 of 8 images; IoU 0.00 with 3 labelled images, 1.00 with 6 (+1.00 ± 0.00): more images that "
-        "show it will help most."
+        "scarce: shown by 8 of 8 images; IoU 0.00 with 3 labelled images, 1.00 with 6 (+1.00 ± 0.00): more labelled "
+        "images will help most."
     )
     assert said[1] == (
         "single: shown by 1 of 8 images; label at least 4 that show it, so that it can be learned and checked."
     )
     assert len(said) == len(CLASSES)
     lost = next(sentence for sentence in said if sentence.startswith("uninvertible"))
-    assert "which more labels do not mend" in lost
+    assert lost.endswith(": it is lost in inversion, which more labels do not mend.")
 
 
 def test_an_image_that_does_not_invert_is_named_with_what_it_loses(findings):
