@@ -69,8 +69,9 @@ def test_a_device_that_is_not_there_is_one_sentence_before_the_work(place, tmp_p
 
 
 def interrupt(arguments: list[str], when: Path) -> subprocess.CompletedProcess[str]:
-    """A real process that is sent SIGINT as soon as a file exists."""
-    with subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    """A real process that is sent SIGINT as soon as a file exists, whether or not our own parent ignores SIGINT."""
+    command = [COMMAND[0], COMMAND[1], f"import signal; signal.signal(2, signal.default_int_handler); {COMMAND[2]}"]
+    with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while not when.exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.01)
