@@ -26,7 +26,7 @@ LAYERS = [
     {"stream"},
     {"config", "downstream", "inspect", "mixture", "outlets", "preview"},
     {"fitting"},
-    {"demo"},
+    {"checking", "demo"},
     {"cli"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
@@ -92,7 +92,7 @@ def test_the_online_half_does_not_know_the_offline_half_or_real_images():
     online = {name for layer in LAYERS[: LEVEL["stream"] + 1] for name in layer}
     for path in FILES:
         if part(path) in online:
-            assert not internal(path) & {"datasets", "downstream", "fitting", "imagenet", "outlets"}, path
+            assert not internal(path) & {"checking", "datasets", "downstream", "fitting", "imagenet", "outlets"}, path
 
 
 def module_name(path: Path) -> str:

@@ -18,7 +18,7 @@ import handsoff_stream.outlets
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-PACKAGES = ["handsoff_stream", "handsoff_stream.downstream", "handsoff_stream.fitting"]
+PACKAGES = ["handsoff_stream", "handsoff_stream.checking", "handsoff_stream.downstream", "handsoff_stream.fitting"]
 OUTLETS = [
     f"handsoff_stream.outlets.{module.name}" for module in pkgutil.iter_modules(handsoff_stream.outlets.__path__)
 ]

@@ -1,4 +1,4 @@
-"""Options of the offline commands with their help texts, and the options of `fit` as one object.
+"""Options of the offline commands with their help texts, and the options of `fit` and `check` as one object each.
 
 The offline part is imported inside functions: importing it takes seconds, and `--help` should be fast.
 """
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from handsoff_stream.cli.app import DeviceOption
+from handsoff_stream.cli.app import DeviceOption, SeedOption
 from handsoff_stream.cli.parsing import parse_augmentation, parse_class_map, parse_crop_box, parse_inversion
 
 if TYPE_CHECKING:
+    from handsoff_stream.checking import CheckOptions
     from handsoff_stream.datasets.labelled_images import ClassMap
     from handsoff_stream.fitting import FitSettings
-    from handsoff_stream.fitting.from_files import FitOptions
+    from handsoff_stream.fitting.from_files import FitOptions, InversionOptions
     from handsoff_stream.fitting.labelled_files import LabelledFiles
 
 GeneratorArgument = Annotated[
@@ -53,12 +54,11 @@ CalibrationOption = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitArguments:
-    """The arguments of `fit`; the help texts say what each field means."""
+class LabelledArguments:
+    """What `fit` and `check` share: a generator, labelled images, their inversion; see the help texts."""
 
     generator: GeneratorArgument
     images: Annotated[Path, typer.Option(help="Folder of at most about 50 labelled images, or a .csv/.json manifest.")]
-    out: Annotated[Path, typer.Option(help="Checkpoint to write.")]
     labels: Annotated[Path | None, typer.Option(help="Folder of masks (PNG or .npy), matched by name.")] = None
     class_map: Annotated[
         str | None,
@@ -78,20 +78,10 @@ class FitArguments:
     smallest_region: Annotated[
         int, typer.Option(min=0, help="Connected components with fewer pixels become unlabelled; HandsOff uses 30.")
     ] = 0
-    augmentations: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=1000,
-            help="Augmented copies per image, more for images with rare classes; they are inverted and fitted too.",
-        ),
-    ] = 0
-    flip: Annotated[bool, typer.Option("--flip", help="Mirror every other augmentation.")] = False
-    any_color: Annotated[
-        str | None, typer.Option(help="Classes that augmentations recolor freely, separated by commas, such as hat.")
-    ] = None
     domain: DomainOption = None
-    latents: Annotated[Path | None, typer.Option(help="Folder of inversions; default: OUT.latents/.")] = None
+    latents: Annotated[
+        Path | None, typer.Option(help="Folder of inversions; default: OUT.latents/ (fit), OUT/latents/ (check).")
+    ] = None
     given_latents: Annotated[
         Path | None, typer.Option(help="Published .npy of latents to use instead of inversion.")
     ] = None
@@ -117,12 +107,6 @@ class FitArguments:
         tuple[int, int] | None, typer.Option(help="Widths of the two hidden layers; default: the domain's.")
     ] = None
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of fitting.")] = None
-    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without improvement.")] = None
-    memory_gb: Annotated[
-        float | None, typer.Option(help="Memory for features on the device, in GB; the rest is kept on disk.")
-    ] = None
-    half: HalfOption = False
-    calibration_samples: CalibrationOption = 2000
     device: DeviceOption = None
 
     def files(self) -> LabelledFiles:
@@ -156,22 +140,66 @@ class FitArguments:
             ),
         )
 
+    def inversion_options(self) -> InversionOptions:
+        """How images get their latents.
+
+        Raises:
+            ValueError: a setting out of its range.
+        """
+        from handsoff_stream.fitting.from_files import InversionOptions
+
+        inversion = parse_inversion(self.domain, self.steps, self.radius)
+        return InversionOptions(settings=inversion, encoder=self.encoder, net=self.net)
+
+    def fit_settings(self) -> FitSettings:
+        """The default settings, overridden by the given options."""
+        from handsoff_stream.fitting import FitSettings
+
+        settings = FitSettings()
+        hidden = settings.hidden if self.hidden is None else self.hidden
+        epochs = settings.epochs if self.epochs is None else self.epochs
+        return replace(settings, hidden=hidden, epochs=epochs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitArguments(LabelledArguments):
+    """The arguments of `fit`; the help texts say what each field means."""
+
+    out: Annotated[Path, typer.Option(help="Checkpoint to write.")]
+    augmentations: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=1000,
+            help="Augmented copies per image, more for images with rare classes; they are inverted and fitted too.",
+        ),
+    ] = 0
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror every other augmentation.")] = False
+    any_color: Annotated[
+        str | None, typer.Option(help="Classes that augmentations recolor freely, separated by commas, such as hat.")
+    ] = None
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without improvement.")] = None
+    memory_gb: Annotated[
+        float | None, typer.Option(help="Memory for features on the device, in GB; the rest is kept on disk.")
+    ] = None
+    half: HalfOption = False
+    calibration_samples: CalibrationOption = 2000
+
     def fit_options(self, class_map: ClassMap) -> FitOptions:
         """All options that do not concern how the labelled images are read.
 
         Raises:
             ValueError: a setting out of its range.
         """
-        from handsoff_stream.fitting.from_files import FitOptions, InversionOptions
+        from handsoff_stream.fitting.from_files import FitOptions
 
-        inversion = parse_inversion(self.domain, self.steps, self.radius)
         augmentation = parse_augmentation(
             class_map, per_image=self.augmentations, flip=self.flip, any_color=self.any_color
         )
         return FitOptions(
-            inversion=InversionOptions(settings=inversion, encoder=self.encoder, net=self.net),
+            inversion=self.inversion_options(),
             latents_folder=self.latents,
-            fit=self._fit_settings(),
+            fit=replace(self.fit_settings(), patience=self.patience),
             widths_of=self.domain if self.hidden is None else None,
             augmentation=augmentation,
             invertibility=None if self.invertibility == math.inf else self.invertibility,
@@ -181,11 +209,34 @@ class FitArguments:
             device=self.device,
         )
 
-    def _fit_settings(self) -> FitSettings:
-        """The default settings, overridden by the given options."""
-        from handsoff_stream.fitting import FitSettings
 
-        settings = FitSettings()
-        hidden = settings.hidden if self.hidden is None else self.hidden
-        epochs = settings.epochs if self.epochs is None else self.epochs
-        return replace(settings, hidden=hidden, epochs=epochs, patience=self.patience)
+@dataclass(frozen=True, kw_only=True)
+class CheckArguments(LabelledArguments):
+    """The arguments of `check`; the help texts say what each field means."""
+
+    out: Annotated[Path, typer.Option(help="Folder of the report; an unfinished check is continued.")]
+    folds: Annotated[int, typer.Option(help="Parts of the images; each is held out once.")] = 4
+    members: Annotated[int, typer.Option(min=1, help="Members of each label generator; fit has 10.")] = 3
+    network_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of the segmentation network for comparison; 0: leave it out.")
+    ] = 300
+    seed: SeedOption = 0
+
+    def check_options(self) -> CheckOptions:
+        """All options that do not concern how the labelled images are read.
+
+        Raises:
+            ValueError: a setting out of its range.
+        """
+        from handsoff_stream.checking import CheckOptions, NetworkSettings
+
+        return CheckOptions(
+            inversion=self.inversion_options(),
+            latents_folder=self.latents,
+            fit=replace(self.fit_settings(), members=self.members, seed=self.seed),
+            widths_of=self.domain if self.hidden is None else None,
+            network=NetworkSettings(steps=self.network_steps) if self.network_steps else None,
+            folds=self.folds,
+            seed=self.seed,
+            device=self.device,
+        )

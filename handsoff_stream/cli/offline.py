@@ -1,4 +1,4 @@
-"""Commands that make a checkpoint: convert, import-labels, train-encoder, invert, sample, fit.
+"""Commands that make a checkpoint: convert, import-labels, train-encoder, invert, sample, check, fit.
 
 The offline part is imported inside functions: importing it takes seconds, and `--help` should be fast.
 """
@@ -23,6 +23,7 @@ from handsoff_stream.cli.app import (
 )
 from handsoff_stream.cli.fit_arguments import (
     CalibrationOption,
+    CheckArguments,
     DomainOption,
     EncoderOption,
     FitArguments,
@@ -198,6 +199,24 @@ def sample(
         f"draw masks into {out}/masks/ by the names of the images, then: handsoff-stream fit {generator} "
         f"--images {manifest} ..."
     )
+
+
+@app.command(
+    epilog="Example: `handsoff-stream check ffhq.pt --images photos/ --labels masks/ "
+    "--class-map celebamask_hq_8 --label-size 512 --out check`",
+)
+@arguments_of(CheckArguments)
+@plain_errors(REPEAT)
+def check(given: CheckArguments) -> None:
+    """Find out in minutes whether a stream will teach, by cross-validation on the labelled images."""
+    from handsoff_stream.checking import check_files
+    from handsoff_stream.checking.table import report_table
+
+    report = check_files(given.generator, given.files(), given.out, given.check_options())
+    console.print(report_table(report))
+    for sentence in (*report.verdict, *report.worst_images(3)):
+        tell(sentence)
+    tell(f"wrote {given.out}/report.html, with a picture of every image, and report.json")
 
 
 @app.command(

@@ -18,7 +18,7 @@ from handsoff_stream.geometry import Rectangle
 from handsoff_stream.synthesizer import quantize
 
 VERBS = (
-    "convert", "demo", "export", "fit", "import-labels", "inspect", "invert", "preview", "sample", "train",
+    "check", "convert", "demo", "export", "fit", "import-labels", "inspect", "invert", "preview", "sample", "train",
     "train-encoder",
 )  # fmt: skip
 
