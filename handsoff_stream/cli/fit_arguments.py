@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from handsoff_stream.cli.app import DeviceOption
-from handsoff_stream.cli.parsing import parse_augmentation, parse_class_map, parse_crop_box, parse_inversion
+from handsoff_stream.cli.parsing import (
+    parse_augmentation,
+    parse_class_map,
+    parse_crop_box,
+    parse_inversion,
+    parse_teacher,
+)
 
 if TYPE_CHECKING:
     from handsoff_stream.datasets.labelled_images import ClassMap
@@ -88,6 +94,23 @@ class FitArguments:
     any_color: Annotated[
         str | None, typer.Option(help="Classes that augmentations recolor freely, separated by commas, such as hat.")
     ] = None
+    teacher: Annotated[
+        bool,
+        typer.Option(
+            "--teacher", help="Also learn from samples, labelled by networks that are trained on the labelled images."
+        ),
+    ] = False
+    teacher_network: Annotated[
+        Path | None, typer.Option(help="Label the samples by this network instead, which `train` has written.")
+    ] = None
+    teacher_samples: Annotated[int | None, typer.Option(min=1, max=100_000, help="Samples to label; default: 64.")] = (
+        None
+    )
+    teacher_confidence: Annotated[
+        float | None, typer.Option(help="Pixels of samples with a smaller probability stay unlabelled; default: 0.9.")
+    ] = None
+    teacher_members: Annotated[int | None, typer.Option(min=1, max=100, help="Networks to train; default: 3.")] = None
+    teacher_steps: Annotated[int | None, typer.Option(min=1, help="Steps of each of them; default: 300.")] = None
     domain: DomainOption = None
     latents: Annotated[Path | None, typer.Option(help="Folder of inversions; default: OUT.latents/.")] = None
     given_latents: Annotated[
@@ -165,6 +188,14 @@ class FitArguments:
             fit=self._fit_settings(),
             widths_of=self.domain if self.hidden is None else None,
             augmentation=augmentation,
+            teacher=parse_teacher(
+                self.teacher,
+                self.teacher_network,
+                samples=self.teacher_samples,
+                confidence=self.teacher_confidence,
+                members=self.teacher_members,
+                steps=self.teacher_steps,
+            ),
             memory_gb=self.memory_gb,
             half=self.half,
             calibration_samples=self.calibration_samples,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from handsoff_stream.checkpoint import (
+    DEFAULT_TRUNCATION,
     Checkpoint,
     import_generator,
     load_checkpoint,
@@ -38,8 +39,10 @@ from handsoff_stream.fitting.inversion.latents import Encode, invert
 from handsoff_stream.fitting.inversion.perceptual import load_perceptual
 from handsoff_stream.fitting.inversion.store import invert_images
 from handsoff_stream.fitting.labelled_files import LabelledFiles, examples
+from handsoff_stream.fitting.labelled_samples import LabelledSamples
 from handsoff_stream.fitting.presets import hidden_widths
 from handsoff_stream.fitting.published import read_label_generator
+from handsoff_stream.fitting.teacher import Teacher
 from handsoff_stream.generators import Generator, load_generator
 from handsoff_stream.geometry import Rectangle
 from handsoff_stream.tasks import Segmentation
@@ -87,6 +90,8 @@ class FitOptions:
     """Domain whose published hidden widths replace those of `fit`; see `presets`."""
     augmentation: AugmentationSettings | None = None
     """Augmentations of the images, inverted and learned from as well; None for none."""
+    teacher: Teacher | None = None
+    """Labels samples of the generator, which are learned from beside the labelled images; None for no samples."""
     memory_gb: float | None = None
     """Gigabytes for features on the device; the rest goes to temporary files beside the checkpoint."""
     half: bool = False
@@ -135,8 +140,7 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
     device = usable_device(options.device)
     source = resolve(generator)
     folder = options.latents_folder or out.with_suffix(".latents")
-    inputs = [source, files.images, options.inversion.encoder, files.given_latents]
-    check_file(out, inputs=[path for path in inputs if path is not None], needed=2 * source.stat().st_size)
+    check_file(out, inputs=_inputs(source, files, options), needed=2 * source.stat().st_size)
     check_folder(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     network = load_generator(source)
@@ -145,6 +149,8 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
     images, masks = examples(labelled, options.augmentation, latents_given=bool(given))
     encode = options.inversion.encode(network)
     settings = _fit_settings(options, num_images=len(labelled))
+    if options.teacher is not None:
+        options.teacher.check(files.class_map.num_classes, (masks.shape[1], masks.shape[2]))
 
     latents = invert(
         network.to(device),
@@ -165,6 +171,7 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
         memory_gb=options.memory_gb,
         cache_dir=out.parent,
         about=_about(files, labelled, options, latents_given=bool(given)),
+        samples=None if options.teacher is None else _taught(options.teacher, network, labelled),
         progress=True,
     )
     part = _part_to_stream(source, labelled)
@@ -174,6 +181,27 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
 
     counts = zip(files.class_map.class_names, labelled.pixels_per_class, strict=True)
     return FitSummary(checkpoint.provenance["fit"]["accuracy"], [name for name, pixels in counts if pixels == 0])
+
+
+def _inputs(source: Path, files: LabelledFiles, options: FitOptions) -> list[Path]:
+    """The files that a fit reads; a network of the user's own may be a function instead."""
+    network = None if options.teacher is None else options.teacher.network
+    paths = source, files.images, options.inversion.encoder, files.given_latents, network
+    return [path for path in paths if isinstance(path, Path)]
+
+
+def _taught(teacher: Teacher, generator: Generator, labelled: LabelledImages) -> LabelledSamples:
+    """Samples with the labels of a teacher, which learns the labelled images without their augmentations."""
+    images, masks = zip(*((image, mask) for _, image, mask in labelled), strict=True)
+    return teacher.label(
+        generator,
+        images,
+        torch.stack(masks),
+        labelled.class_map.class_names,
+        truncation=DEFAULT_TRUNCATION,
+        covered=labelled.covered,
+        progress=True,
+    )
 
 
 def _fit_settings(options: FitOptions, *, num_images: int) -> FitSettings:
