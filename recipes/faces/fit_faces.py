@@ -131,9 +131,9 @@ def main() -> None:
         about["augmentation"] = augmentation.config()
     samples = None
     if args.taught_samples:
-        training = TeacherSettings(steps=args.teacher_steps)
+        ensemble = TeacherSettings(steps=args.teacher_steps)
         which = SampleSettings(samples=args.taught_samples, confidence=args.teacher_confidence)
-        teacher = Teacher(samples=which, training=training)
+        teacher = Teacher(samples=which, training=ensemble)
         originals = [image for image, _ in pairs]
         samples = teacher.label(
             generator, originals, masks[: len(pairs)], CLASS_NAMES, truncation=DEFAULT_TRUNCATION, progress=True
