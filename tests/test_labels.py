@@ -11,11 +11,13 @@ import torch
 import webdataset
 from conftest import CLASSES, assert_resumes_exactly, assert_same, make_checkpoint, take
 from torch import Tensor
+from torchvision import tv_tensors
 
 from benchmarks.gpu.operator_tape import record_on_tape
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.checkpoint import Calibration, Checkpoint, Head, load_checkpoint, save_checkpoint
 from handsoff_stream.downstream import ordinary_augmentation, train_segmentation
+from handsoff_stream.downstream.repeated import RandomMirror
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.fitting.calibration import calibrate
 from handsoff_stream.graphs import GraphedSynthesizer
@@ -284,6 +286,13 @@ def test_augmentation_moves_soft_labels_as_it_moves_class_ids_and_fills_with_no_
         assert torch.equal(moved.sum(dim=0), (label != 255).float())
         assert torch.equal(moved.argmax(dim=0)[label != 255], label[label != 255])
     assert any((label == 255).any() for _, label in ids)
+
+
+def test_a_mirror_swaps_the_probabilities_of_the_sides_and_leaves_other_numbers_alone() -> None:
+    mirror, mirrored = RandomMirror(("left ear", "nose", "right ear")), {"mirror": True}
+    soft, depth = torch.rand(3, 4, 5), torch.rand(1, 4, 5)
+    assert torch.equal(mirror.transform(tv_tensors.Mask(soft), mirrored), soft[[2, 1, 0]].flip(2))
+    assert torch.equal(mirror.transform(tv_tensors.Mask(depth), mirrored), depth.flip(2))
 
 
 def test_a_meter_counts_soft_labels_as_shares_of_pixels(calibrated: Checkpoint) -> None:

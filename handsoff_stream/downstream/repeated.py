@@ -31,6 +31,7 @@ class RandomMirror(v2.Transform):
 
     def __init__(self, class_names: Sequence[str] = ()):
         super().__init__()
+        self.num_classes = len(class_names)
         self.other_side = mirrored_ids(class_names)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
@@ -44,9 +45,11 @@ class RandomMirror(v2.Transform):
         mirrored = v2.functional.horizontal_flip(inpt)
         if not isinstance(inpt, tv_tensors.Mask):
             return mirrored
-        if inpt.is_floating_point():  # class k has what its other side had
-            return tv_tensors.wrap(mirrored.as_subclass(Tensor)[self.other_side[: len(inpt)]], like=inpt)
-        return tv_tensors.wrap(self.other_side[mirrored.as_subclass(Tensor).long()].to(inpt.dtype), like=inpt)
+        if not inpt.is_floating_point():
+            return tv_tensors.wrap(self.other_side[mirrored.as_subclass(Tensor).long()].to(inpt.dtype), like=inpt)
+        if len(inpt) != self.num_classes:  # depth, heatmaps
+            return mirrored
+        return tv_tensors.wrap(mirrored.as_subclass(Tensor)[self.other_side[: len(inpt)]], like=inpt)
 
 
 class RandomUnlabellingAffine(v2.RandomAffine):
