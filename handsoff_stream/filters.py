@@ -70,6 +70,9 @@ class RollingPercentile(Filter):
             sqrt(p (1 - p) / window), 0.7 % at the defaults.
         lanes: at least the largest number of ranks x workers that will ever share the stream. Another number makes
             another choice, and a saved state needs up to 8 bytes for each score of each window.
+
+    Raises:
+        ValueError: any of them out of range.
     """
 
     name = "rolling"
@@ -86,14 +89,17 @@ class RollingPercentile(Filter):
         self.start([])
 
     def config(self) -> dict[str, Any]:
+        """See `Filter.config`."""
         return {"name": self.name, "percentile": self.percentile, "window": self.window, "lanes": self.lanes}
 
     def start(self, calibration: Sequence[float]) -> None:
+        """Fill the window with the last of the calibration scores."""
         self._recent = deque(float(score) for score in calibration[-self.window :])
         self._sorted = sorted(self._recent)
         self._pushed = 0
 
     def push(self, score: float) -> list[bool]:
+        """Decide at once; with an empty window the sample is kept."""
         keep = not self._sorted or score <= self._sorted[self._rank(len(self._sorted))]
         self._remember(score)
         return [keep]
@@ -110,12 +116,14 @@ class RollingPercentile(Filter):
         return max(math.ceil(count * self.percentile / 100) - 1, 0)
 
     def state_dict(self) -> dict[str, Any]:
+        """The scores pushed since `start` that are still in the window: base64 of float64, oldest first."""
         if not self._pushed:
             return {}
         own = list(self._recent)[-min(self._pushed, self.window) :]
         return {"recent": base64.b64encode(array("d", own).tobytes()).decode("ascii")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Push those scores into the window again."""
         for score in array("d", base64.b64decode(state["recent"])) if state else ():
             self._remember(score)
 
@@ -129,6 +137,9 @@ class BlockQuantile(Filter):
     Args:
         percentile: in (0, 100]; the kept share of each block, rounded up to whole samples.
         block: indices per block.
+
+    Raises:
+        ValueError: either of them out of range.
     """
 
     name = "block"
@@ -144,12 +155,15 @@ class BlockQuantile(Filter):
         self._scores: list[float] = []
 
     def config(self) -> dict[str, Any]:
+        """See `Filter.config`."""
         return {"name": self.name, "percentile": self.percentile, "block": self.span}
 
     def start(self, calibration: Sequence[float]) -> None:
+        """Begin a block; the calibration scores are not needed."""
         self._scores = []
 
     def push(self, score: float) -> list[bool]:
+        """No decision until the block is complete, then those of the whole block."""
         self._scores.append(score)
         if len(self._scores) < self.span:
             return []
@@ -165,6 +179,9 @@ class Threshold(Filter):
     Args:
         percentile: in (0, 100], of the calibration scores; unused if `value` is given.
         value: the threshold itself, in the unit of the score.
+
+    Raises:
+        ValueError: `percentile` out of range.
     """
 
     name = "threshold"
@@ -177,9 +194,15 @@ class Threshold(Filter):
         self._threshold = value
 
     def config(self) -> dict[str, Any]:
+        """See `Filter.config`."""
         return {"name": self.name, "percentile": self.percentile, "value": self.value}
 
     def start(self, calibration: Sequence[float]) -> None:
+        """Take the percentile of the calibration scores, unless the threshold was given.
+
+        Raises:
+            ValueError: there are no calibration scores and no threshold was given.
+        """
         if self.value is not None:
             return
         if not calibration:
@@ -191,6 +214,7 @@ class Threshold(Filter):
         self._threshold = sorted(calibration)[max(rank, 0)]
 
     def push(self, score: float) -> list[bool]:
+        """Decide at once."""
         assert self._threshold is not None, "start() sets the threshold"
         return [score <= self._threshold]
 
@@ -203,9 +227,11 @@ class KeepAll(Filter):
     needs_scores = False
 
     def config(self) -> dict[str, Any]:
+        """See `Filter.config`."""
         return {"name": self.name}
 
     def push(self, score: float) -> list[bool]:
+        """Keep the sample."""
         return [True]
 
 
@@ -297,6 +323,7 @@ class RejectionMonitor:
             self._warned = True
 
     def state_dict(self) -> dict[str, int]:
+        """All counts, JSON-able."""
         return {
             "accepted": self.accepted,
             "rejected": self.rejected,
@@ -306,6 +333,7 @@ class RejectionMonitor:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from `state_dict()`."""
         self.accepted, self.rejected, self.skipped = state["accepted"], state["rejected"], state["skipped"]
         self._window_seen, self._window_rejected = state["window_seen"], state["window_rejected"]
 

@@ -43,7 +43,9 @@ class Chunk(Protocol):
     """The samples of some indices, perhaps still under way. Its memory is used again once nothing refers to it."""
 
     @property
-    def indices(self) -> Sequence[int]: ...
+    def indices(self) -> Sequence[int]:
+        """The index of each sample."""
+        ...
 
     def finished(self) -> bool:
         """Whether `scores` would not wait."""

@@ -15,7 +15,11 @@ from torch.utils.data import get_worker_info
 
 @dataclass(frozen=True)
 class Shard:
-    """Shard `index` of `count`."""
+    """Shard `index` of `count`.
+
+    Raises:
+        ValueError: `index` is not in [0, count).
+    """
 
     index: int = 0
     count: int = 1

@@ -11,6 +11,7 @@ from benchmarks.gpu.record import copy_results
 
 
 def main() -> None:
+    """Copy the results of the parts that the command line names to the committed ones, and print where they are."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("parts", type=Path, nargs="+")
     for part in options.parse_args().parts:

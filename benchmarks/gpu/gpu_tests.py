@@ -29,6 +29,7 @@ class Outcomes:
         self.tests: dict[str, dict[str, Any]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note the outcome of one phase (set-up, call, tear-down) of a test; called by pytest."""
         test = self.tests.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0})
         test["seconds"] = round(test["seconds"] + report.duration, 3)
         if report.outcome != "passed":
@@ -61,6 +62,7 @@ def _stop(number: int, frame: Any) -> None:
 
 
 def main() -> None:
+    """Run the tests that the command line names, and write their outcomes."""
     options = parser(__doc__, name="gpu_tests")
     options.add_argument("--marker", default="gpu", help="expression of pytest's -m")
     options.add_argument("--files", type=Path, nargs="+", help="default: all that hold tests marked gpu")

@@ -65,6 +65,7 @@ PRESENTATION = Presentation(rows)
 
 
 def main() -> None:
+    """Train for as long as the command line says, and write the rate and the losses."""
     options = parser(__doc__, name="generator_training")
     options.add_argument("--run", type=Path, required=True, help="folder of the run; an existing run goes on")
     options.add_argument("--seconds", type=float, required=True, help="stop after this long, and save")

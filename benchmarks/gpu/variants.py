@@ -148,6 +148,7 @@ PRESENTATION = Presentation(rows, charts)
 
 
 def main() -> None:
+    """Measure the variants that the command line chooses, and write their times."""
     options = parser(__doc__, name="variants")
     add_stream_options(options)
     geometries.add_arguments(options)

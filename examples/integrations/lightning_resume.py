@@ -19,17 +19,21 @@ from handsoff_stream.outlets.loader import HandsOffLoader
 
 
 class Segmenter(LightningModule):
+    """One convolution; remembers the indices of the samples that it was trained on."""
+
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.net = nn.Conv2d(3, classes, 3, padding=1)
         self.trained: list[int] = []
 
     def training_step(self, batch: LabelledBatch, batch_idx: int) -> Tensor:
+        """Cross entropy of a batch."""
         images, labels = batch
         self.trained += batch.indices.tolist()
         return F.cross_entropy(self.net(images), labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain gradient descent."""
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 

@@ -19,18 +19,22 @@ from handsoff_stream.outlets.trainer import StreamTrainer
 
 
 class Segmenter(nn.Module):
+    """One convolution; remembers the indices of the samples that it was trained on."""
+
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.net = nn.Conv2d(3, classes, 3, padding=1)
         self.trained: list[int] = []
 
     def forward(self, pixel_values: Tensor, labels: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        """Cross entropy and logits [B, K, H, W] of a batch."""
         self.trained += indices.tolist()
         logits = self.net(pixel_values)
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
 def inputs(batch: LabelledBatch) -> dict[str, Any]:
+    """A batch as the arguments of `Segmenter.forward`."""
     return {"pixel_values": batch.images, "labels": batch.labels, "indices": batch.indices}
 
 

@@ -64,7 +64,8 @@ def scan(path: str | Path) -> Iterator[Findings]:
     """Scan a file, or all files below a folder; links are not followed.
 
     Raises:
-        OSError: the file or folder does not exist or cannot be read.
+        FileNotFoundError: there is no such file or folder.
+        OSError: it cannot be read.
     """
     path = Path(path)
     if not path.is_dir():

@@ -46,7 +46,11 @@ class Line:
         return Line(self.first, end if self.stop is None else min(end, self.stop))
 
     def skip(self, count: int) -> "Line":
-        """All but the first `count` indices."""
+        """All but the first `count` indices.
+
+        Raises:
+            ValueError: a negative count, or one that leaves no index.
+        """
         _check_count(count, at_least=0)
         if self.first + count >= (EPOCH_STRIDE if self.stop is None else self.stop):
             raise ValueError(f"skip({count}) leaves none of the indices; skip fewer")

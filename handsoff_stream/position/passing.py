@@ -59,7 +59,11 @@ class Passes:
             self._epochs.note(worker, state["epoch"])
 
     def set_epoch(self, epoch: int) -> bool:
-        """Whether this changes what comes next; see `HandsOffStream.set_epoch`."""
+        """Whether this changes what comes next; see `HandsOffStream.set_epoch`.
+
+        Raises:
+            ValueError: an epoch that has no indices.
+        """
         if not 0 <= epoch <= MAX_EPOCH:
             raise ValueError(f"epoch={epoch} has no indices; pass one in [0, {MAX_EPOCH}]")
         if self._epochs.is_current(epoch):

@@ -29,11 +29,17 @@ class Scored(Protocol):
     """What a walk sees of a chunk."""
 
     @property
-    def indices(self) -> Sequence[int]: ...
+    def indices(self) -> Sequence[int]:
+        """The index of each sample."""
+        ...
 
-    def finished(self) -> bool: ...
+    def finished(self) -> bool:
+        """Whether `scores` would not wait."""
+        ...
 
-    def scores(self) -> list[float]: ...
+    def scores(self) -> list[float]:
+        """Uncertainty of each sample."""
+        ...
 
 
 class Walk:

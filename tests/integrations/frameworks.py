@@ -3,8 +3,6 @@
 import importlib
 import itertools
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +11,6 @@ from processes import run_ranks
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.outlets.loader import HandsOffLoader
 from handsoff_stream.stream import HandsOffStream
-
-SCRIPTS = Path(__file__).parents[2] / "examples" / "integrations"
-sys.path.insert(0, str(SCRIPTS))
 
 
 def synthesize(indices: Any) -> LabelledBatch:

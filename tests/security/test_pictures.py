@@ -94,7 +94,7 @@ def test_16_bits_a_channel_are_refused_not_cut_to_8(tmp_path, color):
 
 def test_16_bit_tiffs_in_color_and_16_bit_gray_images_are_refused(tmp_path):
     gray = saved(tmp_path, "gray.png", Image.fromarray(np.full((3, 3), 40_000, np.uint16)))
-    with pytest.raises(ValueError, match="16 bits per channel|mode I;16"):
+    with pytest.raises(ValueError, match="16 bits per channel|mode I"):
         read_image(gray)
     assert (read_mask(gray).values == 40_000).all()  # ids beyond 255 are no picture, and exact
     tags = [  # (tag, type, count, value or offset): 2 x 2 pixels of three 16-bit samples at byte 8
