@@ -248,7 +248,8 @@ def rows(result: Result) -> list[Row]:
         for name in ("glasses", "hat"):
             shares = [scores[kind]["survive"][name] for kind in ("class-relative", "top10_mean")]
             if None not in shares:
-                what = f"samples with {name} after a cut of 10 %, score relative to the classes"
+                number = scores["samples_that_show"][name]
+                what = f"samples with {name}, of {number}, after a cut of 10 %, score relative to the classes"
                 found.append(Row(what, f"{shares[0]:.0%}", f"top10_mean: {shares[1]:.0%}", None))
     return found
 
