@@ -1,5 +1,5 @@
 # Five commands do everything on a fresh machine with Python 3.11 or later:
-#   make demo         sets up, then runs the main job on the embedded faces; leaves demo/preview.png and two mIoU tables
+#   make demo         sets up, then runs the main job on the embedded faces; leaves demo/preview.png and a table of mIoUs
 #   make test         sets up, then runs the tests in two processes
 #   make lint         ruff, mypy and a user's script under strict type checkers; the versions are those of requirements/lint.txt
 #   make test-oldest  the same tests with the oldest versions that pyproject.toml allows; needs Python 3.11

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from handsoff_stream.files.atomic import write_file
+
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
 RESULTS = PACKAGE / "results"
@@ -196,6 +198,6 @@ def write_result(name: str, record: dict[str, Any]) -> Path:
     line = json.dumps(whole, allow_nan=False)
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
+    write_file(path, (json.dumps(whole, indent=1, allow_nan=False) + "\n").encode())
     print(line, flush=True)
     return path

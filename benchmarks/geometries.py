@@ -82,7 +82,13 @@ def config_f_channels(resolution: int) -> tuple[int, ...]:
 
 
 def random_checkpoint(
-    resolution: int, *, hidden: Sequence[int], members: int, classes: int, channels: Sequence[int] | None = None
+    resolution: int,
+    *,
+    hidden: Sequence[int],
+    members: int,
+    classes: int,
+    channels: Sequence[int] | None = None,
+    latent: int = 512,
 ) -> Checkpoint:
     """A segmentation checkpoint with random weights of a fixed seed.
 
@@ -92,10 +98,12 @@ def random_checkpoint(
         hidden: the two widths of the head.
         members: of the head.
         classes: of the head.
+        latent: dimensions of z and of w.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        generator = StyleGAN2(channels=tuple(channels or config_f_channels(resolution))).eval().requires_grad_(False)
+        sizes = tuple(channels or config_f_channels(resolution))
+        generator = StyleGAN2(channels=sizes, z_dim=latent, w_dim=latent).eval().requires_grad_(False)
     label_generator = LabelGenerator(generator.feature_channels, (hidden[0], hidden[1]), classes, members)
     names = tuple(f"class {k}" for k in range(classes))
     task = Segmentation(names, tuple((k, k, k) for k in range(classes)))

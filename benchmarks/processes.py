@@ -17,8 +17,17 @@ R = TypeVar("R")
 
 def peak_mb() -> float:
     """Highest resident memory of this process since the last `reset_peak`, in MB."""
+    return _status_mb("VmHWM")
+
+
+def resident_mb() -> float:
+    """Resident memory of this process now, in MB."""
+    return _status_mb("VmRSS")
+
+
+def _status_mb(name: str) -> float:
     status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024 / 1e6
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{name}:")) * 1024 / 1e6
 
 
 def reset_peak() -> None:

@@ -14,6 +14,7 @@ from handsoff_stream.checkpoint import Checkpoint, load_checkpoint, save_checkpo
 from handsoff_stream.errors import CheckpointError, StreamError
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
 from handsoff_stream.generators import load_generator
+from handsoff_stream.mixture import mix
 from handsoff_stream.position.state import merge_states
 from handsoff_stream.shard import Shard
 from handsoff_stream.stream import HandsOffStream
@@ -33,5 +34,6 @@ __all__ = [
     "load_checkpoint",
     "load_generator",
     "merge_states",
+    "mix",
     "save_checkpoint",
 ]

@@ -30,7 +30,8 @@ class LabelledBatch:
     uncertainty: Tensor
     """float32 [B], the image score that the filter judged."""
     indices: Tensor
-    """int64 [B] on the CPU: `stream[i]` regenerates the sample of index i."""
+    """int64 [B] on the CPU: `stream[i]` regenerates the sample of index i. In a mixture, -1 - n stands for image n of
+    the labelled set, whose uncertainty is 0."""
     next_index: int
     """The first index of this shard that had not been handed out or dropped when the batch was handed out."""
 
@@ -63,8 +64,9 @@ class LabelledBatch:
         return self.map(lambda t: t.to(*args, **kwargs))
 
     def pin_memory(self) -> "LabelledBatch":
-        """Page-locked copy for asynchronous transfers; tensors already on a device are left alone."""
-        return self.map(lambda t: t if t.is_cuda else t.pin_memory())
+        """Page-locked copy for asynchronous transfers, as a DataLoader with `pin_memory=True` asks for it; tensors that
+        lie on a device already are left alone."""
+        return self.map(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
 
     def record_stream(self, stream: "torch.cuda.Stream") -> None:
         """Tell the caching allocator that `stream` uses these tensors."""

@@ -97,6 +97,7 @@ class RollingPercentile(Filter):
         self._recent = deque(float(score) for score in calibration[-self.window :])
         self._sorted = sorted(self._recent)
         self._pushed = 0
+        self._encoded: tuple[int, dict[str, Any]] = 0, {}  # a state is asked for more often than it changes
 
     def push(self, score: float) -> list[bool]:
         """Decide at once; with an empty window the sample is kept."""
@@ -117,10 +118,10 @@ class RollingPercentile(Filter):
 
     def state_dict(self) -> dict[str, Any]:
         """The scores pushed since `start` that are still in the window: base64 of float64, oldest first."""
-        if not self._pushed:
-            return {}
-        own = list(self._recent)[-min(self._pushed, self.window) :]
-        return {"recent": base64.b64encode(array("d", own).tobytes()).decode("ascii")}
+        if self._encoded[0] != self._pushed:
+            own = list(self._recent)[-min(self._pushed, self.window) :]
+            self._encoded = self._pushed, {"recent": base64.b64encode(array("d", own).tobytes()).decode("ascii")}
+        return dict(self._encoded[1])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Push those scores into the window again."""

@@ -11,6 +11,7 @@ drawn on the device instead (`noise.py`).
 
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ class Stream(IntEnum):
     LATENT = 0
     NOISE = 1
     TRANSFORM = 2
+    ORDER = 3
+    LABELLED_TRANSFORM = 4
 
 
 def philox4x32(counter_4N: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
@@ -98,6 +101,13 @@ def latents(seed: int, indices: Sequence[int], z_dim: int) -> Tensor:
     return torch.from_numpy(normal(seed, indices, z_dim, Stream.LATENT))
 
 
-def transform_seed(seed: int, index: int) -> int:
+def transform_seed(seed: int, index: int, stream: Stream = Stream.TRANSFORM) -> int:
     """Seed in [0, 2**32) for the random transforms of one sample."""
-    return int(_words(seed, [index], 1, Stream.TRANSFORM)[0, 0])
+    return int(_words(seed, [index], 1, stream)[0, 0])
+
+
+@lru_cache(maxsize=16)
+def permutation(seed: int, number: int, size: int) -> tuple[int, ...]:
+    """Random order `number`, in [0, 2**63), of the integers below `size`."""
+    words = _words(seed, [number], -(-size // 4), Stream.ORDER)
+    return tuple(np.argsort(words.T.reshape(-1)[:size], kind="stable").tolist())

@@ -60,6 +60,12 @@ class CheckpointSource:
         return float(self._manifest["truncation"])
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of images and labels, in pixels."""
+        height, width = self._manifest["output_size"]
+        return height, width
+
+    @property
     def class_names(self) -> tuple[str, ...] | dict[str, tuple[str, ...]]:
         """Names of the classes by id, of the only head or by head; none for a head without classes."""
         heads = self._manifest["heads"]

@@ -8,6 +8,7 @@ from indices to a batch. Does not know networks, tasks, files or CUDA.
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, Unpack, overload
 
@@ -34,7 +35,7 @@ from handsoff_stream.options import (
 from handsoff_stream.position.dealing import Dealing, Line, addressed
 from handsoff_stream.position.passing import Passes, Progress, StreamIterator
 from handsoff_stream.position.resuming import Resumable
-from handsoff_stream.position.state import State, turned
+from handsoff_stream.position.state import State, pending_in, turned
 from handsoff_stream.position.walk import BadSample, Walk
 from handsoff_stream.precision import Precision, compute_dtype, default_precision
 from handsoff_stream.prefetch import Chunk, Synthesize, prefetch, side_stream
@@ -44,7 +45,7 @@ from handsoff_stream.source import CheckpointSource
 from handsoff_stream.synthesizer import Synthesizer, in_chunks
 from handsoff_stream.transforms import JointTransform
 from handsoff_stream.uncertainty import ScoreKind
-from handsoff_stream.wrapping import check_not_divided_again
+from handsoff_stream.wrapping import check_not_divided_again, check_not_pinned, warn_if_training_goes_on
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -188,7 +189,7 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         self._source.check(self.options)
         self._filter = started_filter(filter, self._source.calibration_scores(self.options))
         transform = None if transforms is None else JointTransform(transforms, seed)
-        self._assembly = Assembly(transform, image_dtype, as_dict)
+        self.assembly = Assembly(transform, image_dtype, as_dict)
         self._line = Line.of(indices)
         self._on_bad_sample: BadSample = on_bad_sample
         self._shard = shard
@@ -202,11 +203,16 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         worker = detect_worker()
         self._check_devices(worker)
         self._check_not_divided_again(worker)
+        if self.batch_size is None:
+            check_not_pinned(self, self.output_device)
+        if self._passes.begins_anew(worker):
+            warn_if_training_goes_on()
         epoch, state = self._passes.begin(worker)
         progress = self._new_progress(state, epoch, worker)
         self._progress = os.getpid(), progress
         walk = progress.walk
-        items = self._assembly.items(walk.select(self._prefetch(walk.chunks())), self.batch_size)
+        rows = walk.select(self._prefetch(walk.chunks()))
+        items = self.assembly.items(rows, self.batch_size, progress.pending)
         return StreamIterator(items, progress)
 
     def _new_progress(self, state: State | None, epoch: int, worker: Worker | None) -> Progress:
@@ -228,8 +234,9 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
             on_bad_sample=self._on_bad_sample,
         )
         if state is not None and state["walk"] is not None:
-            walk.load_state_dict(state["walk"], same_shard=part.same_shard)
-        return Progress(walk, epoch, part, self._identity())
+            saved = Shard(*state["shard"] or (0, 1))
+            walk.load_state_dict(state["walk"], saved=saved, same_shard=part.same_shard)
+        return Progress(walk, epoch, part, self._identity(), pending_in(state, walk))
 
     def _prefetch(self, chunks: Iterable[range]) -> Iterator[Chunk]:
         """Finished chunks of these indices."""
@@ -251,7 +258,7 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         parts = list(in_chunks(addressed(index, self.chunk_size), self.chunk_size))
         chunks = self._prefetch(iter([chunk for chunk, _, _ in parts]))
         rows = [(chunk, row) for chunk, (_, some, _) in zip(chunks, parts, strict=True) for row in some]
-        return self._assembly.batch(rows) if isinstance(index, slice) else self._assembly.sample(rows[0])
+        return self.assembly.batch(rows) if isinstance(index, slice) else self.assembly.sample(rows[0])
 
     def __len__(self) -> int:
         """Samples (or batches) that this rank yields per epoch, on every rank the same, for any number of workers.
@@ -260,12 +267,9 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         its own length; build the stream with `batch_size` to have exactly that length.
 
         Raises:
-            TypeError: the stream is endless (`epoch_size=None`).
+            TypeError: the stream is endless (`epoch_size=None`), or a mixture of samples whose number is not known.
         """
-        if self.epoch_size is None:
-            raise TypeError("an endless stream has no length; pass epoch_size=... to give an epoch one")
-        samples = self._dealing.per_rank(self.epoch_size, self._rank(detect_worker()).count)
-        return samples if self.batch_size is None else -(-samples // self.batch_size)
+        return self._dealing.length(self._rank(detect_worker()).count)
 
     # Other streams -----------------------------------------------------------------------------------------------
 
@@ -283,6 +287,11 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         return twin
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels, before any transforms."""
+        return self._source.size
+
+    @property
     def class_names(self) -> tuple[str, ...] | dict[str, tuple[str, ...]]:
         """Class names by id: of the only head, or by head; empty for a head without classes."""
         return self._source.class_names
@@ -298,13 +307,14 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
             "epoch_size": self.epoch_size,
             "indices": [self._line.first, self._line.stop],
             **self.options.config(),
+            **({} if self.assembly.companions is None else self.assembly.companions.identity()),
         }
 
     # Construction on first use ---------------------------------------------------------------------------------
 
     @property
     def _dealing(self) -> Dealing:
-        return Dealing(self.epoch_size, self.batch_size, self.drop_last)
+        return Dealing(self.epoch_size, self.batch_size, self.drop_last, self.assembly.ratio)
 
     def _rank(self, worker: Worker | None) -> Shard:
         if self._shard is not None:
@@ -331,6 +341,8 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         # A copy begins where this stream was set to begin; it builds its own networks on first use. A worker that is
         # being spawned cannot ask torch.distributed, so the rank goes with it.
         self._check_not_divided_again(detect_worker())
+        if get_spawning_popen() is not None and self._passes.begins_anew(detect_worker()):
+            warn_if_training_goes_on()
         state = {**self.__dict__, "_carried_rank": self._rank(detect_worker()), "_progress": None}
         return state if self._given_synthesize else {**state, "_synthesize": None}
 
@@ -342,4 +354,5 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
     def __repr__(self) -> str:
         filter = self._filter.config()["name"]
         shown = f"{self._source.name!r}, batch_size={self.batch_size}, seed={self.options.seed}, filter={filter!r}"
-        return f"HandsOffStream({shown}, epoch_size={self.epoch_size}, device={str(self.device)!r})"
+        beside = "" if self.assembly.companions is None else f", companions={self.assembly.companions}"
+        return f"HandsOffStream({shown}, epoch_size={self.epoch_size}, device={str(self.device)!r}{beside})"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.isolation import isolated
-from handsoff_stream.seeding import transform_seed
+from handsoff_stream.seeding import Stream, transform_seed
 
 
 class JointTransform:
@@ -29,18 +29,23 @@ class JointTransform:
             transform with a `set_random_seed` method, such as albumentations', is seeded by it. Labels of whole
             numbers come back as int64.
         seed: seed of the stream.
+        stream: which random numbers of (seed, index); samples and labelled images have their own.
     """
 
-    def __init__(self, transforms: Callable[..., Any], seed: int):
+    def __init__(self, transforms: Callable[..., Any], seed: int, stream: Stream = Stream.TRANSFORM):
         self.transforms = transforms
         self.seed = seed
+        self.stream = stream
 
     def __call__(self, one: LabelledBatch) -> LabelledBatch:
         """A batch of one sample => the same sample transformed."""
         from torchvision import tv_tensors
 
         wrapped: Any
-        with isolated(), _seeded(transform_seed(self.seed, int(one.indices[0])), one.images.device) as seed:
+        with (
+            isolated(),
+            _seeded(transform_seed(self.seed, int(one.indices[0]), self.stream), one.images.device) as seed,
+        ):
             if hasattr(self.transforms, "set_random_seed"):
                 self.transforms.set_random_seed(seed)
             if isinstance(one.labels, dict):

@@ -243,9 +243,19 @@ def run(page: str, **replaced: str) -> dict[str, object]:
 
 
 def test_the_code_of_the_readme_runs(checkpoint_path):
-    assert "range(300)" in readme()
-    left = run("README.md", **{'"faces"': repr(str(checkpoint_path)), "range(300)": "range(2)"})
+    smaller = {
+        '"faces"': repr(str(checkpoint_path)),
+        "labelled_faces(16)": "[(torch.zeros(3, 16, 16), torch.zeros(16, 16, dtype=torch.int64))]",
+        "range(300)": "range(2)",
+    }
+    assert all(name in readme() for name in smaller)
+    left = run("README.md", **smaller)
     assert left["step"] == 1 and left["loss"].isfinite()
+
+
+def test_the_code_of_the_page_on_mixtures_runs():
+    left = run("docs/mixtures.md")
+    assert len(left["batch"]) == 8
 
 
 def test_the_code_of_the_page_on_resuming_runs(checkpoint_path):

@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+
+from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, labelled_faces
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MAX_LINES = 60
@@ -34,6 +38,34 @@ def test_deeplabv3_trains_on_the_stream_and_is_scored_per_class(run):
     lines = run("train_deeplabv3.py", "--steps", 1, "--batch-size", 2, "--test-images", 2)
     scores = dict(line.split() for line in lines)
     assert scores.keys() >= {"skin", "hat", "mIoU"} and all(0 <= float(score) <= 1 for score in scores.values())
+
+
+def test_half_of_each_batch_of_the_mixture_is_labelled_images_of_the_faces_or_of_folders(run, tmp_path):
+    common = ["--steps", 2, "--batch-size", 4, "--out", tmp_path / "deeplab.pt"]
+    assert run("train_on_mixture.py", *common)[-1].endswith("2 of 4 labelled")
+    for i in range(2):
+        image, mask = labelled_faces(2)[i]
+        Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(
+            made(tmp_path / "photos") / f"{i}.png"
+        )
+        Image.fromarray(mask.byte().numpy()).save(made(tmp_path / "masks") / f"{i}.png")
+    lines = [f"  {i}: {{name: {name}, from_ids: [{i}]}}" for i, name in enumerate(CLASS_NAMES)]
+    (tmp_path / "classes.yaml").write_text("\n".join(["classes:", *lines, ""]))
+    folders = [
+        "--images",
+        tmp_path / "photos",
+        "--labels",
+        tmp_path / "masks",
+        "--class-map",
+        tmp_path / "classes.yaml",
+    ]
+    assert run("train_on_mixture.py", *common, *folders, "--share", 0.25)[-1].endswith("1 of 4 labelled")
+    assert torch.load(tmp_path / "deeplab.pt", weights_only=True)
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def test_a_second_run_trains_on_the_batches_that_follow(run, tmp_path):

@@ -11,7 +11,10 @@ from processes import FILTERS, fake_stream, indices_of, synthesize
 
 from handsoff_stream.errors import StreamError
 from handsoff_stream.filters import BlockQuantile, RollingPercentile, Threshold
+from handsoff_stream.outlets.loader import HandsOffLoader
 from handsoff_stream.position.dealing import EPOCH_STRIDE
+from handsoff_stream.position.state import merge_states
+from handsoff_stream.shard import Shard
 from handsoff_stream.stream import HandsOffStream
 
 DATA = Path(__file__).parent / "data"
@@ -195,15 +198,57 @@ def test_a_state_of_the_first_release_is_refused_with_the_reason():
         HandsOffStream("faces", device="cpu", precision="exact").load_state_dict(state)
 
 
+def set_back(state):
+    """The state as if nothing had been handed out, but for what it says comes next."""
+    return {**state, "walk": {**state["walk"], "cursor": 0, "lanes": {}}}
+
+
 def test_a_resumed_walk_is_compared_with_what_the_state_says_comes_next(checkpoint):
     stream = fake_stream(checkpoint, batch_size=5)
     next(iter(stream))
     state = stream.state_dict()
     assert state["walk"]["next"] == [4, 8, 12]
     resumed = fake_stream(checkpoint, batch_size=5)
-    resumed.load_state_dict({**state, "walk": {**state["walk"], "cursor": 0}})
+    resumed.load_state_dict(set_back(state))
     with pytest.raises(StreamError, match=r"begin at \[4, 8, 12\], this stream would with \[0, 4, 8\]"):
         iter(resumed)
+
+
+@pytest.mark.parametrize("filter", FILTERS)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_merged_state_is_compared_too_on_any_number_of_ranks(checkpoint, filter, ranks):
+    streams = [fake_stream(checkpoint, filter, batch_size=5, shard=Shard(rank, 2)) for rank in range(2)]
+    for stream, batches in zip(streams, (9, 13), strict=True):
+        indices_of(itertools.islice(stream, batches))
+    state = merge_states([stream.state_dict() for stream in streams])
+    assert len(state["walk"]["next"]) == 3
+    for rank in range(ranks):
+        resumed = fake_stream(checkpoint, filter, batch_size=5, shard=Shard(rank, ranks))
+        resumed.load_state_dict(state)
+        iter(resumed)
+        resumed.load_state_dict(set_back(state))
+        with pytest.raises(StreamError, match="samples would be repeated or skipped"):
+            iter(resumed)
+
+
+def test_a_range_that_only_some_ranks_have_walked_is_not_complete(checkpoint):
+    whole, waiting = (
+        fake_stream(checkpoint, batch_size=5, indices=range(24), epoch_size=24, shard=Shard(rank, 2)) for rank in (0, 1)
+    )
+    first = indices_of(whole)
+    resumed = fake_stream(checkpoint, batch_size=5, indices=range(24), epoch_size=24)
+    resumed.load_state_dict(merge_states([whole.state_dict(), waiting.state_dict()]))
+    assert sorted(first + indices_of(resumed)) == list(range(24))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_are_compared_with_the_state_of_their_loader(checkpoint, workers):
+    loader = HandsOffLoader(fake_stream(checkpoint, "rolling", batch_size=5), num_workers=workers)
+    indices_of(itertools.islice(loader, 7))
+    resumed = HandsOffLoader(fake_stream(checkpoint, "rolling", batch_size=5), num_workers=workers)
+    resumed.load_state_dict(set_back(loader.state_dict()))
+    with pytest.raises(StreamError, match="samples would be repeated or skipped"):
+        next(iter(resumed))
 
 
 def test_more_shards_than_lanes_are_refused_with_the_remedy(checkpoint, monkeypatch):

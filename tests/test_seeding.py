@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from handsoff_stream.noise import noise_maps, normal_on
-from handsoff_stream.seeding import Stream, latents, normal, philox4x32, transform_seed
+from handsoff_stream.seeding import Stream, latents, normal, permutation, philox4x32, transform_seed
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,23 @@ def test_a_gpu_draws_the_same_noise():
 
 def test_transform_seeds_differ_by_index():
     assert len({transform_seed(0, i) for i in range(100)}) == 100
+
+
+def test_samples_and_labelled_images_are_transformed_by_numbers_of_their_own():
+    assert not {transform_seed(0, i) for i in range(100)} & {
+        transform_seed(0, i, Stream.LABELLED_TRANSFORM) for i in range(100)
+    }
+
+
+def test_random_orders_hold_every_number_once_and_every_one_of_them_is_as_likely():
+    orders = [permutation(0, number, 3) for number in range(1200)]
+    assert all(sorted(order) == [0, 1, 2] for order in orders)
+    assert all(abs(orders.count(order) - 200) < 60 for order in set(orders)) and len(set(orders)) == 6
+    assert permutation(0, 0, 50) != permutation(1, 0, 50) and sorted(permutation(1, 2**63 - 1, 50)) == list(range(50))
+
+
+def test_an_order_is_the_same_in_every_release():
+    assert permutation(7, 5, 8) == (7, 0, 2, 6, 1, 3, 5, 4)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, True, "0"])

@@ -3,8 +3,9 @@
 Knows rendered faces, streams, and the network. Does not know which arm sees what, nor how arms are compared.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchvision import tv_tensors
 
+from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.checkpoint import load_checkpoint, read_manifest
 from handsoff_stream.datasets.rendered_faces import (
     CLASS_NAMES,
@@ -25,6 +27,7 @@ from handsoff_stream.downstream import (
     build_deeplab,
     ordinary_augmentation,
 )
+from handsoff_stream.mixture import mix
 from handsoff_stream.precision import fastest_precision
 from handsoff_stream.stream import HandsOffStream
 from handsoff_stream.tasks import Segmentation
@@ -134,9 +137,9 @@ class Relabelled:
 
 def stream_of(
     experiment: Experiment, checkpoint: str, seed: int, batch: int, transforms: Callable[..., Any] | None = None
-) -> Batches:
-    """Endless batches of a checkpoint's stream; `transforms`: None means ordinary augmentation."""
-    stream = HandsOffStream(
+) -> HandsOffStream[LabelledBatch]:
+    """A checkpoint's stream in endless batches; `transforms`: None means ordinary augmentation."""
+    return HandsOffStream(
         checkpoint,
         batch_size=batch,
         seed=seed,
@@ -144,40 +147,47 @@ def stream_of(
         precision=fastest_precision(resolve_device(None)),
         transforms=transforms or ordinary_augmentation(experiment.class_names),
     )
+
+
+def batches_of(stream: HandsOffStream[LabelledBatch]) -> Batches:
+    """What a training loop takes from a stream."""
     return DataLoader(stream, batch_size=None)
 
 
 def stream(experiment: Experiment, seed: int, steps: int) -> Batches:
     """The checkpoint's stream."""
-    return stream_of(experiment, experiment.checkpoint, seed, experiment.batch)
+    return batches_of(stream_of(experiment, experiment.checkpoint, seed, experiment.batch))
 
 
 def sampled(experiment: Experiment, seed: int, steps: int) -> Batches:
     """The stream of the checkpoint that was fitted on samples labelled by the teacher."""
-    return stream_of(experiment, experiment.sampled, seed, experiment.batch)
+    return batches_of(stream_of(experiment, experiment.sampled, seed, experiment.batch))
 
 
 def teacher_labelled(experiment: Experiment, seed: int, steps: int) -> Batches:
     """The images of the checkpoint's stream with the teacher's labels."""
-    return stream_of(experiment, experiment.checkpoint, seed, experiment.batch, Relabelled(experiment))
+    return batches_of(stream_of(experiment, experiment.checkpoint, seed, experiment.batch, Relabelled(experiment)))
 
 
-def labelled(experiment: Experiment, seed: int, steps: int, *, batch: int | None = None) -> Batches:
-    """The labelled images, augmented, for `steps` batches; `batch`: None means the experiment's batch size."""
-    batch = batch or experiment.batch
-    faces = labelled_faces(experiment.labelled, size=experiment.size, fine=experiment.fine, varied=experiment.varied)
-    augmentation = ordinary_augmentation(experiment.class_names)
-    repeated = RepeatedAugmented(faces, length=steps * batch, seed=seed, transforms=augmentation)
-    return DataLoader(repeated, batch_size=batch, shuffle=True, generator=torch.Generator().manual_seed(seed))
+def labelled_images(experiment: Experiment) -> RenderedFaces:
+    """The labelled images as they are."""
+    return labelled_faces(experiment.labelled, size=experiment.size, fine=experiment.fine, varied=experiment.varied)
 
 
-def mixed(experiment: Experiment, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+def labelled(experiment: Experiment, seed: int, steps: int) -> Batches:
+    """The labelled images, augmented, for `steps` batches."""
+    length, augmentation = steps * experiment.batch, ordinary_augmentation(experiment.class_names)
+    repeated = RepeatedAugmented(labelled_images(experiment), length=length, seed=seed, transforms=augmentation)
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(repeated, batch_size=experiment.batch, shuffle=True, generator=generator)
+
+
+def mixed(experiment: Experiment, seed: int, steps: int) -> Batches:
     """Batches whose first half comes from the checkpoint's stream and whose second half from the labelled images."""
-    half = experiment.batch // 2
-    synthetic = stream_of(experiment, experiment.checkpoint, seed, half)
-    real = labelled(experiment, seed, steps, batch=experiment.batch - half)
-    for (images, labels), (more_images, more_labels) in zip(synthetic, real, strict=False):
-        yield torch.cat([images, more_images]), torch.cat([labels, more_labels])
+    synthetic = stream_of(experiment, experiment.checkpoint, seed, experiment.batch)
+    share = Fraction(experiment.batch - experiment.batch // 2, experiment.batch)
+    augmentation = ordinary_augmentation(experiment.class_names)
+    return batches_of(mix(synthetic, labelled_images(experiment), share, transforms=augmentation))
 
 
 def unlimited(experiment: Experiment, seed: int, steps: int) -> Batches:

@@ -18,6 +18,7 @@ from benchmarks import (
 from benchmarks.downstream import comparison
 from benchmarks.gpu import gpu_tests, training, variants
 from benchmarks.report.rows import Presentation
+from benchmarks.soak import command as soak
 
 KINDS: dict[str, Presentation] = {
     "throughput": throughput.PRESENTATION,
@@ -26,6 +27,7 @@ KINDS: dict[str, Presentation] = {
     "stages": stages.PRESENTATION,
     "overlap": overlap.PRESENTATION,
     "memory": memory.PRESENTATION,
+    "soak": soak.PRESENTATION,
     "rolling_lanes": rolling_lanes.PRESENTATION,
     "variants": variants.PRESENTATION,
     "gpu_tests": gpu_tests.PRESENTATION,

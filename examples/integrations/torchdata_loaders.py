@@ -3,7 +3,9 @@
 python examples/integrations/torchdata_loaders.py
 """
 
+import gc
 import json
+import threading
 from typing import Any, Literal
 
 from torchdata.nodes import IterableWrapper, Loader, Prefetcher
@@ -34,9 +36,18 @@ def train(
     return trained, json.dumps(loader.state_dict())
 
 
+def end_prefetchers() -> None:
+    """Wait for the threads of prefetchers: one that is inside PyTorch when the interpreter exits would abort it."""
+    gc.collect()  # tells the threads of loaders that nothing refers to any more to end after the item they are at
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            thread.join()
+
+
 if __name__ == "__main__":
     kinds: tuple[Kind, ...] = ("loader", "nodes")
     for kind in kinds:
         trained, saved = train(HandsOffStream("faces", batch_size=4), kind, steps=2)
         rest, _ = train(HandsOffStream("faces", batch_size=4), kind, steps=2, saved=saved)
         print(kind, trained, rest)
+    end_prefetchers()

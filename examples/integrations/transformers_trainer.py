@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -49,6 +51,8 @@ def train(stream: HandsOffStream[LabelledBatch], folder: Path, steps: int, worke
 
 
 if __name__ == "__main__":
-    folder = Path(tempfile.gettempdir()) / "stream_trainer"
-    for steps in (2, 4):
-        print(train(HandsOffStream("faces", batch_size=4), folder, steps))
+    with tempfile.TemporaryDirectory() as own:
+        (folder,) = broadcast_object_list([own])  # one folder for all ranks
+        for steps in (2, 4):
+            print(train(HandsOffStream("faces", batch_size=4), Path(folder), steps))
+        PartialState().wait_for_everyone()

@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from handsoff_stream.cli.app import DeviceOption, SeedOption, app, arguments_of, cell, console, plain_errors, tell
+from handsoff_stream.cli.app import (
+    REPEAT,
+    DeviceOption,
+    SeedOption,
+    app,
+    arguments_of,
+    cell,
+    console,
+    plain_errors,
+    tell,
+)
 from handsoff_stream.cli.fit_arguments import (
     CalibrationOption,
     DomainOption,
@@ -31,7 +41,7 @@ AverageLatentOption = Annotated[
 
 
 @app.command(epilog="Example: `handsoff-stream convert stylegan2-ffhq-config-f.pt ffhq.safetensors`")
-@plain_errors
+@plain_errors()
 def convert(
     generator: Annotated[Path, typer.Argument(help="Published generator file: .pt, .pth or .pkl.")],
     out: Annotated[Path, typer.Argument(help="Checkpoint to write, .safetensors.")],
@@ -68,7 +78,7 @@ class ImportArguments:
 
 @app.command(epilog="Example: `handsoff-stream import-labels ffhq.pt exp.json faces.safetensors`")
 @arguments_of(ImportArguments)
-@plain_errors
+@plain_errors()
 def import_labels(given: ImportArguments) -> None:
     """Make a checkpoint from a label generator that was trained with HandsOff's or DatasetGAN's code."""
     from handsoff_stream.fitting.from_files import PublishedFiles, import_label_generator
@@ -91,7 +101,7 @@ def import_labels(given: ImportArguments) -> None:
 
 
 @app.command(name="train-encoder", epilog="Example: `handsoff-stream train-encoder faces photos/ encoder.safetensors`")
-@plain_errors
+@plain_errors(REPEAT)
 def train_encoder_verb(
     generator: GeneratorArgument,
     images: Annotated[Path, typer.Argument(help="Folder of images; they need no labels.")],
@@ -129,7 +139,7 @@ class InvertArguments:
 
 @app.command(name="invert", epilog="Example: `handsoff-stream invert faces photos/ latents/ --steps 500`")
 @arguments_of(InvertArguments)
-@plain_errors
+@plain_errors(REPEAT)
 def invert_verb(given: InvertArguments) -> None:
     """Find the latents of real images; repeat the command to continue an interrupted run."""
     from handsoff_stream.fitting.from_files import InversionOptions, invert_folder
@@ -144,7 +154,7 @@ def invert_verb(given: InvertArguments) -> None:
 
 
 @app.command(epilog="Example: `handsoff-stream sample ffhq.pt to_annotate/ --num 16`")
-@plain_errors
+@plain_errors(REPEAT)
 def sample(
     generator: GeneratorArgument,
     out: Annotated[Path, typer.Argument(help="Folder to write; an unfinished run is continued.")],
@@ -186,7 +196,7 @@ def sample(
     "--class-map celebamask_hq_8 --label-size 512 --out mine.safetensors`",
 )
 @arguments_of(FitArguments)
-@plain_errors
+@plain_errors(REPEAT)
 def fit_verb(given: FitArguments) -> None:
     """Fit a label generator to a few labelled images, and write a checkpoint to stream from."""
     from handsoff_stream.fitting.from_files import fit_files

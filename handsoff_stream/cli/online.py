@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from handsoff_stream.cli.app import (
+    REPEAT,
     CheckpointArgument,
     DeviceOption,
     PrecisionOption,
@@ -22,9 +23,11 @@ from handsoff_stream.cli.app import (
     tell,
 )
 
+BACKBONES_HELP = "efficientnet-lite0 (for about 128 pixels), resnet101, resnet50, mobilenet_v3_large or resnet18."
+
 
 @app.command(epilog="Example: `handsoff-stream inspect faces`")
-@plain_errors
+@plain_errors("nothing was changed; repeat the command to begin again")
 def inspect(
     checkpoint: CheckpointArgument,
     scan: Annotated[
@@ -63,7 +66,7 @@ def _scan(path: str) -> None:
 
 
 @app.command(epilog="Example: `handsoff-stream preview faces sheet.png --num 24 --seed 7`")
-@plain_errors
+@plain_errors()
 def preview(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="PNG file to write.")],
@@ -80,13 +83,15 @@ def preview(
 
 
 @app.command(epilog="Example: `handsoff-stream train faces deeplab.pt --steps 2000 --backbone resnet101`")
-@plain_errors
+@plain_errors("an unfinished training is not kept; repeat the command to begin again")
 def train(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="State dict of the trained network.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
     batch_size: Annotated[int, typer.Option(min=2, max=4096, help="Samples per step.")] = 8,
-    backbone: Annotated[str, typer.Option(help="resnet101, resnet50, mobilenet_v3_large or resnet18.")] = "resnet18",
+    backbone: Annotated[
+        str, typer.Option(help="efficientnet-lite0, resnet101, resnet50, mobilenet_v3_large or resnet18.")
+    ] = "resnet18",
     lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
     test_images: Annotated[Path | None, typer.Option(help="Folder of real test images.")] = None,
     test_labels: Annotated[Path | None, typer.Option(help="Folder of their masks.")] = None,
@@ -95,7 +100,7 @@ def train(
     device: DeviceOption = None,
 ) -> None:
     """Train DeepLabV3 on the stream, and score it on real images (for `faces`, on held-out renders)."""
-    from handsoff_stream.demo import train_on_stream
+    from handsoff_stream.downstream.on_stream import train_on_stream
 
     if (test_images is None) != (test_labels is None):
         raise ValueError(
@@ -117,7 +122,7 @@ def train(
 
 
 @app.command(epilog="Example: `handsoff-stream export faces shards/ --num 10000`")
-@plain_errors
+@plain_errors(REPEAT)
 def export(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="Folder for shard-000000.tar, ...; an unfinished export is continued.")],
@@ -128,27 +133,30 @@ def export(
     device: DeviceOption = None,
 ) -> None:
     """Write samples as WebDataset shards without loss; an interrupted export can be continued."""
+    from handsoff_stream.device import usable_device
     from handsoff_stream.outlets.webdataset import write_shards
     from handsoff_stream.progress import progress_bar
     from handsoff_stream.stream import HandsOffStream
 
-    stream = HandsOffStream(checkpoint, batch_size=1, seed=seed, device=device, precision=precision)
+    stream = HandsOffStream(checkpoint, batch_size=1, seed=seed, device=usable_device(device), precision=precision)
     with progress_bar("exporting", num, console=console) as update:
         paths = write_shards(stream, out, num_samples=num, shard_size=shard_size, progress=lambda n: update(n, ""))
     tell(f"wrote {len(paths)} shards to {out}")
 
 
 @app.command(epilog="Example: `handsoff-stream demo --out demo --steps 2000 --backbone resnet101`")
-@plain_errors
+@plain_errors("there is no result; repeat the command to begin again")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for preview.png and result.json.")] = Path("demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each of the two trainings.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="resnet101, resnet50, mobilenet_v3_large or resnet18.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of each training.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="efficientnet-lite0, resnet101, resnet50, mobilenet_v3_large or resnet18.")
+    ] = None,
     test_images: Annotated[int, typer.Option(min=1, max=100_000, help="Held-out renders to score on.")] = 200,
     seed: SeedOption = 0,
     device: DeviceOption = None,
 ) -> None:
-    """Train one network on the stream and one on the 16 labelled images, with equal budgets, and compare them."""
+    """Compare networks trained on 16 labelled images, and on these mixed with the stream, with equal budgets."""
     from handsoff_stream.demo import run_demo
 
     run_demo(out, steps=steps, backbone=backbone, test_images=test_images, seed=seed, device=device, console=console)

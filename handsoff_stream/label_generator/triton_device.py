@@ -1,9 +1,10 @@
-"""Whether a device can run the fused kernel. Importing this module imports Triton.
+"""Whether a device can run the fused kernel, and which device a launch goes to. Importing this module imports Triton.
 
 Knows devices. Does not know what the kernel computes.
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -31,3 +32,11 @@ def shared_memory(device: torch.device) -> int:
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, kernels are launched on this CUDA device; on a CPU nothing changes.
+
+    Triton launches on the current device of the process, wherever the operands lie.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -31,7 +31,7 @@ from handsoff_stream.geometry import Size
 from handsoff_stream.label_generator.folded import FoldedLabelGenerator
 from handsoff_stream.label_generator.rows import ProjectedRows, resized_rows, table_natives
 from handsoff_stream.label_generator.tiles import TILE_COLUMNS, TILE_ROWS, Grid, MapGroup, slots, split
-from handsoff_stream.label_generator.triton_device import unsuitable
+from handsoff_stream.label_generator.triton_device import launching_on, unsuitable
 
 TABLE_BYTES = 4 << 30
 """Largest table of projected rows; images are processed in groups that fit, of at least one image."""
@@ -49,6 +49,12 @@ def _relu(x):
 
 
 @triton.jit
+def _ratio(native, full):
+    """native / full; a GPU may round it to the float beside."""
+    return native / full
+
+
+@triton.jit
 def _samples(slots_5N, tile_y, tile_x, y, x, top, left, full_height, full_width, image, images, N: tl.constexpr):
     """Interpolation weights [P, N] of the samples under the tile, and their rows [N] in the table."""
     n = tl.arange(0, N)
@@ -59,7 +65,7 @@ def _samples(slots_5N, tile_y, tile_x, y, x, top, left, full_height, full_width,
     sample_y = (tl.minimum(first_y, height - 1) + tl.load(slots_5N + N + n)).to(tl.float32)
     sample_x = (tl.minimum(first_x, width - 1) + tl.load(slots_5N + 2 * N + n)).to(tl.float32)
     height, width = height.to(tl.float32), width.to(tl.float32)
-    scale_y, scale_x = height / full_height, width / full_width
+    scale_y, scale_x = _ratio(height, full_height), _ratio(width, full_width)
     at_y = (top + y[:, None] + 0.5) * scale_y[None, :] - 0.5
     at_x = (left + x[:, None] + 0.5) * scale_x[None, :] - 0.5
     at_y = tl.minimum(tl.maximum(at_y, 0.0), height[None, :] - 1)
@@ -254,7 +260,7 @@ class FusedLabelHead:
         features_PC = self._features(pyramid)
         members, inner, _ = folded.weight2_MIO.shape
         hidden = weights.bias2_MO.shape[1]
-        with torch.cuda.device_of(pyramid.maps[0]):  # Triton launches on the current device
+        with launching_on(pyramid.device):
             _label_head[(rows.tiles * columns.tiles, pyramid.batch_size)](
                 *(table_RD, features_PC, weights.weight1_CD, slots_5N, weights.weight2_DO, weights.bias2_MO),
                 *(weights.weight3_OK, weights.bias3_MK, *written),

@@ -71,7 +71,7 @@ class HandsOffLoader(Generic[T]):
             states[turn] = state
             self._latest = merge_workers(states, after=turn)
             if isinstance(item, LabelledBatch):
-                self._yielded.append((int(item.indices[-1]), self._latest))
+                self._yielded.append((int(item.indices[0]), self._latest))
             yield item
 
     def _beginnings(self, epoch: int, resume: State | None) -> dict[int, State]:
@@ -99,10 +99,10 @@ class HandsOffLoader(Generic[T]):
         if after is None:
             return self.stream.state_dict() if self._latest is None else self._latest
         for index, state in self._yielded:
-            if index == int(after.indices[-1]):
+            if index == int(after.indices[0]):
                 return state
         raise ValueError(
-            f"the state after the batch that ends with index {int(after.indices[-1])} is not known; pass one of the "
+            f"the state after the batch that begins with index {int(after.indices[0])} is not known; pass one of the "
             f"last {REMEMBERED} batches of this pass"
         )
 

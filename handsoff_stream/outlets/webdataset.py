@@ -89,14 +89,14 @@ def write_shards(
         folder: receives `shard-000000.tar`, ... and `export.json`; created if missing.
         num_samples: total number of samples; the last shard may be shorter.
         shard_size: samples per shard.
-        progress: called with the number of samples in complete shards.
+        progress: called after each sample, with the number of samples that are written by then.
 
     Returns:
         The paths of the shards.
 
     Raises:
-        ValueError: a stream of single samples, a count below 1, or a folder that holds another stream's export, or
-            shards that `export.json` does not list.
+        ValueError: a stream of single samples, a mixture, a count below 1, or a folder that holds another stream's
+            export, or shards that `export.json` does not list.
         CheckpointError: a damaged `export.json`.
         OutputError: another process exports to the folder, or the folder cannot be written, or its disk has too little
             space for all samples, estimated from the first one.
@@ -105,6 +105,11 @@ def write_shards(
         raise ValueError(
             f"batch_size={stream.batch_size}, num_samples={num_samples}, shard_size={shard_size}: build the stream "
             f"with batch_size=n and pass counts of at least 1, for at most {MAX_SHARDS} shards"
+        )
+    if stream.assembly.companions is not None:
+        raise ValueError(
+            f"this stream is a mixture with {stream.assembly.companions}, and shards would repeat images that exist "
+            "already; export the stream alone"
         )
     with locked_folder(folder) as locked:
         export = _Export(stream, locked, num_samples, shard_size)
@@ -152,25 +157,21 @@ class _Export:
                 for _ in range(self.record.shards[i].samples):
                     next(samples)
                 continue
-            made = self._write(i, samples)
+            made = self._write(i, samples, progress)
             if made != self.record.shards[i]:
                 raise ValueError(
                     f"{self.paths[i]}: written again, but with other bytes than {STATE_FILE} lists, which another "
                     "machine or version can cause; export to a new folder"
                 )
-            if progress is not None:
-                progress(i * self.shard_size + made.samples)
 
     def go_on(self, progress: Callable[[int], None] | None) -> None:
         """Write the remaining shards."""
         samples = iter(self.stream)
         for i in range(len(self.record.shards), len(self.paths)):
-            made = self._write(i, samples)
+            made = self._write(i, samples, progress)
             shards = [*self.record.shards, made]
             self.record = self.record.model_copy(update={"shards": shards, "stream": self.stream.state_dict()})
             self.record.save(self.folder)
-            if progress is not None:
-                progress(i * self.shard_size + made.samples)
 
     def _stored(self) -> _ExportRecord | None:
         path = self.folder / STATE_FILE
@@ -199,7 +200,7 @@ class _Export:
     def _count(self, number: int) -> int:
         return min(self.shard_size, self.num_samples - number * self.shard_size)
 
-    def _write(self, number: int, samples: Iterator[Any]) -> _ShardRecord:
+    def _write(self, number: int, samples: Iterator[Any], progress: Callable[[int], None] | None) -> _ShardRecord:
         path, count = self.paths[number], self._count(number)
         with whole_file(path) as partial, webdataset.TarWriter(str(partial), mtime=MTIME, encoder=False) as writer:
             for i in range(count):
@@ -207,6 +208,8 @@ class _Export:
                 if i == 0:
                     check_folder(self.folder, needed=count * _stored_bytes(fields) * (len(self.paths) - number))
                 writer.write(fields)
+                if progress is not None:
+                    progress(number * self.shard_size + i + 1)
         return _ShardRecord(file=path.name, samples=count, bytes=path.stat().st_size, sha256=sha256(path))
 
 

@@ -6,7 +6,9 @@ shards and saved states. Does not know samples or filters.
 """
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
+from handsoff_stream.errors import StreamError
 from handsoff_stream.position.state import State
 from handsoff_stream.seeding import MAX_INDEX
 from handsoff_stream.shard import Shard, Worker
@@ -78,6 +80,30 @@ class Dealing:
     epoch_size: int | None
     batch_size: int | None
     drop_last: bool
+    ratio: Fraction = Fraction(0)
+    """Labelled images that go with each sample; those of a batch are part of it."""
+
+    def length(self, ranks: int) -> int:
+        """What a rank yields per epoch: batches, or samples and the labelled images that go with them.
+
+        Raises:
+            TypeError: the epoch has no size, or the number of labelled images depends on what the filter keeps.
+        """
+        if self.epoch_size is None:
+            raise TypeError("an endless stream has no length; pass epoch_size=... to give an epoch one")
+        samples = self.per_rank(self.epoch_size, ranks)
+        if self.batch_size is not None:
+            return -(-samples // self.batch_size)
+        if self.ratio.denominator != 1:
+            raise TypeError(f"an epoch of this mixture has no length, since {self._uneven}")
+        return samples * int(1 + self.ratio)
+
+    @property
+    def _uneven(self) -> str:
+        return (
+            f"each sample has {self.ratio} labelled images on average, and how many those of an epoch have depends on "
+            "which ones the filter keeps; build the stream with batch_size, or pass a share of 1/2, 2/3, 3/4 or so on"
+        )
 
     def per_rank(self, total: int, ranks: int) -> int:
         """Each rank's samples out of `total`: rounded up, so that none is left out; or down to whole batches."""
@@ -100,14 +126,24 @@ class Dealing:
         """The part of a rank, or of one of its workers, at the beginning of an epoch or after a saved state.
 
         Raises:
-            ValueError: the state lacks lanes of this shard.
+            ValueError: the state lacks lanes of this shard, or contains what this stream cannot hand out.
+            StreamError: ranks would hand out different numbers of labelled images in an epoch.
         """
+        if self.epoch_size is not None and self.batch_size is None and rank.count > 1 and self.ratio.denominator != 1:
+            raise StreamError(
+                f"some of the {rank.count} ranks would wait for others that have ended, since {self._uneven}"
+            )
         if state is None:
             return Part(self._left(0, rank, worker))
+        self._check_pending(state, rank)
         mine = rank if worker is None else rank.split(worker.index, worker.count)
         saved = None if state["shard"] is None else Shard(*state["shard"])
         if saved == mine and state["walk"] is not None:
             return Part(state["walk"]["left"], state["before"], state["handed"], same_shard=True)
+        carried = state["handed"] if worker is None or worker.turn == 0 else 0
+        lefts = state.get("lefts", []) if saved == rank and self.batch_size is None else []
+        if worker is not None and len(lefts) == worker.count:
+            return Part(lefts[worker.turn], state["before"], carried)
         if saved is None or saved.count == 1:
             before = state["before"] + state["handed"]
             return Part(self._left(before, rank, worker), before)
@@ -118,8 +154,23 @@ class Dealing:
                 "shard])"
             )
         left = state["walk"]["left"] if state["walk"] else self._left(state["before"], rank, None)
-        carried = state["handed"] if worker is None or worker.turn == 0 else 0
         return Part(None if left is None else self.per_worker(left, worker), state["before"], carried)
+
+    def _check_pending(self, state: State, rank: Shard) -> None:
+        if not state.get("pending"):
+            return
+        if self.batch_size is not None:
+            raise ValueError(
+                "the state was saved between a sample and the labelled images that go with it, and a stream of batches "
+                "would leave those out; load it into a mixture of samples (batch_size=None)"
+            )
+        dealt_anew = state["shard"] is None or Shard(*state["shard"]).count == 1
+        if dealt_anew and rank.count > 1 and self.epoch_size is not None:
+            raise ValueError(
+                "the state was saved between a sample and the labelled images that go with it, which one rank would "
+                f"hand out more than the others of {rank.count}, so that they would end their epoch without it; save "
+                "after whole groups of a sample and its labelled images, or build the stream with batch_size"
+            )
 
     def _left(self, before: int, rank: Shard, worker: Worker | None) -> int | None:
         if self.epoch_size is None:

@@ -87,6 +87,12 @@ class Epochs:
         words = self._shared[: worker.count].tolist()
         return words[worker.turn] == _NONE and all(word == _NONE or word >> 23 == tag for word in words)
 
+    def is_untouched(self, worker: Worker | None) -> bool:
+        """Whether the next pass is the first one, and nobody has said which epoch it is."""
+        if worker is not None:
+            return self._start == 0 and self.is_first_pass_of(worker)
+        return self._start == 0 and self._main_last is None and not self.workers_were_last
+
     # The main process --------------------------------------------------------------------------------------------
 
     def is_current(self, epoch: int) -> bool:

@@ -13,7 +13,7 @@ from handsoff_stream.batch import LabelledBatch
 from handsoff_stream.errors import StreamError
 from handsoff_stream.position.dealing import Part
 from handsoff_stream.position.epochs import MAX_EPOCH, Epochs
-from handsoff_stream.position.state import STATE_VERSION, State, is_complete
+from handsoff_stream.position.state import STATE_VERSION, State, is_complete, pending_entry
 from handsoff_stream.position.walk import Walk
 from handsoff_stream.shard import Worker
 
@@ -48,6 +48,10 @@ class Passes:
         if worker is not None and not here:  # it was loaded in the main process
             return self._loaded if self._loaded is not None and self._epochs.is_first_pass_of(worker) else None
         return self._loaded if self._waiting or not here else None
+
+    def begins_anew(self, worker: Worker | None) -> bool:
+        """Whether the next pass is the first one of all, because nobody has said where to go on."""
+        return self.waiting(worker) is None and self._epochs.is_untouched(worker)
 
     def load(self, state: State, worker: Worker | None) -> None:
         """Continue from a state, or after its epoch if nothing of that is left. A worker cannot know that of others."""
@@ -104,10 +108,13 @@ class Progress:
         walk: its counts and positions are those of what was handed out.
         epoch, part: of the pass.
         identity: options of the stream, which a state must share.
+        pending: what goes with samples that were handed out and was not handed out itself, see state.py; kept up to
+            date by who hands it out.
     """
 
-    def __init__(self, walk: Walk, epoch: int, part: Part, identity: dict[str, Any]):
+    def __init__(self, walk: Walk, epoch: int, part: Part, identity: dict[str, Any], pending: dict[int, int]):
         self.walk, self.epoch, self._part, self._identity = walk, epoch, part, identity
+        self.pending = pending
         self._counted_before = walk.counts["accepted"]
 
     def state_dict(self) -> State:
@@ -120,6 +127,7 @@ class Progress:
             "before": self._part.before,
             "handed": self._part.carried + self.walk.counts["accepted"] - self._counted_before,
             "walk": self.walk.state_dict(),
+            **pending_entry(self.pending),
         }
 
 

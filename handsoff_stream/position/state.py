@@ -8,16 +8,20 @@
     handed     samples of this epoch that this shard has handed out since
     walk       positions and histories, see walk.py; None before the first pass
     turn       [which worker is next, number of workers], in the state of a rank that has several
+    lefts      samples that each of them has to hand out, in the order of their turns from the next one on; they cannot
+               be told from the sum if a sample is followed by labelled images
+    pending    [index, number] of each sample that was handed out without all of the labelled images that go with it,
+               of which `number` is the next; only in states of mixtures, where there are such samples
 
 Knows dictionaries. Does not know streams, samples or devices.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from handsoff_stream.filters import KeepAll, RejectionMonitor
-from handsoff_stream.position.walk import decode_positions, encode_positions
+from handsoff_stream.position.walk import NEXT_CHUNKS, Walk, decode_positions, encode_positions
 from handsoff_stream.shard import Shard, Worker
 
 STATE_VERSION = 2
@@ -80,7 +84,21 @@ def beginning(options: dict[str, Any], shard: Shard, epoch: int, before: int) ->
 def is_complete(state: State) -> bool:
     """Whether nothing of the epoch is left."""
     walk = state["walk"]
-    return walk is not None and (walk["left"] == 0 or walk["next"] == [])
+    return walk is not None and (walk["left"] == 0 or walk["next"] == []) and not state.get("pending")
+
+
+def pending_in(state: State | None, walk: Walk) -> dict[int, int]:
+    """Index => number of the entries of `pending` in a state that lie on the lanes of a walk."""
+    return {} if state is None else {index: number for index, number in state.get("pending", []) if walk.owns(index)}
+
+
+def pending_entry(pending: Mapping[int, int]) -> State:
+    """`pending` as an entry of a state, which is there only if there is any."""
+    return {"pending": [list(item) for item in sorted(pending.items())]} if pending else {}
+
+
+def _all_pending(states: Iterable[State]) -> State:
+    return pending_entry({index: number for state in states for index, number in state.get("pending", [])})
 
 
 def turned(worker: Worker | None, rank: Shard, state: State | None) -> Worker | None:
@@ -121,6 +139,8 @@ def merge_workers(states: Mapping[int, State], *, after: int) -> State:
         "handed": sum(state["handed"] for state in ordered),
         "walk": walk,
         "turn": [shards[(after + 1) % count].index // ranks, count],
+        "lefts": [lefts[(after + 1 + turn) % count] for turn in range(count)],
+        **_all_pending(ordered),
     }
 
 
@@ -151,6 +171,7 @@ def merge_states(states: Sequence[State]) -> State:
     begun = [state for state in found if state["walk"] is not None]
     before = found[0]["before"] + sum(state["handed"] for state in found)
     merged = {name: found[0][name] for name in KEYS} | {"shard": None, "before": before, "handed": 0, "walk": None}
+    merged |= _all_pending(found)
     if not begun:
         return merged
     epoch_size = merged["stream"]["epoch_size"]
@@ -161,6 +182,8 @@ def merge_states(states: Sequence[State]) -> State:
         positions |= decode_positions(state["walk"], _lanes_of(state))
     walk |= encode_positions(positions, lanes, span)
     walk["left"] = None if epoch_size is None else max(epoch_size - before, 0)
+    if len(begun) < len(found):
+        walk["next"] = None
     return {**merged, "walk": walk}
 
 
@@ -182,8 +205,15 @@ def _merged_walk(states: Sequence[State]) -> dict[str, Any]:
         "filters": dict(sorted(filters.items(), key=lambda item: int(item[0]))),
         "counts": RejectionMonitor(KeepAll()).state_dict(),
         "left": None,
-        "next": [] if all(walk["next"] == [] for walk in walks) else None,
+        "next": _merged_next([walk["next"] for walk in walks]),
     }
+
+
+def _merged_next(of_shards: Sequence[list[int] | None]) -> list[int] | None:
+    """The chunks that come next on all shards together; None if those of a shard are not known."""
+    if any(chunks is None for chunks in of_shards):
+        return None
+    return sorted({chunk for chunks in of_shards for chunk in chunks or ()})[:NEXT_CHUNKS]
 
 
 def _of_workers(state: Any) -> Iterator[State]:

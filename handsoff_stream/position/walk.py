@@ -88,25 +88,18 @@ class Walk:
         self._position = dict(self._begin)
         self._uncommitted: dict[int, tuple[int, dict[str, Any]]] = {}
         """Position and filter state, as committed, of the lanes that went on since."""
-        self._expected: list[int] | None = None
         self._pending = 0
         self._committed = self.monitor.state_dict()
 
     # The way -----------------------------------------------------------------------------------------------------
 
     def chunks(self) -> Iterator[range]:
-        """The chunks to synthesize: whole, aligned, increasing.
-
-        Raises:
-            StreamError: after a resume, if they do not begin as the saved state says.
-        """
-        found = [chunk.start for chunk in islice(self._plan(self._begin), NEXT_CHUNKS)]
-        if self._expected not in (None, found):
-            raise StreamError(
-                f"the saved state goes on with the chunks that begin at {self._expected}, this stream would with "
-                f"{found}: samples would be repeated or skipped. Resume with the release that wrote the state"
-            )
+        """The chunks to synthesize: whole, aligned, increasing."""
         return self._plan(self._begin)
+
+    def _next(self, positions: dict[int, int]) -> list[int]:
+        """Where the first chunks begin that are still to be synthesized."""
+        return [chunk.start for chunk in islice(self._plan(positions), NEXT_CHUNKS)]
 
     def _plan(self, positions: dict[int, int]) -> Iterator[range]:
         """Chunks that hold an index from its lane's position on, or that the filter needs to judge one."""
@@ -129,6 +122,10 @@ class Walk:
         if begin >= end:
             return range(0)
         return range(begin // block * block, -(-end // block) * block)
+
+    def owns(self, index: int) -> bool:
+        """Whether an index lies on a lane of this shard."""
+        return index // self._span % self._lanes in self.shard.lanes(self._lanes)
 
     def _implied(self, lane: int, index: int) -> int:
         return _first_on(lane, index, self._lanes, self._span)
@@ -235,13 +232,21 @@ class Walk:
             "filters": {str(lane): history for lane, history in sorted(histories.items()) if history},
             "counts": self.counts,
             "left": self.left,
-            "next": [chunk.start for chunk in islice(self._plan(positions), NEXT_CHUNKS)],
+            "next": self._next(positions),
         }
 
-    def load_state_dict(self, state: dict[str, Any], *, same_shard: bool) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, saved: Shard, same_shard: bool) -> None:
         """Go on after `state_dict()` of a shard that owned all lanes of this one, or of several merged.
 
         Counts, and what is left to hand out, are taken over from the same shard only.
+
+        Args:
+            state: to go on from.
+            saved: the shard whose positions it holds.
+            same_shard: whether it is the state of this very walk.
+
+        Raises:
+            StreamError: what would come next is not what the state says.
         """
         positions = decode_positions(state, self.shard.lanes(self._lanes))
         self._begin = {lane: max(position, self._begin[lane]) for lane, position in positions.items()}
@@ -252,7 +257,16 @@ class Walk:
         if same_shard:
             self.monitor.load_state_dict(state["counts"])
             self._committed = self.monitor.state_dict()
-            self.left, self._expected = state["left"], state["next"]
+            self.left = state["left"]
+        self._check_next(state["next"], decode_positions(state, saved.lanes(self._lanes)) | self._begin)
+
+    def _check_next(self, expected: list[int] | None, positions: dict[int, int]) -> None:
+        found = self._next(positions)
+        if expected not in (None, found):
+            raise StreamError(
+                f"the saved state goes on with the chunks that begin at {expected}, this stream would with {found}: "
+                "samples would be repeated or skipped. Resume with the release that wrote the state"
+            )
 
 
 def encode_positions(positions: dict[int, int], lanes: int, span: int) -> dict[str, Any]:

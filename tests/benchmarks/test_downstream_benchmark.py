@@ -1,5 +1,6 @@
 """The comparison is fair: the same classes in all arms, no test face in a training, shares of the gap per seed."""
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -89,11 +90,12 @@ def test_the_phases_of_an_arm_fill_its_steps_and_the_labelled_images_come_last_a
 
 def test_half_of_a_mixed_batch_is_the_stream_and_half_the_labelled_images(experiment: batches.Experiment) -> None:
     four = replace(experiment, batch=4)
-    images, labels = next(iter(batches.mixed(four, 0, 3)))
-    synthetic = next(iter(batches.stream_of(four, four.checkpoint, 0, 2)))
-    real = next(iter(batches.labelled(four, 0, 3, batch=2)))
-    assert torch.equal(images, torch.cat([synthetic.images, real[0]]))
-    assert torch.equal(labels, torch.cat([synthetic.labels, real[1]]))
+    shown = []
+    alone = batches.stream_of(four, four.checkpoint, 0, 2)
+    for batch, synthetic in itertools.islice(zip(batches.mixed(four, 0, 4), alone, strict=True), 4):
+        assert torch.equal(batch.images[:2], synthetic.images) and torch.equal(batch.labels[:2], synthetic.labels)
+        shown += (-1 - batch.indices[2:]).tolist()
+    assert set(shown) == set(range(four.labelled))
 
 
 def test_unlimited_annotation_repeats_no_face_and_shares_none_with_other_seeds_or_the_labelled(

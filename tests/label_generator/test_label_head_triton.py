@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,8 @@ TESTS = Path(__file__).parents[1]
 CASES: dict[str, tuple[Any, ...]] = {
     "two_images": ([(40, 4, 4), (90, 8, 8), (6, 16, 16)], (16, 16), (32, 16), 5, 3, 2, None),
     "odd_sizes": ([(80, 3, 5), (20, 12, 20)], (9, 21), (16, 8), 19, 2, 1, None),
-    "whole_positions_just_below": ([(90, 4, 4), (6, 44, 44)], (44, 44), (16, 8), 3, 1, 1, None),
+    "whole_positions_just_below": ([(90, 4, 4), (6, 44, 44)], (44, 44), (16, 8), 3, 3, 1, None),
+    "whole_positions_at_8_to_104": ([(90, 8, 8), (6, 104, 104)], (104, 104), (16, 8), 3, 3, 1, None),
     "no_fine_map": ([(200, 4, 4)], (8, 32), (48, 20), 2, 1, 1, None),
     "crop_of_a_finer_image": ([(90, 8, 8), (6, 32, 32)], (12, 16), (64, 32), 64, 2, 1, ((4, 28), (0, 32))),
 }
@@ -116,11 +119,59 @@ def streamed() -> dict[str, Any]:
     }
 
 
+def rounded_down() -> dict[str, float]:
+    """The largest change of the divergence, by case, if every ratio of sizes is one float too low, as on a GPU."""
+    from handsoff_stream.label_generator import triton_head
+
+    def below(native: Any, full: int) -> Any:
+        return (native / full) * 0.99999994  # the float below 1
+
+    names = [name for name in CASES if name.startswith("whole_positions")]
+    before, triton_head._ratio = triton_head._ratio, below
+    try:
+        return {name: compare(name, False, torch.float32)["divergence"] for name in names}
+    finally:
+        triton_head._ratio = before
+
+
+def launches() -> list[str]:
+    """What happens around a launch, in order: the device that became current, the devices of operands, and the end."""
+    from test_label_generator import random_pyramid, randomized
+
+    from handsoff_stream.label_generator import triton_head
+
+    events: list[str] = []
+
+    @contextlib.contextmanager
+    def recorded(device: torch.device) -> Iterator[None]:
+        events.append(f"{device} is current")
+        yield
+        events.append("as before")
+
+    def kernel(*operands: Any, **sizes: int) -> None:
+        devices = {str(operand.device) for operand in operands if isinstance(operand, torch.Tensor)}
+        events.append(f"launched with operands on {sorted(devices)}")
+
+    pyramid = random_pyramid([(3, 8, 8)], 1)
+    head = triton_head.FusedLabelHead(
+        randomized((3,), hidden=(16, 8), num_outputs=3, members=1).fold(), pyramid, (8, 16)
+    )
+    before = triton_head.launching_on, triton_head._label_head
+    triton_head.launching_on = recorded  # type: ignore[assignment]
+    triton_head._label_head = {(1, 1): kernel}
+    try:
+        head(pyramid)
+    finally:
+        triton_head.launching_on, triton_head._label_head = before
+    return events
+
+
 def everything() -> dict[str, Any]:
     """All that needs the interpreter, in one process: starting it takes longer than the kernels."""
     variants = (("float32", False), ("float16", True))
     compared = {f"{n} {d}": compare(n, c, getattr(torch, d)) for n in CASES for d, c in variants}
-    return {**compared, "reasons": reasons(), "nan": divergences_of_nan(), "streamed": streamed()}
+    others = {"reasons": reasons(), "nan": divergences_of_nan(), "streamed": streamed()}
+    return {**compared, **others, "rounded_down": rounded_down(), "launches": launches()}
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +262,58 @@ def test_a_device_needs_the_shared_memory_that_tritons_driver_names(kib: int, pr
     finally:
         vars(driver).update(before)
     assert reason is None if problem is None else re.search(problem, reason or "")
+
+
+def test_a_ratio_of_sizes_that_is_rounded_down_drops_no_sample(results: dict[str, Any]) -> None:
+    """A position that is a whole number comes out just below it. Rounded down, it named a first sample under the tile
+    that was one too low, and the last sample was missing; so the first sample is found in whole numbers."""
+    assert len(results["rounded_down"]) == 2
+    assert max(results["rounded_down"].values()) < 1e-5
+
+
+def test_a_launch_happens_while_the_device_of_its_operands_is_current(results: dict[str, Any]) -> None:
+    assert results["launches"] == ["cpu is current", "launched with operands on ['cpu']", "as before"]
+
+
+def test_a_cuda_device_becomes_current_for_a_launch_and_a_cpu_asks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from handsoff_stream.label_generator.triton_device import launching_on
+
+    events: list[str] = []
+
+    class Current:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            events.append(str(self.device))
+
+        def __exit__(self, *_: object) -> None:
+            events.append("as before")
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    for device in ("cuda:1", "cpu"):
+        with launching_on(torch.device(device)):
+            events.append("launch")
+    assert events == ["cuda:1", "launch", "as before", "launch"]
+
+
+@pytest.mark.gpu
+def test_on_the_second_gpu_the_kernel_labels_as_on_the_first_whichever_is_current() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    from test_label_generator import random_pyramid, randomized
+
+    from handsoff_stream.label_generator.triton_head import FusedLabelHead
+
+    pyramid = random_pyramid([(40, 8, 8), (6, 16, 16)], 2)
+    label_generator = randomized(pyramid.channels, hidden=(16, 8), num_outputs=3, members=2)
+    found = []
+    for device in (torch.device("cuda:0"), torch.device("cuda:1")):
+        there = pyramid.to(device)
+        folded = label_generator.to(device).fold(dtype=torch.float16)
+        found.append([tensor.cpu() for tensor in FusedLabelHead(folded, there, (16, 16))(there)])
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.gpu

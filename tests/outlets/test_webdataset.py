@@ -14,6 +14,7 @@ from conftest import take
 from PIL import Image
 
 from handsoff_stream.errors import CheckpointError, OutputError
+from handsoff_stream.mixture import mix
 from handsoff_stream.outlets import webdataset as exporter
 from handsoff_stream.outlets.webdataset import write_shards
 from handsoff_stream.stream import HandsOffStream
@@ -48,7 +49,9 @@ def test_reading_the_shards_back_gives_the_streamed_tensors(make, tmp_path):
 
 
 def test_an_interrupted_export_continues_and_ends_with_the_same_bytes(make, tmp_path, monkeypatch):
-    whole = write_shards(make(), tmp_path / "whole", num_samples=20, shard_size=6)
+    said: list[int] = []
+    whole = write_shards(make(), tmp_path / "whole", num_samples=20, shard_size=6, progress=said.append)
+    assert said == list(range(1, 21)), "progress is that of samples, not of shards"
 
     original, written = exporter._fields, []
 
@@ -67,7 +70,9 @@ def test_an_interrupted_export_continues_and_ends_with_the_same_bytes(make, tmp_
     leftover.mkdir()
     (leftover / "shard-000001.tar").write_bytes(b"half a shard")
     monkeypatch.setattr(exporter, "_fields", original)
-    resumed = write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6)
+    said.clear()
+    resumed = write_shards(make(), tmp_path / "cut", num_samples=20, shard_size=6, progress=said.append)
+    assert said == list(range(7, 21))
     assert [p.read_bytes() for p in resumed] == [p.read_bytes() for p in whole]
     assert not list((tmp_path / "cut").glob("*.partial"))
     assert {p.name for p in (tmp_path / "cut").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
@@ -180,6 +185,12 @@ def test_more_than_the_disk_holds_is_refused_after_one_sample(make, tmp_path):
     assert not list(tmp_path.glob("*.tar"))
     with pytest.raises(ValueError, match="at most 1000000 shards"):
         write_shards(make(), tmp_path, num_samples=10**12, shard_size=1)
+
+
+def test_a_mixture_is_refused_because_its_labelled_images_exist_already(make, tmp_path):
+    labelled = [(torch.zeros(3, 16, 16), torch.zeros(16, 16, dtype=torch.int64))]
+    with pytest.raises(ValueError, match=r"mixture with Companions\(1 labelled images, share=1/5\).*stream alone"):
+        write_shards(mix(make(), labelled, 0.2), tmp_path, num_samples=2)
 
 
 def test_streams_of_samples_and_empty_exports_are_refused(checkpoint, make, tmp_path):

@@ -3,6 +3,7 @@
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -158,6 +159,21 @@ def test_more_pixels_than_its_bytes_can_hold_are_not_made(tmp_path):
     for mode in ("1", "L", "RGB"):
         whole = saved(tmp_path, f"{mode}.png", Image.new(mode, (2048, 2048)), optimize=True)
         assert read_image(whole).shape == (2048, 2048, 3)  # the emptiest picture there is
+
+
+def test_the_emptiest_pictures_take_little_memory(tmp_path):
+    """Of 1.3 KB: about as many pixels as so many bytes may hold."""
+    side = 2300
+    path = tmp_path / "empty.png"
+    path.write_bytes(png(side, side, bits=1, color=0, rows=bytes(1 + (side + 7) // 8) * side))
+    path.write_bytes(path.read_bytes() + bytes(max(0, 1_300 - path.stat().st_size)))
+    everything = ClassMap.of_ids(["a", "b"])
+    for read in (read_image, lambda file: everything.apply(read_mask(file))):
+        tracemalloc.start()
+        read(path)
+        peak = tracemalloc.get_traced_memory()[1] / 2**20
+        tracemalloc.stop()
+        assert peak < 40, f"{peak:.0f} MiB, not counting Pillow's own"
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x04N.", b"\x93NUMPY\x01\x00\x04\x00{((("])

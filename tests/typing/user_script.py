@@ -16,6 +16,7 @@ from handsoff_stream import (
     Shard,
     load_checkpoint,
     merge_states,
+    mix,
 )
 
 
@@ -57,6 +58,14 @@ def train_on_batches(model: nn.Module, path: Path, saved: Path) -> None:
         loss_of(model, batch.images, batch.labels)
         print(batch.next_index, batch.uncertainty.max().item(), int(batch.indices[0]))
         saved.write_text(json.dumps([stream.state_dict()]))
+
+
+def train_on_a_mixture(model: nn.Module, labelled: list[tuple[Tensor, Tensor]]) -> None:
+    """Batches of a stream and of labelled images."""
+    for batch in mix(HandsOffStream("faces", batch_size=8), labelled, share=0.25):
+        assert_type(batch, LabelledBatch)
+        assert isinstance(batch.labels, Tensor)
+        loss_of(model, batch.images, batch.labels)
 
 
 def look_at_some(stream: HandsOffStream[dict[str, Any]]) -> LabelledBatch:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from handsoff_stream.class_ids import IGNORE_INDEX, Color
 from handsoff_stream.datasets.labelled_images.pictures import RawMask
 
+PIXELS_AT_ONCE = 2**18  # of a mask; looking one up takes about 50 bytes
 PALETTE_HUE_STEP = 0.618034  # golden ratio: neighboring ids get distant hues
 
 SourceValue = int | Color
@@ -106,12 +107,23 @@ class ClassMap:
         Raises:
             ValueError: a mask of colors and a map of ids, or the other way round.
         """
+        classes = np.empty(mask.size, dtype=np.uint8)
+        unknown: Counter[SourceValue] = Counter()
+        rows = max(PIXELS_AT_ONCE // mask.size[1], 1)
+        for top in range(0, len(classes), rows):
+            part = slice(top, top + rows)
+            classes[part], others = self._apply(RawMask(mask.values[part], mask.palette))
+            unknown.update(others)
+        return classes, dict(unknown.most_common())
+
+    def _apply(self, mask: RawMask) -> tuple[NDArray[np.uint8], Mapping[SourceValue, int]]:
+        """As `apply`, of some rows."""
         if self._lists("from_colors") and (mask.is_colored or not self._lists("from_ids")):
-            packed = _pack(mask.colors())
-            classes, unknown = self._look_up(packed, {int(_pack(np.array(c))): i for c, i in self.colors.items()})
-            return classes, {_unpack(value): pixels for value, pixels in unknown}
-        classes, unknown = self._look_up(mask.ids(), self.ids)
-        return classes, dict(unknown)
+            table = {int(_pack(np.array(color))): i for color, i in self.colors.items()}
+            classes, unknown = self._look_up(_pack(mask.colors()), table)
+            return classes, {_unpack(value): pixels for value, pixels in unknown.items()}
+        classes, others = self._look_up(mask.ids(), self.ids)
+        return classes, {value: pixels for value, pixels in others.items()}
 
     def config(self) -> dict[str, Any]:
         """JSON-able; for the provenance of a checkpoint that was fitted on such labels."""
@@ -122,20 +134,18 @@ class ClassMap:
             "others": self.others,
         }
 
-    def _look_up(
-        self, values: NDArray[np.int64], table: Mapping[int, int]
-    ) -> tuple[NDArray[np.uint8], list[tuple[int, int]]]:
-        """(class ids, (unknown value, pixels) most frequent first)."""
+    def _look_up(self, values: NDArray[np.int64], table: Mapping[int, int]) -> tuple[NDArray[np.uint8], dict[int, int]]:
+        """(class ids, unknown value => pixels)."""
         keys = np.array(sorted(table), dtype=np.int64)
         targets = np.array([table[int(key)] for key in keys], dtype=np.uint8)
         position = np.searchsorted(keys, values).clip(max=len(keys) - 1)
         known = keys[position] == values
         if self.others is not None:
             rest = IGNORE_INDEX if self.others == "ignore" else self.class_names.index(self.others)
-            return np.where(known, targets[position], np.uint8(rest)), []
+            return np.where(known, targets[position], np.uint8(rest)), {}
         classes = np.where(known, targets[position], np.uint8(IGNORE_INDEX))
-        found = Counter(dict(zip(*(a.tolist() for a in np.unique(values[~known], return_counts=True)), strict=True)))
-        return classes, found.most_common()
+        found, pixels = np.unique(values[~known], return_counts=True)
+        return classes, dict(zip(found.tolist(), pixels.tolist(), strict=True))
 
     def _lists(self, kind: str) -> bool:
         """Whether any class is made of sources of this kind."""

@@ -31,8 +31,9 @@ MASK_FORMATS = ("PNG", "BMP", "TIFF")  # lossless ones
 NPY_START = b"\x93NUMPY"
 HEAD_BYTES, PNG_BIT_DEPTH = 32, 24
 MAX_PIXELS = 2**26  # of a picture, 8192 x 8192
-# Deflate packs at most 1032 bytes into one, of 8 pixels each in pictures of two colors.
-FEW_PIXELS, PIXELS_PER_BYTE = 2**18, 1032 * 8
+# Deflate packs at most 1032 bytes into one. Pictures of two colors, which have 8 pixels per byte, may be emptier up to
+# 2048 x 2048.
+FEW_PIXELS, PIXELS_PER_BYTE = 2**22, 1032
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class RawMask:
     """A mask as its file has it, before any class map."""
 
     values: NDArray[np.generic]
-    """int64 [H, W], ids; or uint8 [H, W, 3], colors."""
+    """Integers [H, W], ids; or uint8 [H, W, 3], colors."""
     palette: NDArray[np.uint8] | None = None
     """[256, 3], the colors of an indexed picture's ids."""
 
@@ -94,7 +95,10 @@ def read_image(file: Path) -> NDArray[np.uint8]:
         if picture.mode not in IMAGE_MODES:
             raise ValueError(f"a picture of mode {picture.mode}; save it with 8 bits per channel")
         _require_opaque(picture)
-        return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+        upright = ImageOps.exif_transpose(picture)
+        if upright.mode in ("1", "L"):
+            return np.repeat(np.array(upright.convert("L"))[..., None], 3, axis=2)  # half the memory of PIL's way
+        return np.array(upright.convert("RGB"))
 
 
 def read_mask(file: Path) -> RawMask:
@@ -112,7 +116,7 @@ def read_mask(file: Path) -> RawMask:
             raise ValueError(f"a picture of mode {picture.mode}; a mask is gray, indexed or RGB")
         if picture.mode in ID_MODES:
             upright = ImageOps.exif_transpose(picture)
-            return RawMask(np.array(upright).astype(np.int64), _palette(upright))
+            return RawMask(np.array(upright), _palette(upright))
         _require_opaque(picture)
         return RawMask(np.array(ImageOps.exif_transpose(picture).convert("RGB")))
 
@@ -179,7 +183,7 @@ def _read_array(file: Path) -> NDArray[np.generic]:
         )
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise ValueError(f"{array.shape[0]} x {array.shape[1]} pixels; up to {MAX_PIXELS} are read, make it smaller")
-    return np.array(array) if is_colors else array.astype(np.int64)
+    return np.array(array)
 
 
 def _palette(picture: Image.Image) -> NDArray[np.uint8] | None:
