@@ -91,10 +91,10 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         image_dtype: torch.float32 in [0, 1], or torch.uint8 in [0, 255], the same levels in a fourth of the memory.
         noise: "const" (stored maps), "none", or "random" (fresh maps per index).
         score: image score, "top10_mean" (published code), "sum" (HandsOff, section 3.3), or "class-relative", which
-            compares each class with its usual uncertainty, so that rare classes are not rejected for being uncertain.
+            compares each class with its usual uncertainty.
         labels: of segmentation, "hard" class ids, or "soft" class probabilities float32 [K, H, W].
-        ignore: "class-relative": pixels more uncertain than `ignore_factor` times the mean of their class have no label
-            (id 255, or probabilities that are all zero); "none": every pixel has one.
+        ignore: "none", or "class-relative": pixels above `ignore_factor` times their class's mean uncertainty have no
+            label (id 255, or probabilities that are all zero).
         ignore_factor: 1.25 is FreeMask's.
         precision: of images and labels, "exact" (float32) or "fast" (16-bit products: float16 on CUDA, bfloat16 on a
             CPU that has it); None means "fast" on CUDA, else "exact".

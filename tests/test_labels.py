@@ -22,6 +22,7 @@ from handsoff_stream.errors import CheckpointError
 from handsoff_stream.fitting.calibration import calibrate
 from handsoff_stream.graphs import GraphedSynthesizer
 from handsoff_stream.label_generator import LabelGenerator
+from handsoff_stream.mixture import mix
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.outlets.loader import HandsOffLoader
 from handsoff_stream.outlets.meter import StreamMeter
@@ -293,6 +294,12 @@ def test_a_mirror_swaps_the_probabilities_of_the_sides_and_leaves_other_numbers_
     soft, depth = torch.rand(3, 4, 5), torch.rand(1, 4, 5)
     assert torch.equal(mirror.transform(tv_tensors.Mask(soft), mirrored), soft[[2, 1, 0]].flip(2))
     assert torch.equal(mirror.transform(tv_tensors.Mask(depth), mirrored), depth.flip(2))
+
+
+def test_soft_labels_and_class_ids_are_not_mixed(calibrated: Checkpoint) -> None:
+    labelled = [(torch.rand(3, 16, 16), torch.zeros(16, 16, dtype=torch.int64))]
+    with pytest.raises(ValueError, match='build the stream with labels="hard"'):
+        mix(HandsOffStream(calibrated, device="cpu", labels="soft"), labelled)
 
 
 def test_a_meter_counts_soft_labels_as_shares_of_pixels(calibrated: Checkpoint) -> None:

@@ -246,8 +246,7 @@ class FusedLabelHead:
         images, classes, device = pyramid.batch_size, self.folded.weight3_MOK.shape[2], pyramid.device
         labels = torch.empty(images, *self.size, dtype=torch.int64, device=device)
         divergences = torch.empty(images, *self.size, device=device)
-        planes = (images, classes, *self.size) if self._soft else (images, 0)
-        probabilities = torch.empty(planes, dtype=torch.float16, device=device)
+        probabilities = torch.empty(images, classes * self._soft, *self.size, dtype=torch.float16, device=device)
         for some in split(images, self._images_at_once):
             part = replace(pyramid, maps=tuple(m[some] for m in pyramid.maps))
             self._launch(part, labels[some], divergences[some], probabilities[some])
