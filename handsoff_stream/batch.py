@@ -25,7 +25,8 @@ class LabelledBatch:
     images: Tensor
     """float32 [B, 3, H, W] in [0, 1] on 8-bit levels, or uint8 in [0, 255] if the stream was asked for it."""
     labels: Labels
-    """int64 [B, H, W] or float32 [B, K, H, W]; a dict by head if the checkpoint has several."""
+    """int64 [B, H, W] or float32 [B, K, H, W]; a dict by head if the checkpoint has several. Soft labels are float32
+    class probabilities on the levels of float16, and all zero where a pixel is unlabelled."""
     uncertainty: Tensor
     """float32 [B], the image score that the filter judged."""
     indices: Tensor
@@ -93,11 +94,14 @@ class LabelledBatch:
         return self._with(images, lambda label: label.byte() if label.dtype == torch.int64 else label)
 
     def unpacked(self, *, images_too: bool = True) -> "LabelledBatch":
-        """The inverse of `packed`; with `images_too=False` images stay uint8. Batches not packed stay as they are."""
+        """The inverse of `packed`; with `images_too=False` images stay uint8. Batches not packed stay as they are.
+
+        Soft labels, which a synthesizer gives in float16, become float32.
+        """
         images = self.images
         if images_too and images.dtype == torch.uint8:
             images = images.to(torch.float32).div_(255)
-        return self._with(images, lambda label: label.long() if label.dtype == torch.uint8 else label)
+        return self._with(images, _unpacked_label)
 
     def _with(self, images: Tensor, function: Callable[[Tensor], Tensor]) -> "LabelledBatch":
         heads = {name: function(label) for name, label in _heads(self).items()}
@@ -114,6 +118,11 @@ class LabelledBatch:
             indices=torch.cat([batch.indices for batch in batches]),
             next_index=next_index,
         )
+
+
+def _unpacked_label(label: Tensor) -> Tensor:
+    wider = {torch.uint8: torch.int64, torch.float16: torch.float32}
+    return label.to(wider.get(label.dtype, label.dtype))
 
 
 def _heads(batch: LabelledBatch) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ between the offline half (inversion, fitting) and the online half (streaming). D
 import copy
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,15 @@ class Calibration:
     options: dict[str, Any]
     """The synthesis options they were computed with, without seed and kind of score."""
     scores: dict[str, list[float]]
-    """Kind of score ("sum", "top10_mean") => one score per sample."""
+    """Kind of score, see `SynthesisOptions.score` => one score per sample."""
+    class_uncertainty: dict[str, list[float | None]] = field(default_factory=dict)
+    """Head with classes => mean uncertainty of all pixels of each class; None for a class that no sample shows. Empty
+    if the checkpoint was calibrated before it was measured."""
+
+    def config(self) -> dict[str, Any]:
+        """JSON-able, as a manifest holds it."""
+        known = asdict(self)
+        return known if self.class_uncertainty else {k: v for k, v in known.items() if k != "class_uncertainty"}
 
 
 @dataclass(frozen=True)
@@ -112,9 +120,7 @@ class Checkpoint:
         }
         if self.crop is not None:
             identity["crop"] = self.crop._asdict()
-        calibration = None
-        if self.calibration is not None:
-            calibration = {"options": self.calibration.options, "scores": self.calibration.scores}
+        calibration = None if self.calibration is None else self.calibration.config()
         fingerprint = _fingerprint(identity, self.tensors())
         return {
             **identity,
@@ -214,18 +220,31 @@ def load_checkpoint(name_or_path: str | Path) -> Checkpoint:
     generator = native.build_generator(path, manifest, tensors).eval().requires_grad_(False)
     try:
         heads = {name: _load_head(name, entry, tensors, generator) for name, entry in manifest["heads"].items()}
-        calibration = manifest["calibration"]
+        calibration = _calibration(path, manifest["calibration"], heads)
         return Checkpoint(
             generator,
             heads,
             output_size=(manifest["output_size"][0], manifest["output_size"][1]),
             truncation=float(manifest["truncation"]),
-            calibration=None if calibration is None else Calibration(**calibration),
+            calibration=calibration,
             provenance=manifest["provenance"],
             crop=Rectangle(**manifest["crop"]) if "crop" in manifest else None,
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: heads or manifest cannot be used ({error}); write the file again") from error
+
+
+def _calibration(path: Path, entry: dict[str, Any] | None, heads: dict[str, Head]) -> Calibration | None:
+    if entry is None:
+        return None
+    calibration = Calibration(**entry)
+    for name, means in calibration.class_uncertainty.items():
+        if name not in heads or len(means) != heads[name].task.num_outputs:
+            raise CheckpointError(
+                f"{path}: its calibration has the uncertainty of {len(means)} classes of {name!r}, which is no head "
+                "with so many; calibrate it again"
+            )
+    return calibration
 
 
 def _check_names(path: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ Shape letters: B batch, C channels, M ensemble members, P pixels, K outputs, H W
 import copy
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,20 @@ from handsoff_stream.options import KernelKind
 from handsoff_stream.tasks import Segmentation
 
 M = TypeVar("M", bound=nn.Module)
-Labelled = tuple[Tensor, Tensor]
-"""Label [B, H, W] or [B, K, H, W], and uncertainty float32 [B, H, W]."""
-Kernel = Callable[[FeaturePyramid], Labelled]
+
+
+class Labelled(NamedTuple):
+    """What one head says of B images."""
+
+    label: Tensor
+    """int64 [B, H, W], or float32 [B, K, H, W] of a head without classes."""
+    uncertainty: Tensor
+    """float32 [B, H, W]."""
+    probabilities: Tensor | None = None
+    """float16 [B, K, H, W], the mean of the ensemble's class probabilities; None unless soft labels are wanted."""
+
+
+Kernel = Callable[[FeaturePyramid], tuple[Tensor, ...]]
 
 
 class Labeller:
@@ -35,6 +46,7 @@ class Labeller:
         device: where feature maps will lie.
         dtype: of weights and activations up to the outputs; torch.float32 is exact.
         kernel: see `SynthesisOptions.kernel`.
+        soft: whether heads that vote give class probabilities, too.
 
     Raises:
         ValueError: `kernel="triton"`, and a voting head that the fused kernel cannot label, or no voting head; weights
@@ -48,13 +60,14 @@ class Labeller:
         *,
         dtype: torch.dtype = torch.float32,
         kernel: KernelKind = "auto",
+        soft: bool = False,
     ) -> None:
         if kernel == "triton" and not any(isinstance(head.task, Segmentation) for head in checkpoint.heads.values()):
             raise ValueError(
                 f'kernel="triton" labels heads that vote, and none of {sorted(checkpoint.heads)} does; pass '
                 'kernel="auto", or "torch"'
             )
-        self.size = checkpoint.size
+        self.size, self._soft = checkpoint.size, soft
         self.tasks = {name: head.task for name, head in checkpoint.heads.items()}
         constant_map = checkpoint.generator.constant_map
         folded = {
@@ -64,7 +77,7 @@ class Labeller:
         self.kernels = {
             name: fused
             for name, head in checkpoint.heads.items()
-            if (fused := _fused_kernel(head, folded[name], example, self.size, kernel, device)) is not None
+            if (fused := _fused_kernel(head, folded[name], example, self.size, kernel, device, soft)) is not None
         }
         """The heads that the fused kernel labels."""
         tiled = [name for name in folded if name not in self.kernels]
@@ -83,14 +96,14 @@ class Labeller:
             names: of heads.
 
         Returns:
-            Label and uncertainty by head, in the order of `names`.
+            What each head says, in the order of `names`.
 
         Raises:
             KeyError: a head that the checkpoint does not have.
             ValueError: feature maps of another geometry.
         """
         names = list(self.tasks) if names is None else list(names)
-        found = {name: self.kernels[name](features) for name in names if name in self.kernels}
+        found = {name: Labelled(*self.kernels[name](features)) for name in names if name in self.kernels}
         tiled = [name for name in names if name not in found]
         if tiled:
             found |= self._tiled(tiled, features)
@@ -103,12 +116,23 @@ class Labeller:
             joined, order = join([self.folded[name] for name in names]), list(names)
         labels: dict[str, list[Tensor]] = {name: [] for name in order}
         uncertainty: dict[str, list[Tensor]] = {name: [] for name in order}
+        soft: dict[str, list[Tensor]] = {name: [] for name in order}
         for rows, outputs in joined.tiles(features, self.size):
             shape = (features.batch_size, rows.stop - rows.start, self.size[1])
             for name, outputs_MPK in zip(order, outputs, strict=True):
-                labels[name].append(self.tasks[name].decide(outputs_MPK).unflatten(0, shape))
-                uncertainty[name].append(self.tasks[name].disagreement(outputs_MPK).unflatten(0, shape))
-        return {name: (_whole_label(labels[name]), torch.cat(uncertainty[name], dim=1)) for name in order}
+                task = self.tasks[name]
+                labels[name].append(task.decide(outputs_MPK).unflatten(0, shape))
+                uncertainty[name].append(task.disagreement(outputs_MPK).unflatten(0, shape))
+                if self._soft and isinstance(task, Segmentation):
+                    soft[name].append(task.probabilities(outputs_MPK).half().unflatten(0, shape))
+        return {
+            name: Labelled(
+                _whole_label(labels[name]),
+                torch.cat(uncertainty[name], dim=1),
+                _whole_label(soft[name]) if soft[name] else None,
+            )
+            for name in order
+        }
 
 
 def on_device(module: M, device: torch.device) -> M:
@@ -138,6 +162,7 @@ def _fused_kernel(
     size: tuple[int, int],
     kernel: KernelKind,
     device: torch.device,
+    soft: bool,
 ) -> Kernel | None:
     """The fused kernel that labels this head; None if there is none. Imports Triton only where it may run."""
     half_on_cuda = device.type == "cuda" and folded.weight1_CD.dtype == torch.float16
@@ -148,7 +173,7 @@ def _fused_kernel(
 
     if auto and unsupported(folded, example, size) is not None:
         return None
-    return FusedLabelHead(folded, example, size)
+    return FusedLabelHead(folded, example, size, soft=soft)
 
 
 def _whole_label(strips: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from handsoff_stream.files.budget import MAX_HEADS, MAX_LEVELS, MAX_MEMBERS, MAX_SCORES, MAX_SIDE
+from handsoff_stream.files.budget import MAX_HEADS, MAX_LEVELS, MAX_MEMBERS, MAX_NAMES, MAX_SCORES, MAX_SIDE
 from handsoff_stream.files.schema import Count, Name, Number, Schema
 
 FORMAT_VERSION = 1
@@ -16,6 +16,7 @@ FORMAT_VERSION = 1
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Coordinate = Annotated[int, Field(ge=0, le=MAX_SIDE)]
 Width = Annotated[Count, Field(ge=1)]
+Level = Annotated[Number, Field(ge=0)]
 
 
 def _of_a_file(name: str) -> str:
@@ -60,10 +61,12 @@ class CropPart(Schema):
 
 
 class CalibrationPart(Schema):
-    """The scores of calibration samples by kind, and the options that they were made with."""
+    """The scores of calibration samples by kind, the options that they were made with, and the mean uncertainty of each
+    class by head."""
 
     options: dict[Name, Number | Name]
     scores: dict[Name, Annotated[list[Number], Field(max_length=MAX_SCORES)]]
+    class_uncertainty: dict[HeadName, Annotated[list[Level | None], Field(max_length=MAX_NAMES)]] = {}
 
 
 class Manifest(Schema):

@@ -58,8 +58,8 @@ def mix(
     Raises:
         TypeError: no stream, no dataset with a length, or samples of it that are no image and label.
         ValueError: a share outside of (0, 1), or that is no whole number of the rows of a batch; an empty set; images
-            of another size or range; ids that are no class of the stream; a stream that is a mixture already. At most
-            64 images are checked at once, the others when they are needed.
+            of another size or range; a stream of soft labels; ids that are no class of the stream; a stream that is a
+            mixture already. At most 64 images are checked at once, the others when they are needed.
     """
     if not isinstance(stream, HandsOffStream):
         raise TypeError(f"stream={type(stream).__name__} has no samples by index; pass a HandsOffStream")
@@ -67,6 +67,11 @@ def mix(
         raise ValueError(
             f"this stream has {stream.assembly.companions} already, and a second set would need a share of its own; "
             "pass one set that holds all images, for instance torch.utils.data.ConcatDataset"
+        )
+    if stream.options.labels == "soft":
+        raise ValueError(
+            'labels="soft" are probabilities and labelled images have class ids, which make no batch together; build '
+            'the stream with labels="hard"'
         )
     exact = _exact(share)
     names = stream.class_names

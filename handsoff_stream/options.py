@@ -3,8 +3,9 @@
 Knows names and ranges. Does not know networks, devices or streams.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
@@ -16,7 +17,12 @@ from handsoff_stream.uncertainty import ScoreKind
 
 NoiseKind = Literal["const", "none", "random"]
 KernelKind = Literal["auto", "triton", "torch"]
+LabelKind = Literal["hard", "soft"]
+IgnoreKind = Literal["none", "class-relative"]
 FilterKind = Literal["rolling", "block", "threshold"]
+
+
+ADDED = ("labels", "ignore", "ignore_factor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +40,15 @@ class SynthesisOptions:
     noise: NoiseKind = "const"
     """"const": the stored maps. "none": no noise. "random": fresh maps per index."""
     score: ScoreKind = "top10_mean"
-    """Image score: "top10_mean" (published code) or "sum" (HandsOff, section 3.3)."""
+    """Image score: "top10_mean" (published code), "sum" (HandsOff, section 3.3), or "class-relative", the mean over the
+    classes in the image of (their mean uncertainty / their mean over the calibration samples)."""
+    labels: LabelKind = "hard"
+    """Labels of voting heads: "hard" class ids, or "soft", the mean of the ensemble's class probabilities."""
+    ignore: IgnoreKind = "none"
+    """Pixels to leave unlabelled, of voting heads: "none", or "class-relative", those whose uncertainty is above
+    `ignore_factor` times the mean of their class over the calibration samples."""
+    ignore_factor: float = 1.25
+    """1.25 is FreeMask's; above 0."""
     precision: Precision = "exact"
     """Of images and labels: "exact" (float32) or "fast" (float16; bfloat16 on a CPU)."""
     kernel: KernelKind = "auto"
@@ -44,9 +58,13 @@ class SynthesisOptions:
     def __post_init__(self) -> None:
         if not 0.0 <= self.truncation <= 2.0:
             raise ValueError(f"truncation={self.truncation} is no psi; pass a value in [0, 2], 0.7 is usual")
+        if not 0 < self.ignore_factor < math.inf:
+            raise ValueError(f"ignore_factor={self.ignore_factor} ignores all or no pixels; pass a positive number")
         for name, kinds in (
             ("noise", NoiseKind),
             ("score", ScoreKind),
+            ("labels", LabelKind),
+            ("ignore", IgnoreKind),
             ("precision", Precision),
             ("kernel", KernelKind),
         ):
@@ -55,8 +73,14 @@ class SynthesisOptions:
                 raise ValueError(f"{name}={value!r} is unknown; pass one of {list(known)}")
 
     def config(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
+        """JSON-able. `ADDED` options are left out at their defaults: states that were saved before them still load."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {k: v for k, v in asdict(self).items() if k not in ADDED or v != defaults[k]}
+
+    @property
+    def relative_to_classes(self) -> list[str]:
+        """The options that need the mean uncertainty of each class."""
+        return [name for name in ("score", "ignore") if getattr(self, name) == "class-relative"]
 
     def calibrated_by(self) -> dict[str, Any]:
         """The options that change the distribution of scores; JSON-able."""
@@ -78,6 +102,9 @@ class StreamOptions(TypedDict, total=False):
     image_dtype: torch.dtype
     noise: NoiseKind
     score: ScoreKind
+    labels: LabelKind
+    ignore: IgnoreKind
+    ignore_factor: float
     precision: Precision | None
     kernel: KernelKind
     chunk_size: int | None

@@ -27,7 +27,7 @@ from handsoff_stream.precision import default_precision
 from handsoff_stream.source import CheckpointSource
 from handsoff_stream.synthesizer import Synthesizer, in_chunks
 from handsoff_stream.tasks import Segmentation
-from handsoff_stream.uncertainty import ScoreKind, image_score
+from handsoff_stream.uncertainty import ScoreKind
 
 Pixels = NDArray[np.uint8]
 
@@ -95,7 +95,7 @@ def preview_sheet(
         seed: seed of the stream.
         columns: samples per row.
         truncation: psi; None means the checkpoint's own.
-        score: "top10_mean" or "sum".
+        score: see `SynthesisOptions.score`.
         percentile: in (0, 100].
         device: where to synthesize; None means CUDA if there is one.
 
@@ -161,7 +161,7 @@ def _synthesize(
     for chunk, rows, places in in_chunks(indices, default_chunk_size(synthesizer.device)):
         images_B3HW, features = synthesizer.generate(chunk)
         label_BHW, uncertainty_BHW = synthesizer.label(head, features)
-        scores = image_score(uncertainty_BHW, synthesizer.options.score).tolist()
+        scores = synthesizer.score(head, label_BHW, uncertainty_BHW).tolist()
         for row, place in zip(rows, places, strict=True):
             samples[place] = PreviewSample(
                 index=chunk[row],

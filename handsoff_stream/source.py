@@ -8,13 +8,13 @@ and no more; `verify=True` looks at all of them. Does not know indices, filters 
 import copy
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from handsoff_stream.checkpoint import Checkpoint, load_checkpoint, read_manifest, resolve
+from handsoff_stream.checkpoint import Calibration, Checkpoint, load_checkpoint, read_manifest, resolve
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.files.tensors import read_tensors
 from handsoff_stream.isolation import isolated
@@ -79,6 +79,16 @@ class CheckpointSource:
             return []
         return list(calibration["scores"].get(options.score, []))
 
+    def check(self, options: SynthesisOptions) -> None:
+        """Find out before any work whether the checkpoint's heads can do what the options ask for.
+
+        Raises:
+            ValueError: as `class_means`.
+        """
+        found = self._manifest["calibration"]
+        calibration = None if found is None else Calibration(**found)
+        class_means(calibration, {k: head["task"] for k, head in self._manifest["heads"].items()}, options)
+
     def load(self) -> Checkpoint:
         """The checkpoint, for the caller alone.
 
@@ -108,6 +118,45 @@ class CheckpointSource:
         if self._path is not None:
             return read_manifest(self._path)
         return checkpoint.manifest()
+
+
+def class_means(
+    calibration: Calibration | None, tasks: Mapping[str, Mapping[str, Any]], options: SynthesisOptions
+) -> dict[str, list[float | None]]:
+    """Mean uncertainty of each class, by head; empty if the options do not ask for it.
+
+    Args:
+        calibration: of the checkpoint.
+        tasks: `Task.config()` of every head, in order.
+        options: of a stream.
+
+    Raises:
+        ValueError: options for classes, but no head with classes, or a first head without; the checkpoint was not
+            calibrated with these options, or before the means were measured.
+    """
+    with_classes = [name for name, task in tasks.items() if task.get("class_names")]
+    relative = " and ".join(f'{name}="class-relative"' for name in options.relative_to_classes)
+    if (relative or options.labels == "soft") and not with_classes:
+        raise ValueError(
+            f"{relative or 'labels=' + repr(options.labels)} is for heads with classes, and none of {list(tasks)} has "
+            "any; leave it out"
+        )
+    if not relative:
+        return {}
+    first = next(iter(tasks))
+    if options.score == "class-relative" and first not in with_classes:
+        raise ValueError(
+            f'score="class-relative" judges the first head, and {first!r} has no classes; pass score="top10_mean"'
+        )
+    measured = {} if calibration is None else calibration.class_uncertainty
+    missing = [name for name in with_classes if name not in measured]
+    if calibration is None or missing or calibration.options != options.calibrated_by():
+        conditions = ", ".join(f"{name}={value!r}" for name, value in options.calibrated_by().items())
+        raise ValueError(
+            f"{relative} compares with the mean uncertainty of each class, which this checkpoint does not hold for "
+            f"{conditions}; calibrate it with `handsoff_stream.fitting.calibrate` and save it, or leave that out"
+        )
+    return {name: measured[name] for name in with_classes}
 
 
 def identity(manifest: dict[str, Any], tensors: dict[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:

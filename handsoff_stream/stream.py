@@ -22,7 +22,16 @@ from handsoff_stream.device import check_device, default_chunk_size, resolve_dev
 from handsoff_stream.errors import StreamError
 from handsoff_stream.filters import Filter, started_filter
 from handsoff_stream.graphs import GraphedSynthesizer, check_graphs
-from handsoff_stream.options import FilterKind, KernelKind, NoiseKind, StreamOptions, SynthesisOptions, check_choices
+from handsoff_stream.options import (
+    FilterKind,
+    IgnoreKind,
+    KernelKind,
+    LabelKind,
+    NoiseKind,
+    StreamOptions,
+    SynthesisOptions,
+    check_choices,
+)
 from handsoff_stream.position.dealing import Dealing, Line, addressed
 from handsoff_stream.position.passing import Passes, Progress, StreamIterator
 from handsoff_stream.position.resuming import Resumable
@@ -81,7 +90,12 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         transforms: joint transform of image and label (torchvision v2), its randomness a function of (seed, index).
         image_dtype: torch.float32 in [0, 1], or torch.uint8 in [0, 255], the same levels in a fourth of the memory.
         noise: "const" (stored maps), "none", or "random" (fresh maps per index).
-        score: image score, "top10_mean" (published code) or "sum" (HandsOff, section 3.3).
+        score: image score, "top10_mean" (published code), "sum" (HandsOff, section 3.3), or "class-relative", which
+            compares each class with its usual uncertainty.
+        labels: of segmentation, "hard" class ids, or "soft" class probabilities float32 [K, H, W].
+        ignore: "none", or "class-relative": pixels above `ignore_factor` times their class's mean uncertainty have no
+            label (id 255, or probabilities that are all zero).
+        ignore_factor: 1.25 is FreeMask's.
         precision: of images and labels, "exact" (float32) or "fast" (16-bit products: float16 on CUDA, bfloat16 on a
             CPU that has it); None means "fast" on CUDA, else "exact".
         kernel: of labels, "triton" (one fused CUDA kernel), "torch", or "auto".
@@ -97,7 +111,7 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or has no labelling head.
-        ValueError: an option out of its range, or a filter that needs calibration scores that are not there.
+        ValueError: an option out of its range, or one that needs a calibration that is not there.
     """
 
     @overload
@@ -144,6 +158,9 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         image_dtype: torch.dtype = torch.float32,
         noise: NoiseKind = "const",
         score: ScoreKind = "top10_mean",
+        labels: LabelKind = "hard",
+        ignore: IgnoreKind = "none",
+        ignore_factor: float = 1.25,
         precision: Precision | None = None,
         kernel: KernelKind = "auto",
         chunk_size: int | None = None,
@@ -166,8 +183,10 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         chosen = default_precision(self.device) if precision is None else precision
         compute_dtype(chosen, self.device)  # what this device cannot do is said now
         self.options = SynthesisOptions(
-            seed=check_seed(seed), truncation=psi, noise=noise, score=score, precision=chosen, kernel=kernel
-        )
+            seed=check_seed(seed), truncation=psi, noise=noise, score=score, labels=labels, ignore=ignore,
+            ignore_factor=ignore_factor, precision=chosen, kernel=kernel,
+        )  # fmt: skip
+        self._source.check(self.options)
         self._filter = started_filter(filter, self._source.calibration_scores(self.options))
         transform = None if transforms is None else JointTransform(transforms, seed)
         self.assembly = Assembly(transform, image_dtype, as_dict)

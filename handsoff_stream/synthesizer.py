@@ -8,6 +8,7 @@ the same bits.
 Shape letters: B batch, H W image size.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,15 +17,17 @@ from torch import Tensor
 
 from handsoff_stream.batch import LabelledBatch, Labels
 from handsoff_stream.checkpoint import Checkpoint
+from handsoff_stream.class_ids import IGNORE_INDEX
 from handsoff_stream.features import FeaturePyramid
 from handsoff_stream.generators.base import Noise
 from handsoff_stream.geometry import Rectangle
-from handsoff_stream.labeller import Labeller, on_device
+from handsoff_stream.labeller import Labelled, Labeller, on_device
 from handsoff_stream.noise import noise_maps
 from handsoff_stream.options import SynthesisOptions
 from handsoff_stream.precision import compute_dtype
 from handsoff_stream.seeding import latents
-from handsoff_stream.uncertainty import image_score
+from handsoff_stream.source import class_means
+from handsoff_stream.uncertainty import above_class_mean, class_relative_score, class_totals, image_score
 
 
 class Synthesizer:
@@ -37,7 +40,7 @@ class Synthesizer:
 
     Raises:
         ValueError: a precision or a kernel that this device cannot run; an output size that would cut pixels at the
-            edge of the crop.
+            edge of the crop; options for classes that the checkpoint has no classes or no calibration for.
     """
 
     def __init__(self, checkpoint: Checkpoint, options: SynthesisOptions, device: torch.device):
@@ -51,7 +54,14 @@ class Synthesizer:
         dtype = compute_dtype(options.precision, device)
         self.generator = on_device(checkpoint.generator, device)
         self._synthesis = self.generator.fold(dtype)
-        self.labeller = Labeller(checkpoint, device, dtype=dtype, kernel=options.kernel)
+        tasks = {name: head.task.config() for name, head in checkpoint.heads.items()}
+        means = class_means(checkpoint.calibration, tasks, options)
+        self._class_means = {
+            name: torch.tensor([math.nan if mean is None else mean for mean in values], device=device)
+            for name, values in means.items()
+        }
+        soft = options.labels == "soft"
+        self.labeller = Labeller(checkpoint, device, dtype=dtype, kernel=options.kernel, soft=soft)
 
     @torch.no_grad()
     def __call__(self, indices: Sequence[int]) -> LabelledBatch:
@@ -82,10 +92,28 @@ class Synthesizer:
         """Images, labels and image scores of `inputs`, as a `LabelledBatch` holds them; work on the device alone."""
         images, features = self._generate(z, *maps)
         found = self.labeller(features)
-        labels = {name: label for name, (label, _) in found.items()}
-        _, uncertainty_BHW = next(iter(found.values()))
-        score = image_score(uncertainty_BHW, self.options.score)
+        labels = {name: self._streamed(name, one) for name, one in found.items()}
+        first = next(iter(found))
+        score = self.score(first, found[first].label, found[first].uncertainty)
         return images, labels if len(labels) > 1 else next(iter(labels.values())), score
+
+    def score(self, name: str, label_BHW: Tensor, uncertainty_BHW: Tensor) -> Tensor:
+        """Image scores float32 [B], of the kind that the options name, from what the head `name` says."""
+        if self.options.score != "class-relative":
+            return image_score(uncertainty_BHW, self.options.score)
+        means_K = self._class_means[name]
+        return class_relative_score(*class_totals(uncertainty_BHW, label_BHW, len(means_K)), means_K)
+
+    def _streamed(self, name: str, one: Labelled) -> Tensor:
+        """The label as a batch holds it: ids or probabilities, ignored pixels with `IGNORE_INDEX` or zeros."""
+        label = one.label if one.probabilities is None else one.probabilities
+        if self.options.ignore == "none" or name not in self._class_means:
+            return label
+        means_K, factor = self._class_means[name], self.options.ignore_factor
+        ignored_BHW = above_class_mean(one.uncertainty, one.label, means_K, factor)
+        if one.probabilities is not None:
+            return label.masked_fill(ignored_BHW[:, None], 0)
+        return label.masked_fill(ignored_BHW, IGNORE_INDEX)
 
     def _generate(self, z: Tensor, *maps: Tensor) -> tuple[Tensor, FeaturePyramid]:
         w_plus = self.generator.truncate(self.generator.mapping(z), self.options.truncation)
@@ -107,12 +135,15 @@ class Synthesizer:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def label(self, name: str, features: FeaturePyramid) -> tuple[Tensor, Tensor]:
-        """Labels [B, H, W] or [B, K, H, W] of one head, and its uncertainty float32 [B, H, W].
+        """What one head decides, with no pixel ignored, and its uncertainty.
+
+        Returns:
+            Labels int64 [B, H, W] or float32 [B, K, H, W], and uncertainty float32 [B, H, W].
 
         Raises:
             KeyError: a head that the checkpoint does not have.
         """
-        return self.labeller(features, [name])[name]
+        return self.labeller(features, [name])[name][:2]
 
 
 def in_chunks(indices: Sequence[int], chunk_size: int) -> Iterator[tuple[range, list[int], list[int]]]:

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from handsoff_stream.uncertainty import image_score, jensen_shannon_divergence, majority_vote, variance
+from handsoff_stream.uncertainty import (
+    above_class_mean,
+    class_relative_score,
+    class_totals,
+    image_score,
+    jensen_shannon_divergence,
+    majority_vote,
+    mean_probabilities,
+    variance,
+)
 
 EXPECTED = np.load(Path(__file__).parent / "data" / "label_generator" / "expected.npz")
 
@@ -81,3 +90,40 @@ def test_top_tenth_of_a_tiny_image_is_one_pixel() -> None:
 def test_unknown_score_is_refused() -> None:
     with pytest.raises(ValueError, match="top10_mean"):
         image_score(torch.zeros(1, 2, 2), "mean")  # type: ignore[arg-type]
+
+
+def test_soft_labels_are_the_mean_of_the_members_distributions() -> None:
+    logits_MPK = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([member.softmax(dim=1) for member in logits_MPK]).mean(dim=0)
+    torch.testing.assert_close(mean_probabilities(logits_MPK), expected)
+
+
+# Relative to the class
+
+MAP = torch.tensor([[[1.0, 3.0], [10.0, 0.5]], [[2.0, 2.0], [2.0, 2.0]]])
+LABELS = torch.tensor([[[0, 0], [1, 3]], [[0, 0], [0, 0]]])
+MEANS = torch.tensor([2.0, 8.0, 1.0, math.nan])
+
+
+def test_the_totals_of_an_image_are_those_of_its_pixels_class_by_class() -> None:
+    sums, counts = class_totals(MAP, LABELS, 4)
+    assert sums.tolist() == [[4.0, 10.0, 0.0, 0.5], [8.0, 0.0, 0.0, 0.0]]
+    assert counts.tolist() == [[2, 1, 0, 1], [4, 0, 0, 0]]
+
+
+def test_an_image_is_as_uncertain_as_its_classes_on_average_and_classes_without_a_mean_do_not_count() -> None:
+    assert class_relative_score(*class_totals(MAP, LABELS, 4), MEANS).tolist() == [(2 / 2 + 10 / 8) / 2, 1.0]
+    unknown = torch.full((4,), math.nan)
+    assert class_relative_score(*class_totals(MAP, LABELS, 4), unknown).tolist() == [0.0, 0.0]
+
+
+def test_the_score_of_a_broken_map_is_not_finite() -> None:
+    broken = MAP.clone()
+    broken[1, 0, 0] = math.inf
+    scores = class_relative_score(*class_totals(broken, LABELS, 4), MEANS)
+    assert scores[0].isfinite() and not scores[1].isfinite()
+
+
+def test_pixels_are_compared_with_the_mean_of_their_own_class() -> None:
+    assert above_class_mean(MAP, LABELS, MEANS, 1.25)[0].tolist() == [[False, True], [False, False]]
+    assert above_class_mean(MAP, LABELS, MEANS, 1.2)[0].tolist() == [[False, True], [True, False]]

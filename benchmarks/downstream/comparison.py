@@ -20,6 +20,10 @@ once, at the end, on the same rendered test faces, which no training saw. Settin
 
     gap closed = (arm - labelled) / (unlimited - labelled), for each seed
 
+A checkpoint that was fitted with a teacher is compared like any other: `--checkpoint` takes that of `fit --teacher`, of
+`recipes.faces.fit_faces --taught-samples`, or of `benchmarks.sample_labels`. That teacher learns from the labelled
+images; the teacher of this benchmark stands for a person.
+
 The teacher is a segmentation network trained on `--teacher-steps` batches of unlimited labelled renders. As far as the
 teacher is right, the difference between `stream` and `teacher-labelled` measures errors of the stream's labels, and the
 difference between `teacher-labelled` and `unlimited` measures flaws of its images. Arms with a stream are compared in

@@ -11,6 +11,7 @@ from benchmarks import (
     memory,
     overlap,
     rolling_lanes,
+    sample_labels,
     stages,
     synthesis,
     throughput,
@@ -39,5 +40,6 @@ KINDS: dict[str, Presentation] = {
     "generator": generator.PRESENTATION,
     "downstream": comparison.PRESENTATION,
     "label_agreement": label_agreement.PRESENTATION,
+    "sample_labels": sample_labels.PRESENTATION,
 }
 """Presentation by kind; the kind of a result is its file's name up to the first "-"."""

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from handsoff_stream.cli.app import DeviceOption, SeedOption
-from handsoff_stream.cli.parsing import parse_augmentation, parse_class_map, parse_crop_box, parse_inversion
+from handsoff_stream.cli.parsing import (
+    parse_augmentation,
+    parse_class_map,
+    parse_crop_box,
+    parse_inversion,
+    parse_teacher,
+)
 
 if TYPE_CHECKING:
     from handsoff_stream.checking import CheckOptions
@@ -96,13 +102,6 @@ class LabelledArguments:
     encoder: EncoderOption = None
     radius: RadiusOption = DEFAULT_RADIUS
     net: NetOption = None
-    invertibility: Annotated[
-        float,
-        typer.Option(
-            help="Leave out pixels whose inversion differs from the image by more than this many medians, such as 2; "
-            "inf: none."
-        ),
-    ] = math.inf
     hidden: Annotated[
         tuple[int, int] | None, typer.Option(help="Widths of the two hidden layers; default: the domain's.")
     ] = None
@@ -178,6 +177,30 @@ class FitArguments(LabelledArguments):
     any_color: Annotated[
         str | None, typer.Option(help="Classes that augmentations recolor freely, separated by commas, such as hat.")
     ] = None
+    teacher: Annotated[
+        bool,
+        typer.Option(
+            "--teacher", help="Also learn from samples, labelled by networks that are trained on the labelled images."
+        ),
+    ] = False
+    teacher_network: Annotated[
+        Path | None, typer.Option(help="Label the samples by this network instead, which `train` has written.")
+    ] = None
+    teacher_samples: Annotated[int | None, typer.Option(min=1, max=100_000, help="Samples to label; default: 64.")] = (
+        None
+    )
+    teacher_confidence: Annotated[
+        float | None, typer.Option(help="Pixels of samples with a smaller probability stay unlabelled; default: 0.9.")
+    ] = None
+    teacher_members: Annotated[int | None, typer.Option(min=1, max=100, help="Networks to train; default: 3.")] = None
+    teacher_steps: Annotated[int | None, typer.Option(min=1, help="Steps of each of them; default: 300.")] = None
+    invertibility: Annotated[
+        float,
+        typer.Option(
+            help="Leave out pixels whose inversion differs from the image by more than this many medians, such as 2; "
+            "inf: none."
+        ),
+    ] = math.inf
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without improvement.")] = None
     memory_gb: Annotated[
         float | None, typer.Option(help="Memory for features on the device, in GB; the rest is kept on disk.")
@@ -202,6 +225,14 @@ class FitArguments(LabelledArguments):
             fit=replace(self.fit_settings(), patience=self.patience),
             widths_of=self.domain if self.hidden is None else None,
             augmentation=augmentation,
+            teacher=parse_teacher(
+                self.teacher,
+                self.teacher_network,
+                samples=self.teacher_samples,
+                confidence=self.teacher_confidence,
+                members=self.teacher_members,
+                steps=self.teacher_steps,
+            ),
             invertibility=None if self.invertibility == math.inf else self.invertibility,
             memory_gb=self.memory_gb,
             half=self.half,

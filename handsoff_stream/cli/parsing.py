@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from handsoff_stream.geometry import Rectangle
@@ -15,6 +16,7 @@ from handsoff_stream.geometry import Rectangle
 if TYPE_CHECKING:
     from handsoff_stream.datasets.labelled_images import ClassMap
     from handsoff_stream.fitting import AugmentationSettings, InversionSettings
+    from handsoff_stream.fitting.teacher import Teacher
 
 
 def parse_names(text: str | None) -> tuple[str, ...]:
@@ -101,3 +103,49 @@ def parse_augmentation(
         )
     ids = tuple(class_map.class_names.index(name) for name in names)
     return AugmentationSettings(per_image=per_image, flip=flip, any_color=ids) if per_image else None
+
+
+def parse_teacher(
+    wanted: bool,
+    network: Path | None,
+    *,
+    samples: int | None,
+    confidence: float | None,
+    members: int | None,
+    steps: int | None,
+) -> Teacher | None:
+    """The teacher, with defaults for what is None; None for no teacher.
+
+    Args:
+        wanted: whether `--teacher` was given; a network is enough, too.
+        network: file of a network that labels instead of a trained ensemble.
+        samples: see `SampleSettings`.
+        confidence: see `SampleSettings`.
+        members: see `TeacherSettings`.
+        steps: see `TeacherSettings`.
+
+    Raises:
+        ValueError: a setting out of its range, settings without a teacher, or settings of a training with a network.
+    """
+    of_samples = {"samples": samples, "confidence": confidence}
+    of_training = {"members": members, "steps": steps}
+    if not wanted and network is None:
+        given = [name for name, value in (of_samples | of_training).items() if value is not None]
+        if given:
+            raise ValueError(
+                f"--teacher-{given[0]} belongs to a teacher; pass --teacher too, or --teacher-network FILE"
+            )
+        return None
+    if network is not None and (members, steps) != (None, None):
+        raise ValueError(
+            f"--teacher-network {network} is used as it is; leave out --teacher-members and --teacher-steps"
+        )
+    from handsoff_stream.fitting.teacher import SampleSettings, Teacher, TeacherSettings
+
+    chosen = {name: value for name, value in of_samples.items() if value is not None}
+    training = {name: value for name, value in of_training.items() if value is not None}
+    return Teacher(
+        samples=replace(SampleSettings(), **chosen),  # type: ignore[arg-type]
+        training=replace(TeacherSettings(), **training),  # type: ignore[arg-type]
+        network=network,
+    )

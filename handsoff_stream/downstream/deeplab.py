@@ -20,6 +20,8 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
 
 from handsoff_stream.downstream.efficientnet import EfficientNetDeepLab, encoder_names
+from handsoff_stream.errors import CheckpointError
+from handsoff_stream.files.containers import read_content
 from handsoff_stream.imagenet import packaged_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -160,6 +162,34 @@ def build_deeplab(
         state = torch.load(path, map_location="cpu", weights_only=True)
         _load_backbone(network.backbone, BACKBONES[backbone].weights_of(state), path)
     return DeepLab(network, num_classes)
+
+
+def load_deeplab(path: str | Path, num_classes: int) -> DeepLab:
+    """The network whose state dict lies in a file, as `handsoff-stream train` writes it, on the CPU.
+
+    The names and shapes of its tensors tell which backbone it has. Nothing in the file is executed.
+
+    Args:
+        path: file of the state dict.
+        num_classes: K.
+
+    Raises:
+        CheckpointError: a file that cannot be read, or whose tensors are those of no network for so many classes.
+    """
+    state = read_content(path).value
+    if isinstance(state, Mapping) and all(isinstance(tensor, Tensor) for tensor in state.values()):
+        found = {name: tensor.shape for name, tensor in state.items()}
+        for backbone, one in BACKBONES.items():
+            with torch.device("meta"):
+                expected = DeepLab(one.build(num_classes), num_classes).state_dict()
+            if found == {name: tensor.shape for name, tensor in expected.items()}:
+                network = build_deeplab(num_classes, backbone=backbone)
+                network.load_state_dict(state)
+                return network
+    raise CheckpointError(
+        f"{path}: holds the weights of none of {list(BACKBONES)} for {num_classes} classes; pass a file that "
+        "`handsoff-stream train` has written for the same classes"
+    )
 
 
 def imagenet_weights(backbone: str) -> Path:

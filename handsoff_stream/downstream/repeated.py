@@ -31,6 +31,7 @@ class RandomMirror(v2.Transform):
 
     def __init__(self, class_names: Sequence[str] = ()):
         super().__init__()
+        self.num_classes = len(class_names)
         self.other_side = mirrored_ids(class_names)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
@@ -38,13 +39,33 @@ class RandomMirror(v2.Transform):
         return {"mirror": bool(torch.rand(1) < 0.5)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Called by torchvision for the image [3, H, W] and for the label int64 [H, W], ids in [0, 255]."""
+        """Called by torchvision for the image [3, H, W] and for the label: ids int64 [H, W], or float [K, H, W]."""
         if not params["mirror"]:
             return inpt
         mirrored = v2.functional.horizontal_flip(inpt)
-        if isinstance(inpt, tv_tensors.Mask) and not inpt.is_floating_point():
+        if not isinstance(inpt, tv_tensors.Mask):
+            return mirrored
+        if not inpt.is_floating_point():
             return tv_tensors.wrap(self.other_side[mirrored.as_subclass(Tensor).long()].to(inpt.dtype), like=inpt)
-        return mirrored
+        if len(inpt) != self.num_classes:  # depth, heatmaps
+            return mirrored
+        return tv_tensors.wrap(mirrored.as_subclass(Tensor)[self.other_side[: len(inpt)]], like=inpt)
+
+
+class RandomUnlabellingAffine(v2.RandomAffine):
+    """`RandomAffine` that fills what comes into view: gray in images, unlabelled in masks of class ids, 0 elsewhere.
+
+    Zeros are no probabilities, so those pixels of a soft label do not count in the loss. Masks are never interpolated:
+    each pixel takes the label of the nearest one.
+    """
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Called by torchvision for the image and for the label."""
+        if isinstance(inpt, tv_tensors.Mask) and inpt.is_floating_point():
+            return v2.functional.affine(
+                inpt, **params, interpolation=InterpolationMode.NEAREST, fill=0, center=self.center
+            )
+        return super().transform(inpt, params)
 
 
 def mirrored_ids(class_names: Sequence[str]) -> Tensor:
@@ -68,12 +89,12 @@ def ordinary_augmentation(class_names: Sequence[str] = ()) -> Callable[..., Any]
         class_names: name of each class, so that left and right classes are swapped; see `RandomMirror`.
 
     Returns:
-        A transform of (image float32 [3, H, W] in [0, 1], `tv_tensors.Mask` [H, W]).
+        A transform of (image float32 [3, H, W] in [0, 1], `tv_tensors.Mask` [H, W] of ids or float [K, H, W]).
     """
     return v2.Compose(
         [
             RandomMirror(class_names),
-            v2.RandomAffine(
+            RandomUnlabellingAffine(
                 degrees=10,
                 translate=(0.1, 0.1),
                 scale=(0.8, 1.25),

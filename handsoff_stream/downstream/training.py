@@ -22,7 +22,9 @@ from handsoff_stream.downstream.metrics import SegmentationMeter, SegmentationSc
 from handsoff_stream.precision import cpu_multiplies_bfloat16
 
 Batches = Iterable[Any]
-"""Yields pairs: images float32 [B, 3, H, W] in [0, 1], labels int64 [B, H, W]; a `LabelledBatch` is one."""
+"""Yields pairs: images float32 [B, 3, H, W] in [0, 1], labels int64 [B, H, W] or class probabilities float32
+[B, K, H, W]; a `LabelledBatch` is one."""
+SUM_TOLERANCE = 0.01  # of probabilities that a stream has rounded to float16
 SCHEDULES = ("constant", "cosine")
 
 
@@ -60,10 +62,13 @@ def train_segmentation(
 ) -> TrainingReport:
     """Train `model` in place with Adam and cross-entropy; the defaults are those of HandsOff's code at batch size 8.
 
+    Soft labels are class probabilities; a pixel whose probabilities do not sum to 1 is unlabelled.
+
     Args:
         model: images [B, 3, H, W] => logits [B, K, H, W].
-        batches: pairs of images float32 [B, 3, H, W] in [0, 1] and labels int64 [B, H, W]; iterated again if they end
-            before `steps`. Batches smaller than the first one are dropped, because they disturb BatchNorm.
+        batches: pairs of images float32 [B, 3, H, W] in [0, 1] and labels, int64 [B, H, W] or soft ones, float32
+            [B, K, H, W]; iterated again if they end before `steps`. Batches smaller than the first one are dropped,
+            because they disturb BatchNorm.
         steps: optimizer steps.
         lr: highest learning rate.
         schedule: "constant", or "cosine", which falls to zero at the end.
@@ -121,8 +126,14 @@ def _loss(
     # Channels-last logits have the classes last in memory. On a CPU a softmax over them takes half the time of a
     # strided one.
     logits_PK = logits_BKHW.float().movedim(1, -1).flatten(0, 2)
-    total = F.cross_entropy(logits_PK, labels.flatten(), ignore_index=ignore_index, reduction="sum")
-    return total / (labels != ignore_index).sum().clamp(min=1)  # 0 instead of NaN if no pixel is labelled
+    if labels.is_floating_point():
+        target_PK = labels.movedim(1, -1).flatten(0, 2)
+        counted_P = (target_PK.sum(dim=1) - 1).abs() < SUM_TOLERANCE
+        total = F.cross_entropy(logits_PK, target_PK * counted_P[:, None], reduction="sum")
+    else:
+        counted_P = labels.flatten() != ignore_index
+        total = F.cross_entropy(logits_PK, labels.flatten(), ignore_index=ignore_index, reduction="sum")
+    return total / counted_P.sum().clamp(min=1)  # 0 instead of NaN if no pixel is labelled
 
 
 def _rate(steps: int, schedule: str, warmup: int) -> Callable[[int], float]:

@@ -5,7 +5,8 @@
     checkpoint = calibrate(checkpoint)                                 # image scores, from which a filter starts
 
 `from_files` composes them for images and masks on disk. Where there are no labelled images, samples of the generator
-can be annotated (`write_samples`). Nothing here is needed once the checkpoint is written.
+can be annotated (`write_samples`); beside labelled images, a segmentation network can label samples (`Teacher`).
+Nothing here is needed once the checkpoint is written.
 """
 
 from handsoff_stream.fitting.annotation.sample import write_samples
@@ -20,6 +21,8 @@ from handsoff_stream.fitting.inversion.descent import Inversion, InversionSettin
 from handsoff_stream.fitting.inversion.latents import FoundLatents, LatentSpace, invert, read_latent
 from handsoff_stream.fitting.inversion.perceptual import Perceptual, load_perceptual
 from handsoff_stream.fitting.inversion.store import invert_images
+from handsoff_stream.fitting.labelled_samples import LabelledSamples, SampleSettings, label_samples
+from handsoff_stream.fitting.teacher import Teacher, TeacherSettings, mean_probabilities, train_teacher
 
 __all__ = [
     "AugmentationSettings",
@@ -30,8 +33,12 @@ __all__ = [
     "FoundLatents",
     "Inversion",
     "InversionSettings",
+    "LabelledSamples",
     "LatentSpace",
     "Perceptual",
+    "SampleSettings",
+    "Teacher",
+    "TeacherSettings",
     "calibrate",
     "encode_images",
     "fit_checkpoint",
@@ -39,10 +46,13 @@ __all__ = [
     "invert",
     "invert_batch",
     "invert_images",
+    "label_samples",
     "load_perceptual",
     "load_restyle",
+    "mean_probabilities",
     "read_latent",
     "train_encoder",
+    "train_teacher",
     "with_augmentations",
     "write_samples",
 ]

@@ -23,6 +23,7 @@ from handsoff_stream.checkpoint import Checkpoint, Head
 from handsoff_stream.files.budget import MAX_MEMBERS, MAX_WIDTH
 from handsoff_stream.fitting.feature_table import FeatureTable
 from handsoff_stream.fitting.inversion.latents import FoundLatents
+from handsoff_stream.fitting.labelled_samples import LabelledSamples
 from handsoff_stream.fitting.pixel_sampler import PixelSampler
 from handsoff_stream.generators import Generator
 from handsoff_stream.label_generator import LabelGenerator
@@ -118,6 +119,7 @@ def fit_checkpoint(
     memory_gb: float | None = None,
     cache_dir: str | Path | None = None,
     about: Mapping[str, Any] | None = None,
+    samples: LabelledSamples | None = None,
     progress: bool = False,
 ) -> Checkpoint:
     """Fit a label generator, and put it into a checkpoint with one head, which `calibrate` completes.
@@ -131,6 +133,7 @@ def fit_checkpoint(
         memory_gb: for the features of the images; see `FeatureTable.collect`.
         cache_dir: for features that do not fit; see `FeatureTable.collect`.
         about: JSON-able; what the caller knows of the images and labels, for the checkpoint's provenance.
+        samples: samples of the generator to learn from as well; see `label_samples`.
         progress: show a bar.
 
     Raises:
@@ -138,8 +141,15 @@ def fit_checkpoint(
     """
     settings = settings or FitSettings()
     size = (targets.shape[1], targets.shape[2])
-    table = FeatureTable.collect(generator, latents.w_plus, size, memory_gb=memory_gb, cache_dir=cache_dir)
-    label_generator, report = fit_label_generator(table, targets, task, settings, progress=progress)
+    w_plus, labelled_share, num_samples = latents.w_plus, 1.0, 0
+    if samples is not None:
+        w_plus, targets = torch.cat([w_plus, samples.w_plus]), torch.cat([targets, samples.targets])
+        labelled_share, num_samples = samples.labelled_share, len(samples.w_plus)
+        about = {**(about or {}), "samples": samples.provenance}
+    table = FeatureTable.collect(generator, w_plus, size, memory_gb=memory_gb, cache_dir=cache_dir)
+    label_generator, report = fit_label_generator(
+        table, targets, task, settings, num_samples=num_samples, labelled_share=labelled_share, progress=progress
+    )
     provenance = {
         **(about or {}),
         "images": list(latents.names),
@@ -157,6 +167,8 @@ def fit_label_generator(
     task: Task,
     settings: FitSettings | None = None,
     *,
+    num_samples: int = 0,
+    labelled_share: float = 1.0,
     progress: bool = False,
 ) -> tuple[LabelGenerator, FitReport]:
     """Fit all members at once, on the device of the table.
@@ -167,6 +179,8 @@ def fit_label_generator(
             int64 id outside [0, num_outputs) means unlabelled.
         task: gives the loss. The sum over members is minimized by Adam, so that members stay independent.
         settings: how to fit. The seed decides everything.
+        num_samples: how many of the images, at the end, are samples labelled by a network; see `PixelSampler`.
+        labelled_share: share of the drawn pixels that come from the other images; see `PixelSampler`.
         progress: show a bar.
 
     Returns:
@@ -184,7 +198,7 @@ def fit_label_generator(
             "numbers per pixel"
         )
     started = time.perf_counter()
-    sampler = _sampler(targets, task, settings)
+    sampler = _sampler(targets, task, settings, num_samples, labelled_share)
     label_generator = LabelGenerator(
         table.feature_channels,
         settings.hidden,
@@ -202,7 +216,9 @@ def fit_label_generator(
     )
 
 
-def _sampler(targets: Tensor, task: Task, settings: FitSettings) -> PixelSampler:
+def _sampler(
+    targets: Tensor, task: Task, settings: FitSettings, num_samples: int, labelled_share: float
+) -> PixelSampler:
     """Which pixels are drawn and held out; some must be, if `patience` is to measure a loss on them."""
     sampler = PixelSampler(
         targets,
@@ -212,6 +228,8 @@ def _sampler(targets: Tensor, task: Task, settings: FitSettings) -> PixelSampler
         batch_size=settings.batch_size,
         held_out=settings.held_out,
         seed=settings.seed,
+        num_samples=num_samples,
+        labelled_share=labelled_share,
     )
     if settings.patience is not None and len(sampler.held_out) == 0:
         raise ValueError(

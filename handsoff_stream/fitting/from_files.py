@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from handsoff_stream.checkpoint import (
+    DEFAULT_TRUNCATION,
     Checkpoint,
     import_generator,
     load_checkpoint,
@@ -39,8 +40,10 @@ from handsoff_stream.fitting.inversion.perceptual import load_perceptual
 from handsoff_stream.fitting.inversion.store import invert_images
 from handsoff_stream.fitting.invertibility import LostPixels, check_factor, leave_out_lost
 from handsoff_stream.fitting.labelled_files import LabelledFiles, examples
+from handsoff_stream.fitting.labelled_samples import LabelledSamples
 from handsoff_stream.fitting.presets import hidden_widths
 from handsoff_stream.fitting.published import read_label_generator
+from handsoff_stream.fitting.teacher import Teacher
 from handsoff_stream.generators import Generator, load_generator
 from handsoff_stream.geometry import Rectangle
 from handsoff_stream.tasks import Segmentation
@@ -88,6 +91,8 @@ class FitOptions:
     """Domain whose published hidden widths replace those of `fit`; see `presets`."""
     augmentation: AugmentationSettings | None = None
     """Augmentations of the images, inverted and learned from as well; None for none."""
+    teacher: Teacher | None = None
+    """Labels samples of the generator, which are learned from beside the labelled images; None for no samples."""
     invertibility: float | None = None
     """Pixels whose inversion differs from the image by more than so many medians are not learned from, see the module
     `invertibility`; None: all are. Images with given latents are not affected."""
@@ -145,8 +150,7 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
     device = usable_device(options.device)
     source = resolve(generator)
     folder = options.latents_folder or out.with_suffix(".latents")
-    inputs = [source, files.images, options.inversion.encoder, files.given_latents]
-    check_file(out, inputs=[path for path in inputs if path is not None], needed=2 * source.stat().st_size)
+    check_file(out, inputs=_inputs(source, files, options), needed=2 * source.stat().st_size)
     check_folder(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     network = load_generator(source)
@@ -156,6 +160,8 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
     encode = options.inversion.encode(network)
     settings = _fit_settings(options, num_images=len(labelled))
     distance = None if len(given) == len(images) else load_perceptual(options.inversion.net)
+    if options.teacher is not None:
+        options.teacher.check(files.class_map.num_classes, (masks.shape[1], masks.shape[2]))
 
     latents = invert(
         network.to(device),
@@ -179,6 +185,7 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
         memory_gb=options.memory_gb,
         cache_dir=out.parent,
         about=_about(files, labelled, options, lost, latents_given=bool(given)),
+        samples=None if options.teacher is None else _taught(options.teacher, network, labelled),
         progress=True,
     )
     part = _part_to_stream(source, labelled)
@@ -186,6 +193,27 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
     save_calibrated(checkpoint, out, device, options.calibration_samples, half=options.half)
     unseen = [name for name, pixels in zip(names, labelled.pixels_per_class, strict=True) if pixels == 0]
     return FitSummary(checkpoint.provenance["fit"]["accuracy"], unseen, latents.provenance.get("perceptual"), lost)
+
+
+def _inputs(source: Path, files: LabelledFiles, options: FitOptions) -> list[Path]:
+    """The files that a fit reads; a network of the user's own may be a function instead."""
+    network = None if options.teacher is None else options.teacher.network
+    paths = source, files.images, options.inversion.encoder, files.given_latents, network
+    return [path for path in paths if isinstance(path, Path)]
+
+
+def _taught(teacher: Teacher, generator: Generator, labelled: LabelledImages) -> LabelledSamples:
+    """Samples with the labels of a teacher, which learns the labelled images without their augmentations."""
+    images, masks = zip(*((image, mask) for _, image, mask in labelled), strict=True)
+    return teacher.label(
+        generator,
+        images,
+        torch.stack(masks),
+        labelled.class_map.class_names,
+        truncation=DEFAULT_TRUNCATION,
+        covered=labelled.covered,
+        progress=True,
+    )
 
 
 def _fit_settings(options: FitOptions, *, num_images: int) -> FitSettings:

@@ -1,4 +1,4 @@
-"""Labels and divergence of whole images in one CUDA kernel, for ensembles that vote (segmentation).
+"""Labels, divergence and mean probabilities of whole images in one CUDA kernel, for ensembles that vote (segmentation).
 
 The results are those of `FoldedLabelGenerator.tiles` followed by majority vote and Jensen-Shannon divergence. One
 program of the kernel labels a tile of 128 pixels: it holds the features and interpolation weights of the tile, computes
@@ -100,6 +100,7 @@ def _label_head(
     bias3_MK,
     labels,
     divergences,
+    probabilities,
     height,
     width,
     full_height,
@@ -112,6 +113,8 @@ def _label_head(
     H1: tl.constexpr,
     H2: tl.constexpr,
     K: tl.constexpr,
+    CLASSES: tl.constexpr,
+    SOFT: tl.constexpr,
     C0: tl.constexpr,
     C1: tl.constexpr,
     N: tl.constexpr,
@@ -165,6 +168,10 @@ def _label_head(
     out = (image * height + y) * width + x
     tl.store(labels + out, tl.argmax(votes, 1, tie_break_left=True).to(tl.int64), mask=inside)
     tl.store(divergences + out, _relu(divergence), mask=inside)
+    if SOFT:
+        plane = (image * CLASSES + k[None, :]) * height + y[:, None]
+        there = inside[:, None] & (k < CLASSES)[None, :]
+        tl.store(probabilities + plane * width + x[:, None], mean.to(tl.float16), mask=there)
 
 
 def unsupported(folded: FoldedLabelGenerator, pyramid: FeaturePyramid, size: Size) -> str | None:
@@ -203,18 +210,19 @@ class FusedLabelHead:
         folded: the label generator, in float16 or float32.
         example: a pyramid of the geometry; its values are not read, so it may be on the meta device.
         size: (H, W) of the labels.
+        soft: whether to give the mean probabilities, too.
 
     Raises:
         ValueError: the kernel cannot label this geometry (see `unsupported`), or the pyramid is of another generator.
     """
 
-    def __init__(self, folded: FoldedLabelGenerator, example: FeaturePyramid, size: Size) -> None:
+    def __init__(self, folded: FoldedLabelGenerator, example: FeaturePyramid, size: Size, soft: bool = False) -> None:
         folded.check(example)
         self._geometry = _geometry(example)
         problem = unsupported(folded, example, size)
         if problem is not None:
             raise ValueError(f'the fused kernel cannot label this: {problem}; use kernel="auto" or kernel="torch"')
-        self.folded, self.size = folded, size
+        self.folded, self.size, self._soft = folded, size, soft
         self._rows, self._columns = _grids(example, size)
         self._projected, self._resized = folded.map_groups(example, (self._rows.full, self._columns.full))
         self._weights = _weights(folded, self._resized)
@@ -223,8 +231,9 @@ class FusedLabelHead:
         self._images_at_once = max(1, TABLE_BYTES // image_bytes)
 
     @torch.no_grad()
-    def __call__(self, pyramid: FeaturePyramid) -> tuple[Tensor, Tensor]:
-        """Majority vote, int64 [B, H, W], and Jensen-Shannon divergence, float32 [B, H, W] in nats, of B images.
+    def __call__(self, pyramid: FeaturePyramid) -> tuple[Tensor, ...]:
+        """Majority vote, int64 [B, H, W], and Jensen-Shannon divergence, float32 [B, H, W] in nats, of B images; if
+        `soft`, also the mean of the members' class probabilities, float16 [B, K, H, W].
 
         Raises:
             ValueError: the pyramid has another geometry than the example.
@@ -234,14 +243,16 @@ class FusedLabelHead:
                 f"got maps and crop {_geometry(pyramid)}, but the kernel was prepared for {self._geometry}; prepare "
                 "another"
             )
-        labels = torch.empty(pyramid.batch_size, *self.size, dtype=torch.int64, device=pyramid.device)
-        divergences = torch.empty(pyramid.batch_size, *self.size, device=pyramid.device)
-        for images in split(pyramid.batch_size, self._images_at_once):
-            some = replace(pyramid, maps=tuple(m[images] for m in pyramid.maps))
-            self._launch(some, labels[images], divergences[images])
-        return labels, divergences
+        images, classes, device = pyramid.batch_size, self.folded.weight3_MOK.shape[2], pyramid.device
+        labels = torch.empty(images, *self.size, dtype=torch.int64, device=device)
+        divergences = torch.empty(images, *self.size, device=device)
+        probabilities = torch.empty(images, classes * self._soft, *self.size, dtype=torch.float16, device=device)
+        for some in split(images, self._images_at_once):
+            part = replace(pyramid, maps=tuple(m[some] for m in pyramid.maps))
+            self._launch(part, labels[some], divergences[some], probabilities[some])
+        return (labels, divergences, probabilities) if self._soft else (labels, divergences)
 
-    def _launch(self, pyramid: FeaturePyramid, labels_BHW: Tensor, divergences_BHW: Tensor) -> None:
+    def _launch(self, pyramid: FeaturePyramid, *written: Tensor) -> None:
         folded, weights, rows, columns = self.folded, self._weights, self._rows, self._columns
         table = ProjectedRows(pyramid, self._projected, folded.weight1_CD, folded.base_hwD, rows, columns, whole=True)
         table_RD, slots_5N = table.finish(), _padded_slots(table)
@@ -251,12 +262,14 @@ class FusedLabelHead:
         with launching_on(pyramid.device):
             _label_head[(rows.tiles * columns.tiles, pyramid.batch_size)](
                 *(table_RD, features_PC, weights.weight1_CD, slots_5N, weights.weight2_DO, weights.bias2_MO),
-                *(weights.weight3_OK, weights.bias3_MK, labels_BHW, divergences_BHW),
+                *(weights.weight3_OK, weights.bias3_MK, *written),
                 *(*self.size, rows.full, columns.full, rows.start, columns.start, columns.tiles, pyramid.batch_size),
                 M=members,
                 H1=inner,
                 H2=hidden,
                 K=weights.bias3_MK.shape[1],
+                CLASSES=folded.weight3_MOK.shape[2],
+                SOFT=self._soft,
                 C0=weights.channels[0],
                 C1=weights.channels[1],
                 N=slots_5N.shape[1],

@@ -47,7 +47,10 @@ class StreamMeter:
         labels = batch.labels if isinstance(batch.labels, dict) else {ONLY_HEAD: batch.labels}
         for head, names in self._names.items():
             if names:
-                pixels = torch.stack([(labels[head] == one).sum() for one in range(len(names))])
+                label = labels[head]
+                soft = label.is_floating_point()  # class probabilities, whose sum is a number of pixels
+                counts = [label[:, one].sum() if soft else (label == one).sum() for one in range(len(names))]
+                pixels = torch.stack(counts)
                 self._pixels[head] = self._pixels.get(head, 0) + pixels
 
     def values(self) -> dict[str, float]:

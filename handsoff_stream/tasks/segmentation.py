@@ -14,7 +14,7 @@ from torch import Tensor
 
 from handsoff_stream.class_ids import IGNORE_INDEX, Color
 from handsoff_stream.tasks.base import Task
-from handsoff_stream.uncertainty import jensen_shannon_divergence, majority_vote
+from handsoff_stream.uncertainty import jensen_shannon_divergence, majority_vote, mean_probabilities
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,10 @@ class Segmentation(Task):
     def decide(self, outputs_MPK: Tensor) -> Tensor:
         """Majority vote of the members, int64 [P]; ties go to the smallest id."""
         return majority_vote(outputs_MPK.argmax(dim=-1), self.num_classes)
+
+    def probabilities(self, outputs_MPK: Tensor) -> Tensor:
+        """Mean of the members' class distributions, float32 [P, K]: a soft label."""
+        return mean_probabilities(outputs_MPK)
 
     def disagreement(self, outputs_MPK: Tensor) -> Tensor:
         """Jensen-Shannon divergence of the members, float32 [P], in nats."""

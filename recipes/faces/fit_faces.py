@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from handsoff_stream import load_checkpoint
+from handsoff_stream.checkpoint import DEFAULT_TRUNCATION
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES, PALETTE
 from handsoff_stream.datasets.rendered_faces.labelled import labelled_faces
 from handsoff_stream.fitting import (
@@ -25,6 +26,9 @@ from handsoff_stream.fitting import (
     FitSettings,
     InversionSettings,
     Perceptual,
+    SampleSettings,
+    Teacher,
+    TeacherSettings,
     fit_checkpoint,
     invert,
     with_augmentations,
@@ -86,6 +90,9 @@ def main() -> None:
     parser.add_argument(
         "--augmentations", type=int, default=0, help="augmentations per image; more of those with glasses or hat"
     )
+    parser.add_argument("--taught-samples", type=int, default=0, help="samples that a teacher labels; see `Teacher`")
+    parser.add_argument("--teacher-steps", type=int, default=TeacherSettings().steps)
+    parser.add_argument("--teacher-confidence", type=float, default=SampleSettings().confidence)
     parser.add_argument("--hidden", type=int, nargs=2, default=(128, 32))
     parser.add_argument("--epochs", type=int, default=FitSettings().epochs)
     parser.add_argument("--calibration-samples", type=int, default=2000)
@@ -122,9 +129,18 @@ def main() -> None:
     }
     if args.augmentations:
         about["augmentation"] = augmentation.config()
+    samples = None
+    if args.taught_samples:
+        ensemble = TeacherSettings(steps=args.teacher_steps)
+        which = SampleSettings(samples=args.taught_samples, confidence=args.teacher_confidence)
+        teacher = Teacher(samples=which, training=ensemble)
+        originals = [image for image, _ in pairs]
+        samples = teacher.label(
+            generator, originals, masks[: len(pairs)], CLASS_NAMES, truncation=DEFAULT_TRUNCATION, progress=True
+        )
     settings = FitSettings(hidden=(args.hidden[0], args.hidden[1]), epochs=args.epochs)
     task = Segmentation(CLASS_NAMES, PALETTE)
-    checkpoint = fit_checkpoint(generator, latents, masks, task, settings, about=about, progress=True)
+    checkpoint = fit_checkpoint(generator, latents, masks, task, settings, about=about, samples=samples, progress=True)
     save_calibrated(checkpoint, args.out, torch.device(args.device), args.calibration_samples, half=True)
     provenance = checkpoint.provenance
     accuracy, psnr = provenance["fit"]["accuracy"], provenance["inversion"]["psnr"]

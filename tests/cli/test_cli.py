@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from handsoff_stream.checkpoint import load_checkpoint, save_checkpoint
 from handsoff_stream.cli import app
 from handsoff_stream.datasets.rendered_faces import RenderedFaces
+from handsoff_stream.downstream import build_deeplab
 from handsoff_stream.geometry import Rectangle
 from handsoff_stream.synthesizer import quantize
 
@@ -119,6 +120,32 @@ def test_fit_goes_from_folders_to_a_checkpoint_that_streams(labelled, tmp_path):
     assert len(fitted.calibration.scores["top10_mean"]) == 2000
     assert len(list((tmp_path / "mine.latents").iterdir())) == 4
     assert set(fitted.provenance["sources"]) >= {"images/0.png", "masks/0.png", "masks/3.png"}
+
+
+@pytest.mark.filterwarnings("ignore:LPIPS has no trained backbone")
+def test_fit_with_a_teacher_learns_from_samples_too_and_the_checkpoint_says_so(labelled, tmp_path):
+    out, options = tmp_path / "taught.safetensors", ("--teacher-samples", 3, "--teacher-confidence", 0.05)
+    common = fit_arguments(labelled, out, **{"calibration-samples": 20})
+    code, _ = run(*common, "--teacher", *options, "--teacher-members", 1, "--teacher-steps", 2)
+    assert code == 0
+    told = load_checkpoint(out).provenance["samples"]
+    assert (told["samples"], told["confidence"]) == (3, 0.05) and told["teacher"]["steps"] == 2
+    assert sum(told["pixels_per_class"]) > 0
+    torch.save(build_deeplab(3, backbone="resnet18").state_dict(), tmp_path / "network.pt")
+    assert run(*common, "--teacher-network", tmp_path / "network.pt", *options)[0] == 0
+    assert list(load_checkpoint(out).provenance["samples"]["teacher"]) == ["network.pt"]
+
+
+def test_options_of_a_teacher_without_one_and_a_network_of_other_classes_are_refused(labelled, tmp_path):
+    common = fit_arguments(labelled, tmp_path / "x.safetensors")
+    code, text = run(*common, "--teacher-steps", 5)
+    assert code == 2 and "--teacher-steps belongs to a teacher; pass --teacher too" in text
+    torch.save(build_deeplab(5, backbone="resnet18").state_dict(), tmp_path / "network.pt")
+    code, text = run(*common, "--teacher-network", tmp_path / "network.pt")
+    assert code == 2 and "for 3 classes; pass a file that" in text
+    code, text = run(*common, "--teacher-network", tmp_path / "network.pt", "--teacher-members", 2)
+    assert code == 2 and "leave out --teacher-members" in text
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 @pytest.mark.filterwarnings("ignore:LPIPS has no trained backbone")

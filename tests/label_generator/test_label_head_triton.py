@@ -32,11 +32,11 @@ CASES: dict[str, tuple[Any, ...]] = {
 
 
 def compare(name: str, constant: bool, dtype: torch.dtype) -> dict[str, float]:
-    """Share of changed labels and largest change of the divergence; runs where Triton interprets."""
+    """Share of changed labels, largest change of divergence and probabilities; runs where Triton interprets."""
     from test_label_generator import random_pyramid, randomized
 
     from handsoff_stream.label_generator.triton_head import FusedLabelHead
-    from handsoff_stream.uncertainty import jensen_shannon_divergence, majority_vote
+    from handsoff_stream.uncertainty import jensen_shannon_divergence, majority_vote, mean_probabilities
 
     shapes, size, hidden, classes, members, images, crop = CASES[name]
     pyramid = random_pyramid(shapes, images)
@@ -46,11 +46,15 @@ def compare(name: str, constant: bool, dtype: torch.dtype) -> dict[str, float]:
     pyramid = pyramid.crop(*crop) if crop else pyramid
     label_generator = randomized(pyramid.channels, hidden=hidden, num_outputs=classes, members=members)
     folded = label_generator.fold(constant_map=first if constant else None, dtype=dtype)
-    labels, divergences = FusedLabelHead(folded, pyramid, size)(pyramid)
+    labels, divergences, probabilities = FusedLabelHead(folded, pyramid, size, soft=True)(pyramid)
+    for written, alone in zip((labels, divergences), FusedLabelHead(folded, pyramid, size)(pyramid), strict=True):
+        assert torch.equal(written, alone)
     outputs_MPK = label_generator.reference(pyramid, size).permute(0, 1, 3, 4, 2).flatten(1, 3)
     wanted = majority_vote(outputs_MPK.argmax(-1), classes).view(labels.shape)
     error = (jensen_shannon_divergence(outputs_MPK).view(divergences.shape) - divergences).abs().max()
-    return {"changed": float((labels != wanted).float().mean()), "divergence": float(error)}
+    soft = mean_probabilities(outputs_MPK).unflatten(0, labels.shape).movedim(-1, 1)
+    changed, moved = (labels != wanted).float().mean(), (soft - probabilities).abs().max()
+    return {"changed": float(changed), "divergence": float(error), "probabilities": float(moved)}
 
 
 def divergences_of_nan() -> list[bool]:
@@ -90,6 +94,12 @@ def streamed() -> dict[str, Any]:
     kernels, plain = (
         Synthesizer(checkpoint, SynthesisOptions(kernel=kernel), torch.device("cpu")) for kernel in ("triton", "torch")
     )
+    soft, plain_soft = (
+        Synthesizer(checkpoint, SynthesisOptions(kernel=kernel, labels="soft"), torch.device("cpu"))
+        for kernel in ("triton", "torch")
+    )
+    one, other = soft(range(3)), plain_soft(range(3))
+    moved = [float((one.labels[name] - other.labels[name]).abs().max()) for name in ("parts", "others")]
     errors = []
     for indices in (range(3), range(3, 5)):
         one, other = kernels(indices), plain(indices)
@@ -103,6 +113,7 @@ def streamed() -> dict[str, Any]:
         refused = str(error)
     return {
         "errors": errors,
+        "probabilities": moved,
         "refused": refused,
         "kernels": list(kernels.labeller.kernels),
     }
@@ -177,12 +188,14 @@ def results() -> dict[str, Any]:
 def test_in_float32_the_kernel_equals_the_reference(results: dict[str, Any], name: str) -> None:
     assert results[f"{name} float32"]["changed"] == 0
     assert results[f"{name} float32"]["divergence"] < 1e-5
+    assert results[f"{name} float32"]["probabilities"] < 2**-11  # half a level of float16 below 1
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_in_float16_the_kernel_moves_near_ties_only(results: dict[str, Any], name: str) -> None:
     assert results[f"{name} float16"]["changed"] < 0.01
     assert results[f"{name} float16"]["divergence"] < 1e-3
+    assert results[f"{name} float16"]["probabilities"] < 0.02
 
 
 def reasons() -> list[str | None]:
@@ -214,6 +227,7 @@ def test_what_does_not_fit_on_the_chip_is_refused_with_the_reason(results: dict[
 def test_a_synthesizer_gives_the_heads_that_vote_to_the_kernel(results: dict[str, Any]) -> None:
     assert results["streamed"]["kernels"] == ["parts", "others"]
     assert all(error < 1e-5 for error in results["streamed"]["errors"])
+    assert all(moved < 1e-3 for moved in results["streamed"]["probabilities"])  # a level of float16
     assert "prepare another" in results["streamed"]["refused"]
 
 

@@ -60,11 +60,18 @@ def test_a_run_becomes_a_checkpoint_that_streams_and_tells_its_history(run, tmp_
         1,
         "--calibration-samples",
         8,
+        "--taught-samples",
+        2,
+        "--teacher-steps",
+        1,
+        "--teacher-confidence",
+        0.05,
     )
     assert f"wrote {out}; inversions" in text
     provenance = load_checkpoint(out).provenance
     assert provenance["perceptual"].startswith("pixels and discriminator features")
     assert provenance["augmentation"]["per_image"] == 1
+    assert (provenance["samples"]["samples"], provenance["samples"]["teacher"]["steps"]) == (2, 1)
     assert provenance["images"][:3] == ["train-00", "train-01", "train-02"]
     assert sum(".augmented-" in name for name in provenance["images"]) == len(provenance["images"]) - 3 >= 3
     assert provenance["inversion"]["radius"] is None

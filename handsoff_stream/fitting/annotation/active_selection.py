@@ -22,7 +22,6 @@ from handsoff_stream.device import default_chunk_size
 from handsoff_stream.features import FeaturePyramid
 from handsoff_stream.progress import progress_bar
 from handsoff_stream.synthesizer import Synthesizer, in_chunks
-from handsoff_stream.uncertainty import image_score
 
 DROPPED_PERCENT = 10
 """k of DatasetGAN: the most uncertain samples, where the generator failed."""
@@ -133,7 +132,7 @@ def _scores(synthesizer: Synthesizer, candidates: int, chunk_size: int, progress
     scores: list[Tensor] = []
     with progress_bar("Scoring", candidates, show=progress) as update:
         for start in range(0, candidates, chunk_size):
-            _, uncertainty_BHW = synthesizer.label(head, synthesizer.generate(range(start, start + chunk_size))[1])
-            scores.append(image_score(uncertainty_BHW, synthesizer.options.score).cpu())
+            label, uncertainty_BHW = synthesizer.label(head, synthesizer.generate(range(start, start + chunk_size))[1])
+            scores.append(synthesizer.score(head, label, uncertainty_BHW).cpu())
             update(min(start + chunk_size, candidates), "")
     return torch.cat(scores)[:candidates]

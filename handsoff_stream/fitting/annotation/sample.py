@@ -108,11 +108,12 @@ def regenerate(generator: Generator, seed: int, index: int, truncation: float) -
     Computed in its chunk of the stream, and so bit for bit what the stream labels.
     """
     ((chunk, (row,), _),) = in_chunks([index], default_chunk_size(generator.w_avg.device))
-    w_plus_BLD, images_B3HW = _chunk(generator, seed, chunk, truncation)
+    w_plus_BLD, images_B3HW = generate_chunk(generator, seed, chunk, truncation)
     return w_plus_BLD[row].contiguous(), images_B3HW[row]
 
 
-def _chunk(generator: Generator, seed: int, chunk: range, truncation: float) -> tuple[Tensor, Tensor]:
+def generate_chunk(generator: Generator, seed: int, chunk: range, truncation: float) -> tuple[Tensor, Tensor]:
+    """The samples of one chunk of a stream, on the generator's device: w+ and images, batched as in `regenerate`."""
     with torch.no_grad(), isolated():
         w_BD = generator.mapping(latents(seed, chunk, generator.z_dim).to(generator.w_avg.device))
         w_plus_BLD = generator.truncate(w_BD, truncation)
