@@ -68,9 +68,8 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
     forked process begins where the stream was set to begin. The rank is looked up where the stream is iterated or
     pickled, and travels into workers.
 
-    On a CPU the bits also depend on the number of intra-op threads, because products may be summed in another order:
-    with "faces" one and two threads agree, three and more move the last bits of some scores. DataLoader workers keep
-    the one thread that PyTorch gives them, so any number of workers agrees.
+    On a CPU the last bits also depend on the number of intra-op threads, which may sum in another order (with "faces"
+    one and two agree). DataLoader workers keep the one thread that PyTorch gives them.
 
     Args:
         checkpoint: name of a checkpoint that ships ("faces"), path of a `.safetensors`, or a loaded `Checkpoint`.
@@ -94,8 +93,7 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
             compares each class with its usual uncertainty.
         labels: of segmentation, "hard" class ids, or "soft" class probabilities float32 [K, H, W].
         ignore: "none", or "class-relative": pixels above `ignore_factor` times their class's mean uncertainty have no
-            label (id 255, or probabilities that are all zero).
-        ignore_factor: 1.25 is FreeMask's.
+            label (id 255, or probabilities that are all zero); a factor of 1.25 is FreeMask's.
         precision: of images and labels, "exact" (float32) or "fast" (16-bit products: float16 on CUDA, bfloat16 on a
             CPU that has it); None means "fast" on CUDA, else "exact".
         kernel: of labels, "triton" (one fused CUDA kernel), "torch", or "auto".
@@ -104,8 +102,7 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
         shard: this process's part; None asks torch.distributed or the launcher's environment.
         on_bad_sample: what to do about a sample whose uncertainty is not finite: "raise", or "skip" and count it.
         verify: compare all weights with the checkpoint's fingerprint when they are loaded, not 4096 of each tensor.
-        graphs: replay CUDA graphs instead of launching kernels one by one; changes no sample. It has not been tried on
-            a GPU yet.
+        graphs: replay CUDA graphs instead of launching kernels one by one; changes no sample, untried on a GPU so far.
         synthesize: indices => `LabelledBatch` on `device`, instead of the checkpoint's own networks: for tests, and for
             synthesis that runs elsewhere. It must be a pure function of the indices, and picklable if workers spawn.
 
@@ -225,13 +222,9 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
                 "every rank walk all of them"
             )
         part = self._dealing.part(state, rank, worker)
+        shard = rank if worker is None else rank.split(worker.index, worker.count)
         walk = Walk(
-            self._filter,
-            rank if worker is None else rank.split(worker.index, worker.count),
-            self.chunk_size,
-            indices=indices,
-            left=part.left,
-            on_bad_sample=self._on_bad_sample,
+            self._filter, shard, self.chunk_size, indices=indices, left=part.left, on_bad_sample=self._on_bad_sample
         )
         if state is not None and state["walk"] is not None:
             saved = Shard(*state["shard"] or (0, 1))
@@ -309,8 +302,6 @@ class HandsOffStream(Resumable, IterableDataset[T_co], Generic[T_co]):
             **self.options.config(),
             **({} if self.assembly.companions is None else self.assembly.companions.identity()),
         }
-
-    # Construction on first use ---------------------------------------------------------------------------------
 
     @property
     def _dealing(self) -> Dealing:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from handsoff_stream.checkpoint import (
-    DEFAULT_TRUNCATION,
     Checkpoint,
     import_generator,
     load_checkpoint,
@@ -40,7 +39,6 @@ from handsoff_stream.fitting.inversion.perceptual import load_perceptual
 from handsoff_stream.fitting.inversion.store import invert_images
 from handsoff_stream.fitting.invertibility import LostPixels, check_factor, leave_out_lost
 from handsoff_stream.fitting.labelled_files import LabelledFiles, examples
-from handsoff_stream.fitting.labelled_samples import LabelledSamples
 from handsoff_stream.fitting.presets import hidden_widths
 from handsoff_stream.fitting.published import read_label_generator
 from handsoff_stream.fitting.teacher import Teacher
@@ -185,7 +183,7 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
         memory_gb=options.memory_gb,
         cache_dir=out.parent,
         about=_about(files, labelled, options, lost, latents_given=bool(given)),
-        samples=None if options.teacher is None else _taught(options.teacher, network, labelled),
+        samples=None if options.teacher is None else options.teacher.label_for(network, labelled),
         progress=True,
     )
     part = _part_to_stream(source, labelled)
@@ -200,20 +198,6 @@ def _inputs(source: Path, files: LabelledFiles, options: FitOptions) -> list[Pat
     network = None if options.teacher is None else options.teacher.network
     paths = source, files.images, options.inversion.encoder, files.given_latents, network
     return [path for path in paths if isinstance(path, Path)]
-
-
-def _taught(teacher: Teacher, generator: Generator, labelled: LabelledImages) -> LabelledSamples:
-    """Samples with the labels of a teacher, which learns the labelled images without their augmentations."""
-    images, masks = zip(*((image, mask) for _, image, mask in labelled), strict=True)
-    return teacher.label(
-        generator,
-        images,
-        torch.stack(masks),
-        labelled.class_map.class_names,
-        truncation=DEFAULT_TRUNCATION,
-        covered=labelled.covered,
-        progress=True,
-    )
 
 
 def _fit_settings(options: FitOptions, *, num_images: int) -> FitSettings:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from handsoff_stream.checkpoint import DEFAULT_TRUNCATION
+from handsoff_stream.datasets.labelled_images import LabelledImages
 from handsoff_stream.fitting.labelled_samples import LabelledSamples, Predict, SampleSettings, at_size, label_samples
 from handsoff_stream.generators import Generator
 from handsoff_stream.geometry import Rectangle, Size
@@ -124,6 +126,23 @@ class Teacher:
             progress=progress,
         )
         return LabelledSamples(found.w_plus, found.targets, found.labelled_share, found.provenance | about)
+
+    def label_for(self, generator: Generator, labelled: LabelledImages) -> LabelledSamples:
+        """`label` from labelled images as they are, without augmentations, with the default truncation of a stream.
+
+        Raises:
+            ValueError: as `label_samples`.
+        """
+        images, masks = zip(*((image, mask) for _, image, mask in labelled), strict=True)
+        return self.label(
+            generator,
+            images,
+            torch.stack(masks),
+            labelled.class_map.class_names,
+            truncation=DEFAULT_TRUNCATION,
+            covered=labelled.covered,
+            progress=True,
+        )
 
     def _given(self, num_classes: int, device: torch.device) -> Predict:
         """The user's own network."""

@@ -1,18 +1,16 @@
 """Labels, divergence and mean probabilities of whole images in one CUDA kernel, for ensembles that vote (segmentation).
 
 The results are those of `FoldedLabelGenerator.tiles` followed by majority vote and Jensen-Shannon divergence. One
-program of the kernel labels a tile of 128 pixels: it holds the features and interpolation weights of the tile, computes
-the hidden units of one member after another in blocks, and keeps only sums, so no hidden layer is written to memory.
-Products take float16 (or float32) and accumulate in float32. Importing this module imports Triton.
+program of the kernel labels a tile of 128 pixels: it computes the hidden units of one member after another in blocks,
+and keeps only sums, so no hidden layer is written to memory. Products take float16 (or float32) and accumulate in
+float32. Kernel parameters are pointers and numbers, which have no types. Importing this module imports Triton.
 
 Knows tensors and the geometry of tiles. Does not know what the classes mean.
 
 Shape letters: B images, M members, P pixels, D hidden units of the first layer of all members, O units of the second
-layer, K outputs, N samples under a tile, C channels of features at output resolution, R rows of the table of projected
-rows.
+layer, K outputs, N samples under a tile, C channels of features at output resolution, R projected rows.
 """
 
-# A kernel is written in Triton's language; its parameters are pointers and numbers on the device, which have no types.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -33,8 +31,7 @@ from handsoff_stream.label_generator.rows import ProjectedRows, resized_rows, ta
 from handsoff_stream.label_generator.tiles import TILE_COLUMNS, TILE_ROWS, Grid, MapGroup, slots, split
 from handsoff_stream.label_generator.triton_device import launching_on, unsuitable
 
-TABLE_BYTES = 4 << 30
-"""Largest table of projected rows; images are processed in groups that fit, of at least one image."""
+TABLE_BYTES = 4 << 30  # largest table of projected rows; images are processed in groups that fit, of at least one
 
 # What fits on the chip beside the sums of a tile: samples under a tile, feature channels, hidden units, outputs.
 _MAX_SAMPLES, _MAX_CHANNELS, _MAX_HIDDEN2, _MAX_OUTPUTS = 128, 256, 128, 64
