@@ -35,8 +35,7 @@ TABLE_BYTES = 4 << 30  # largest table of projected rows; images are processed i
 
 # What fits on the chip beside the sums of a tile: samples under a tile, feature channels, hidden units, outputs.
 _MAX_SAMPLES, _MAX_CHANNELS, _MAX_HIDDEN2, _MAX_OUTPUTS = 128, 256, 128, 64
-_SMALLEST = 16  # smallest dimension of a product in Triton
-_DTYPES = (torch.float16, torch.float32)
+_SMALLEST, _DTYPES = 16, (torch.float16, torch.float32)  # smallest dimension, and types, of a product here
 
 
 @triton.jit
