@@ -100,28 +100,24 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
 
     checkpoint = load_checkpoint("faces")
-    size = checkpoint.size[0]
     preview_sheet(checkpoint, out / "preview.png", num=16, seed=seed, device=chosen)
     console.print(f"[bold]faces[/bold]: fitted on {NUM_LABELLED} labelled images; see {shown(out)}/preview.png")
 
     arms = arms_of(budget.backbone)
     demo = _Demo(checkpoint, budget, "transfer" in arms, seed, chosen, console)
-    test = RenderedFaces("test", num_images=test_images, size=size)
+    test = RenderedFaces("test", num_images=test_images, size=checkpoint.size[0])
     scores: dict[str, SegmentationScores] = {}
     records: dict[str, Any] = {}
     for arm in arms:
         scores[arm], records[arm] = demo.train_and_score(arm, test)
 
     console.print(comparison(scores, f"IoU on {test_images} held-out renders, %, after {budget.steps} steps"))
-    setting = {
-        "seed": seed, "device": str(chosen), "precision": fastest_precision(chosen), "imagenet": demo.pretrained
-    }  # fmt: skip
-    result: dict[str, Any] = {
-        "arms": records, "budget": vars(budget) | setting, "seconds": time.perf_counter() - started
-    }  # fmt: skip
+    setting = {"seed": seed, "device": str(chosen), "precision": fastest_precision(chosen), "imagenet": demo.pretrained}
+    seconds = time.perf_counter() - started
+    result: dict[str, Any] = {"arms": records, "budget": vars(budget) | setting, "seconds": seconds}
     write_file(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     console.print(
-        f"{result['seconds'] / 60:.1f} minutes; {shown(out)}/result.json holds all numbers of this run. One seed and "
+        f"{seconds / 60:.1f} minutes; {shown(out)}/result.json holds all numbers of this run. One seed and "
         "few steps; benchmarks/results/ has longer runs"
     )
     return result

@@ -3,8 +3,11 @@
     loader = DataLoader(mix(HandsOffStream("faces", batch_size=8), labelled, share=0.5), batch_size=None)
 
 In published results synthetic images alone teach less than real ones, and both together more; FreeMask (Yang et al.,
-NeurIPS 2023) takes about as many synthetic images as real ones. Knows streams and datasets. Does not know how samples
-are made, nor what is trained on them.
+NeurIPS 2023) takes about as many synthetic images as real ones. In a `LabelledBatch`, and with `as_dict=True`, image n
+of the labelled set has the index -1 - n and the uncertainty 0.
+
+A saved state holds the share and a fingerprint of the labelled images, and a mixture with others refuses it. Knows
+streams and datasets. Does not know how samples are made, nor what is trained on them.
 """
 
 import copy
@@ -40,10 +43,7 @@ def mix(
 
     Ranks, workers, `state_dict`, `set_epoch`, `take`, `skip` and `merge_states` are those of the stream, and
     `HandsOffLoader` takes a mixture, too. `epoch_size` counts samples of the stream, as before; `len` counts batches,
-    or without `batch_size` samples and labelled images. `mixture[i]` is `stream[i]`, without labelled images. A saved
-    state holds the share and a fingerprint of the labelled images, and a mixture with others refuses it.
-
-    In a `LabelledBatch`, and with `as_dict=True`, image n of the set has the index -1 - n and the uncertainty 0.
+    or without `batch_size` samples and labelled images. `mixture[i]` is `stream[i]`, without labelled images.
 
     Args:
         stream: what to begin with; it is left as it is. The mixture begins where it was set to begin.
@@ -61,18 +61,7 @@ def mix(
             of another size or range; a stream of soft labels; ids that are no class of the stream; a stream that is a
             mixture already. At most 64 images are checked at once, the others when they are needed.
     """
-    if not isinstance(stream, HandsOffStream):
-        raise TypeError(f"stream={type(stream).__name__} has no samples by index; pass a HandsOffStream")
-    if stream.assembly.companions is not None:
-        raise ValueError(
-            f"this stream has {stream.assembly.companions} already, and a second set would need a share of its own; "
-            "pass one set that holds all images, for instance torch.utils.data.ConcatDataset"
-        )
-    if stream.options.labels == "soft":
-        raise ValueError(
-            'labels="soft" are probabilities and labelled images have class ids, which make no batch together; build '
-            'the stream with labels="hard"'
-        )
+    _check_stream(stream)
     exact = _exact(share)
     names = stream.class_names
     companions = Companions(
@@ -88,6 +77,21 @@ def mix(
         mixture.batch_size = stream.batch_size - _rows(exact, stream.batch_size)
     mixture.assembly = replace(stream.assembly, companions=companions)
     return mixture
+
+
+def _check_stream(stream: Any) -> None:
+    if not isinstance(stream, HandsOffStream):
+        raise TypeError(f"stream={type(stream).__name__} has no samples by index; pass a HandsOffStream")
+    if stream.assembly.companions is not None:
+        raise ValueError(
+            f"this stream has {stream.assembly.companions} already, and a second set would need a share of its own; "
+            "pass one set that holds all images, for instance torch.utils.data.ConcatDataset"
+        )
+    if stream.options.labels == "soft":
+        raise ValueError(
+            'labels="soft" are probabilities and labelled images have class ids, which make no batch together; build '
+            'the stream with labels="hard"'
+        )
 
 
 def _exact(share: float | Fraction) -> Fraction:

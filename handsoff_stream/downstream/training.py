@@ -69,13 +69,11 @@ def train_segmentation(
         batches: pairs of images float32 [B, 3, H, W] in [0, 1] and labels, int64 [B, H, W] or soft ones, float32
             [B, K, H, W]; iterated again if they end before `steps`. Batches smaller than the first one are dropped,
             because they disturb BatchNorm.
-        steps: optimizer steps.
-        lr: highest learning rate.
+        steps, lr: number of optimizer steps, and the highest learning rate.
         schedule: "constant", or "cosine", which falls to zero at the end.
         warmup: steps over which the learning rate rises linearly at the start.
         device: where to train; None means CUDA if there is one.
-        dtype: dtype of the forward pass under autocast; None means bfloat16 where the device has instructions for
-            it, float32 elsewhere.
+        dtype: of the forward pass under autocast; None means bfloat16 where the device has it, float32 elsewhere.
         ignore_index: label of pixels that do not count.
         progress: called as `progress(step, loss)` after each step, for which the host then waits.
 

@@ -145,8 +145,7 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
         ValueError: augmentations of images with given latents, or of padded ones.
     """
     options = options or FitOptions()
-    device = usable_device(options.device)
-    source = resolve(generator)
+    device, source = usable_device(options.device), resolve(generator)
     folder = options.latents_folder or out.with_suffix(".latents")
     check_file(out, inputs=_inputs(source, files, options), needed=2 * source.stat().st_size)
     check_folder(folder)
@@ -154,13 +153,12 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
     network = load_generator(source)
     labelled = files.open(network.resolution)
     given = files.latents(labelled, network)
+    names = files.class_map.class_names
     images, masks = examples(labelled, options.augmentation, latents_given=bool(given))
-    encode = options.inversion.encode(network)
-    settings = _fit_settings(options, num_images=len(labelled))
+    encode, settings = options.inversion.encode(network), _fit_settings(options, num_images=len(labelled))
     distance = None if len(given) == len(images) else load_perceptual(options.inversion.net)
     if options.teacher is not None:
-        options.teacher.check(files.class_map.num_classes, (masks.shape[1], masks.shape[2]))
-
+        options.teacher.check(len(names), (masks.shape[1], masks.shape[2]))
     latents = invert(
         network.to(device),
         images,
@@ -171,7 +169,7 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
         encode=encode,
         progress=True,
     )
-    names, factor, lost = files.class_map.class_names, options.invertibility, None
+    factor, lost = options.invertibility, None
     if distance is not None and factor is not None:
         masks, lost = leave_out_lost(network, images, latents.w_plus, masks, distance, names, factor, trusted=given)
     checkpoint = fit_checkpoint(
@@ -186,8 +184,8 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
         samples=None if options.teacher is None else options.teacher.label_for(network, labelled),
         progress=True,
     )
-    part = _part_to_stream(source, labelled)
-    checkpoint = checkpoint if part is None else checkpoint.cropped(part)
+    if (part := _part_to_stream(source, labelled)) is not None:
+        checkpoint = checkpoint.cropped(part)
     save_calibrated(checkpoint, out, device, options.calibration_samples, half=options.half)
     unseen = [name for name, pixels in zip(names, labelled.pixels_per_class, strict=True) if pixels == 0]
     return FitSummary(checkpoint.provenance["fit"]["accuracy"], unseen, latents.provenance.get("perceptual"), lost)
