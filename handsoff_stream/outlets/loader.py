@@ -58,7 +58,7 @@ class HandsOffLoader(Generic[T]):
         self._loader: DataLoader[Any] | None = None
         self._resume: State | None = None
         self._latest: State | None = None
-        self._yielded: deque[tuple[int, State]] = deque(maxlen=REMEMBERED)
+        self._yielded: deque[tuple[list[int], State]] = deque(maxlen=REMEMBERED)
 
     def __iter__(self) -> Iterator[T]:
         if self._loader is None:
@@ -71,7 +71,7 @@ class HandsOffLoader(Generic[T]):
             states[turn] = state
             self._latest = merge_workers(states, after=turn)
             if isinstance(item, LabelledBatch):
-                self._yielded.append((int(item.indices[0]), self._latest))
+                self._yielded.append((item.indices.tolist(), self._latest))
             yield item
 
     def _beginnings(self, epoch: int, resume: State | None) -> dict[int, State]:
@@ -98,8 +98,8 @@ class HandsOffLoader(Generic[T]):
         """
         if after is None:
             return self.stream.state_dict() if self._latest is None else self._latest
-        for index, state in self._yielded:
-            if index == int(after.indices[0]):
+        for indices, state in self._yielded:
+            if indices == after.indices.tolist():
                 return state
         raise ValueError(
             f"the state after the batch that begins with index {int(after.indices[0])} is not known; pass one of the "
