@@ -79,8 +79,8 @@ def open_run(folder: Path) -> tuple[Generator, dict[str, torch.nn.Module], dict[
     return trained.generator, networks, trained.provenance
 
 
-def main() -> None:
-    """Invert, fit, calibrate, and write the checkpoint."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of train_generator.py")
     parser.add_argument("out", type=Path)
@@ -97,8 +97,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=FitSettings().epochs)
     parser.add_argument("--calibration-samples", type=int, default=2000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Invert, fit, calibrate, and write the checkpoint."""
+    args = arguments()
     generator, networks, training = open_run(args.run)
     faces = labelled_faces(args.num_labelled, size=generator.resolution[0])
     pairs = [faces[i] for i in range(len(faces))]
