@@ -73,18 +73,18 @@ def test_each_limited_epoch_of_lightning_has_samples_of_its_own(lightning_fits):
     assert epochs_of(seen) == [0] * 8 + [1] * 8 + [2] * 8 and len(set(seen)) == 24 and not told
 
 
-@pytest.mark.parametrize(("workers", "context"), [(0, None), (1, "spawn")])
 @pytest.mark.parametrize(
     ("first", "second", "options"),
     [
         ({"max_steps": 2}, {"max_steps": 5}, {}),
         ({"max_steps": 2}, {"max_steps": 4}, {"epoch_size": 16}),
         ({"max_epochs": 1}, {"max_epochs": 2}, {"epoch_size": 16}),
+        ({"max_steps": 2}, {"max_steps": 5}, {"workers": 1, "context": "spawn"}),
     ],
-    ids=["endless", "in the middle of an epoch", "after an epoch"],
+    ids=["endless", "in the middle of an epoch", "after an epoch", "in a spawned worker"],
 )
-def test_lightning_is_told_that_a_plain_loader_begins_again(lightning_fits, first, second, options, workers, context):
-    (seen, told), (again, told_again) = lightning_fits(first, second, workers=workers, context=context, **options)
+def test_lightning_is_told_that_a_plain_loader_begins_again(lightning_fits, first, second, options):
+    (seen, told), (again, told_again) = lightning_fits(first, second, **options)
     assert (told, told_again) == (False, True)
     assert again[:8] == seen[:8], "what is said is true"
 
