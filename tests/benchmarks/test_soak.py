@@ -22,6 +22,7 @@ from handsoff_stream.stream import HandsOffStream
 SAMPLES = 520  # so many that the first three lives, which fail in different ways, cannot hand out all of them
 
 
+@pytest.mark.slow
 def test_after_failures_of_every_kind_each_sample_came_once_and_in_order(tmp_path):
     *_, result = run_failures(SAMPLES, workers=2, windows=4, batches_per_failure=10)
     assert result["finished"] and result["samples"] == SAMPLES
