@@ -69,7 +69,8 @@ def train_segmentation(
         batches: pairs of images float32 [B, 3, H, W] in [0, 1] and labels, int64 [B, H, W] or soft ones, float32
             [B, K, H, W]; iterated again if they end before `steps`. Batches smaller than the first one are dropped,
             because they disturb BatchNorm.
-        steps, lr: number of optimizer steps, and the highest learning rate.
+        steps: optimizer steps.
+        lr: highest learning rate.
         schedule: "constant", or "cosine", which falls to zero at the end.
         warmup: steps over which the learning rate rises linearly at the start.
         device: where to train; None means CUDA if there is one.
@@ -89,9 +90,8 @@ def train_segmentation(
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(steps, schedule, warmup))
     losses: list[Tensor] = []
-    num_images, waiting = 0, 0.0
     source = full_batches(batches)
-    start = time.perf_counter()
+    num_images, waiting, start = 0, 0.0, time.perf_counter()
     for step in range(steps):
         asked = time.perf_counter()
         images, labels = _next(source, step, steps)

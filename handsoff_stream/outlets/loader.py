@@ -32,7 +32,9 @@ class HandsOffLoader(Generic[T]):
     Args:
         stream: of samples or batches.
         num_workers: processes that synthesize, for streams on a CPU.
-        prefetch_factor, persistent_workers, multiprocessing_context: as of a `DataLoader`.
+        prefetch_factor: as of a `DataLoader`.
+        persistent_workers: as of a `DataLoader`.
+        multiprocessing_context: as of a `DataLoader`.
         pin_memory: of what does not lie on a device already.
     """
 

@@ -32,7 +32,8 @@ class StreamTrainer(Trainer):
     size is the stream's; `per_device_train_batch_size` only changes the numbers that the Trainer reports.
 
     Args:
-        *args, **options: of `transformers.Trainer`.
+        *args: of `transformers.Trainer`.
+        **options: of `transformers.Trainer`, by name.
         loader: of this rank; its stream makes batches (`batch_size=n`).
         inputs: batch => keyword arguments of the model.
     """
