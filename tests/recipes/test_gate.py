@@ -168,6 +168,7 @@ def test_the_teacher_is_trained_once_and_then_read(tmp_path):
     assert not first.training and not second.training
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_passes_and_goes_back_when_modes_are_lost(tmp_path):
     """The second start finds in its past a recall that no generator can have."""
     out = tmp_path / "run"

@@ -285,6 +285,7 @@ def test_two_processes_on_different_images_hold_the_same_weights(tmp_path):
     assert not all(torch.equal(a, b) for a, b in zip(first["weights"], weights(alone), strict=True))
 
 
+@pytest.mark.slow
 def test_torchrun_trains_what_one_process_resumes_and_sigterm_stops_after_a_step(tmp_path):
     options = ["--resolution", "16", "--batch", "4", "--channels", "8", "7", "6", "--z-dim", "8", "--workers", "0"]
     options += ["--mapping-layers", "2", "--sheet-every", "8", "--device", "cpu"]
