@@ -33,7 +33,7 @@ from handsoff_stream.downstream import (
     evaluate,
     ordinary_augmentation,
 )
-from handsoff_stream.downstream.deeplab import imagenet_weights
+from handsoff_stream.downstream.deeplab import check_network, imagenet_weights
 from handsoff_stream.downstream.on_stream import Budget, shown, train_with_bar
 from handsoff_stream.errors import printable
 from handsoff_stream.files.atomic import check_folder, write_file
@@ -89,20 +89,20 @@ def run_demo(
 
     Raises:
         OutputError: `out` cannot be written; this is checked before the training.
-        ValueError: an unknown backbone.
+        ValueError: an unknown backbone; this is checked, too.
     """
     console = console or Console()
     started = time.perf_counter()
     chosen = usable_device(device)
     given = {name: value for name, value in {"steps": steps, "backbone": backbone}.items() if value is not None}
     budget = replace(default_budget(chosen), **given)  # type: ignore[arg-type]
+    check_network(len(CLASS_NAMES), budget.backbone)
     check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
 
     checkpoint = load_checkpoint("faces")
     preview_sheet(checkpoint, out / "preview.png", num=16, seed=seed, device=chosen)
     console.print(f"[bold]faces[/bold]: fitted on {NUM_LABELLED} labelled images; see {shown(out)}/preview.png")
-
     arms = arms_of(budget.backbone)
     demo = _Demo(checkpoint, budget, "transfer" in arms, seed, chosen, console)
     test = RenderedFaces("test", num_images=test_images, size=checkpoint.size[0])

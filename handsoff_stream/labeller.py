@@ -123,8 +123,8 @@ class Labeller:
                 task = self.tasks[name]
                 labels[name].append(task.decide(outputs_MPK).unflatten(0, shape))
                 uncertainty[name].append(task.disagreement(outputs_MPK).unflatten(0, shape))
-                if self._soft and isinstance(task, Segmentation):
-                    soft[name].append(task.probabilities(outputs_MPK).half().unflatten(0, shape))
+                if self._soft and (probabilities_PK := task.probabilities(outputs_MPK)) is not None:
+                    soft[name].append(probabilities_PK.half().unflatten(0, shape))
         return {
             name: Labelled(
                 _whole_label(labels[name]),

@@ -95,7 +95,7 @@ def class_relative_score(sums_BK: Tensor, counts_BK: Tensor, means_K: Tensor) ->
 def above_class_mean(map_BHW: Tensor, labels_BHW: Tensor, means_K: Tensor, factor: float) -> Tensor:
     """Pixels whose uncertainty is above `factor` times the mean of their class, bool [B, H, W].
 
-    FreeMask (Yang et al., NeurIPS 2023, section 3.3) leaves out pixels whose loss is above 1.25 times the mean of their
+    FreeMask (Yang et al., NeurIPS 2023) leaves out pixels whose loss is above 1.25 times the mean of their
     class. A common bound for all classes would remove the rare and small ones first.
 
     Args:

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from rich.console import Console
 
 from handsoff_stream.datasets.rendered_faces import CLASS_NAMES
@@ -25,6 +26,12 @@ def test_nothing_is_frozen_without_imagenet_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # no weights of earlier downloads
     assert arms_of("efficientnet-lite0") == ["transfer", "labelled", "mixed"]
     assert arms_of("resnet18") == arms_of("unknown") == ["labelled", "mixed"]
+
+
+def test_an_unknown_network_is_refused_before_the_work(tmp_path):
+    with pytest.raises(ValueError, match="backbone='resnet9'.*pass one of"):
+        run_demo(tmp_path / "out", backbone="resnet9", device="cpu")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_table_shows_what_the_stream_adds():

@@ -8,7 +8,6 @@
 
 from handsoff_stream.checking.findings import ClassFinding, Findings, ImageFinding, Summary
 from handsoff_stream.checking.from_files import CheckOptions, check_files
-from handsoff_stream.checking.learners import NetworkSettings
 from handsoff_stream.checking.report import CheckReport
 from handsoff_stream.checking.scores import Estimate
 
@@ -19,7 +18,6 @@ __all__ = [
     "Estimate",
     "Findings",
     "ImageFinding",
-    "NetworkSettings",
     "Summary",
     "check_files",
 ]

@@ -23,8 +23,6 @@ from torch import Tensor
 from handsoff_stream.checking.folds import nested_half, stratified_folds
 from handsoff_stream.checking.learners import (
     Material,
-    NetworkSettings,
-    has_imagenet_weights,
     label_generator_labels,
     network_labels,
 )
@@ -32,6 +30,7 @@ from handsoff_stream.checkpoint import Checkpoint
 from handsoff_stream.errors import CheckpointError
 from handsoff_stream.files.tensors import read_tensors, write_tensors
 from handsoff_stream.fitting.fit import FitSettings
+from handsoff_stream.fitting.teacher import TeacherSettings
 from handsoff_stream.progress import progress_bar
 from handsoff_stream.provenance import versions
 
@@ -65,7 +64,7 @@ def label_held_out(
     *,
     num_folds: int,
     fit: FitSettings,
-    network: NetworkSettings | None,
+    network: TeacherSettings | None,
     seed: int,
     progress: bool = False,
 ) -> HeldOutLabels:
@@ -120,7 +119,7 @@ def _jobs(
     halves: Sequence[Sequence[int]],
     folder: Path,
     fit: FitSettings,
-    network: NetworkSettings | None,
+    network: TeacherSettings | None,
     seed: int,
 ) -> Iterator[_Job]:
     for f, (fold, half) in enumerate(zip(folds, halves, strict=True)):
@@ -134,7 +133,6 @@ def _jobs(
             yield _Job(f, note, (name,), fold, about, compute)
         if network is not None:
             about = {"held_out": fold, "train": train, "network": asdict(network), "seed": seed}
-            about["imagenet_weights"] = has_imagenet_weights()
             names = ("network", "network_on_reconstruction")
             run = partial(network_labels, material, train, fold, network, seed)
             yield _Job(f, "segmentation network", names, fold, about, run)

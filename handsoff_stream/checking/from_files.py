@@ -13,7 +13,7 @@ Shape letters: N images.
 
 import io
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,7 @@ from handsoff_stream.checking.findings import find
 from handsoff_stream.checking.folds import learnable_classes, stratified_folds
 from handsoff_stream.checking.learners import (
     Material,
-    NetworkSettings,
-    build_network,
-    has_imagenet_weights,
+    network_size,
     reconstruct,
 )
 from handsoff_stream.checking.page import render_page
@@ -42,11 +40,12 @@ from handsoff_stream.device import usable_device
 from handsoff_stream.errors import OutputError
 from handsoff_stream.files.atomic import check_file, check_folder, locked_folder, write_file
 from handsoff_stream.fitting.fit import FitSettings
-from handsoff_stream.fitting.from_files import InversionOptions
+from handsoff_stream.fitting.from_files import InversionOptions, with_widths_of
 from handsoff_stream.fitting.inversion.latents import FoundLatents, invert
 from handsoff_stream.fitting.labelled_files import LabelledFiles, examples
-from handsoff_stream.fitting.presets import hidden_widths
+from handsoff_stream.fitting.teacher import Teacher, TeacherSettings
 from handsoff_stream.generators import Generator, load_generator
+from handsoff_stream.geometry import Size
 from handsoff_stream.isolation import isolated
 from handsoff_stream.provenance import sha256, versions
 from handsoff_stream.tasks import Segmentation
@@ -67,8 +66,8 @@ class CheckOptions:
     """How the label generators are fitted; fewer members than in a fit save time."""
     widths_of: str | None = None
     """Domain whose published hidden widths replace those of `fit`; see `presets`."""
-    network: NetworkSettings | None = NetworkSettings()
-    """The segmentation network for comparison; None: none is trained, and no loss is attributed."""
+    network: TeacherSettings | None = TeacherSettings(members=1)
+    """The segmentation network for comparison, with the seed below; None: none is trained, no loss is attributed."""
     folds: int = 4
     """How many parts the images are divided into, from 2 to their number; at least 4 images are needed."""
     seed: int = 0
@@ -95,7 +94,7 @@ def check_files(
         OutputError: the folder cannot be written, or is a folder of the input; this is found out before the work.
         CheckpointError: a generator, encoder or latent file that cannot be read.
         ValueError: fewer than 4 images, or fewer than folds; no class that two folds show.
-        ImportError: a package of the segmentation network is not installed.
+        FileNotFoundError, ImportError: the ImageNet weights, or a package, of the segmentation network are missing.
     """
     options = options or CheckOptions()
     device = usable_device(options.device)
@@ -110,8 +109,8 @@ def check_files(
     images, masks = examples(labelled, None, latents_given=bool(given))
     task = Segmentation(files.class_map.class_names, files.class_map.palette)
     shown_NK = _shown(masks, task.num_classes)
-    _check_images(shown_NK, options)
-    fit = _fit_settings(options, len(images))
+    _check_images(shown_NK, network.resolution, options)
+    fit = with_widths_of(options.widths_of, options.fit, num_images=len(images))
 
     with locked_folder(out), isolated():
         latents = invert(
@@ -158,8 +157,8 @@ def _shown(masks_Nhw: Tensor, num_classes: int) -> NDArray[np.bool_]:
     return shown_NK
 
 
-def _check_images(shown_NK: NDArray[np.bool_], options: CheckOptions) -> None:
-    """Refuse images that cannot be divided, and a network whose packages are missing."""
+def _check_images(shown_NK: NDArray[np.bool_], size: Size, options: CheckOptions) -> None:
+    """Refuse images that cannot be divided, and a network that cannot be built for their size (H, W)."""
     (num_images, num_classes), folds = shown_NK.shape, options.folds
     if folds < 2:
         raise ValueError(f"{folds} folds hold nothing out; pass at least 2")
@@ -174,13 +173,7 @@ def _check_images(shown_NK: NDArray[np.bool_], options: CheckOptions) -> None:
             "label more images of the same classes"
         )
     if options.network is not None:
-        build_network(num_classes, seed=0)
-
-
-def _fit_settings(options: CheckOptions, num_images: int) -> FitSettings:
-    if options.widths_of is None:
-        return options.fit
-    return replace(options.fit, hidden=hidden_widths(options.widths_of, num_images=num_images))
+        Teacher(training=options.network).check(num_classes, network_size(size))
 
 
 def _material(
@@ -212,9 +205,7 @@ def _about(
     latents_given: bool,
 ) -> dict[str, Any]:
     """What was checked, and how; no path but file names."""
-    network: dict[str, Any] | None = None
-    if options.network is not None:
-        network = {**asdict(options.network), "imagenet_weights": has_imagenet_weights()}
+    network = None if options.network is None else asdict(options.network)
     encoder = options.inversion.encoder
     names = labelled.names
     return {

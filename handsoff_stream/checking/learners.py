@@ -7,54 +7,26 @@ Shape letters: N images, T images to learn from, E images to label, L number of 
 H W image size, h w label size.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
 
 from handsoff_stream.checkpoint import Checkpoint, Head
-from handsoff_stream.downstream import RepeatedAugmented, build_deeplab, ordinary_augmentation, train_segmentation
-from handsoff_stream.downstream.deeplab import imagenet_weights
 from handsoff_stream.fitting.feature_table import FeatureTable
 from handsoff_stream.fitting.fit import FitSettings, fit_label_generator
+from handsoff_stream.fitting.labelled_samples import Predict, at_size
+from handsoff_stream.fitting.teacher import TeacherSettings, mean_probabilities, train_teacher
 from handsoff_stream.generators import Generator
 from handsoff_stream.geometry import Size
 from handsoff_stream.labeller import Labeller
 from handsoff_stream.tasks import Segmentation
 
-BACKBONE = "efficientnet-lite0"
-STRIDE = 16  # of that backbone
+STRIDE = 16  # of the teacher's default backbone
 LARGEST_SIDE = 256  # of the images that the network sees, in pixels
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkSettings:
-    """How the segmentation network is trained: DeepLabV3+ on EfficientNet-Lite0, fine-tuned with augmentation.
-
-    Raises:
-        ValueError: a setting out of its range.
-    """
-
-    steps: int = 300
-    """Optimizer steps; on the embedded faces 300 reach most of what 900 do."""
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    """Highest rate of Adam, which falls to zero along a half cosine."""
-    warmup: int = 20
-    """Steps over which the rate rises linearly at the start."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 2 or self.warmup < 0 or not 0 < self.learning_rate < math.inf:
-            raise ValueError(
-                f"steps={self.steps}, batch_size={self.batch_size}, warmup={self.warmup}, "
-                f"learning_rate={self.learning_rate}: pass at least 1 step, batches of at least 2 images (BatchNorm), "
-                "and a positive rate"
-            )
 
 
 @dataclass(frozen=True)
@@ -117,7 +89,7 @@ def label_generator_labels(
 
 
 def network_labels(
-    material: Material, train: Sequence[int], held_out: Sequence[int], settings: NetworkSettings, seed: int
+    material: Material, train: Sequence[int], held_out: Sequence[int], settings: TeacherSettings, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Labels of held-out images, and of their reconstructions, by a network that was trained on the other images.
 
@@ -125,56 +97,23 @@ def network_labels(
         material: all images.
         train: positions of the T images to train on.
         held_out: positions of the E images to label.
-        settings: how to train.
-        seed: of the weights that are not pretrained, of augmentation, order and dropout.
+        settings: how to train; several networks vote by their mean probabilities.
+        seed: of the weights that are not pretrained, of augmentation, order and dropout; instead of that of `settings`.
 
     Returns:
         uint8 [E, h, w] for the images, and the same for their reconstructions.
     """
     names, device = material.task.class_names, material.generator.w_avg.device
     size = network_size((material.images.shape[2], material.images.shape[3]))
-    images_T3HW = _resized(material.images[list(train)], size)
+    images_T3HW = at_size(material.images[list(train)], size)
     masks_THW = F.interpolate(material.masks[list(train), None].float(), size, mode="nearest-exact")[:, 0].long()
-    length = settings.steps * settings.batch_size
-    repeated = RepeatedAugmented(
-        TensorDataset(images_T3HW, masks_THW), length=length, seed=seed, transforms=ordinary_augmentation(names)
-    )
-    order = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)  # dropout
-        network = build_network(len(names), seed)
-        train_segmentation(
-            network,
-            DataLoader(repeated, batch_size=settings.batch_size, shuffle=True, generator=order),
-            steps=settings.steps,
-            lr=settings.learning_rate,
-            schedule="cosine",
-            warmup=settings.warmup,
-            device=device,
-        )
-    network.eval()
+    training = replace(settings, seed=seed)
+    predict = mean_probabilities(train_teacher(list(images_T3HW), masks_THW, names, training, device=device))
     found = [
-        _predict(network, _resized(images[list(held_out)], size), material.label_size, device)
+        _predict(predict, at_size(images[list(held_out)], size), material.label_size, device)
         for images in (material.images, material.reconstructions)
     ]
     return found[0], found[1]
-
-
-def build_network(num_classes: int, seed: int) -> nn.Module:
-    """The network before training, with ImageNet weights where their package is installed.
-
-    Raises:
-        ImportError: segmentation-models-pytorch or timm is not installed.
-    """
-    return build_deeplab(num_classes, backbone=BACKBONE, pretrained_backbone=has_imagenet_weights(), seed=seed)
-
-
-def has_imagenet_weights() -> bool:
-    """Whether the package with the backbone's ImageNet weights is installed."""
-    try:
-        return imagenet_weights(BACKBONE).is_file()
-    except FileNotFoundError:
-        return False
 
 
 def network_size(image: Size) -> Size:
@@ -188,18 +127,12 @@ def network_size(image: Size) -> Size:
     return height, width
 
 
-def _resized(images_N3HW: Tensor, size: Size) -> Tensor:
-    if tuple(images_N3HW.shape[2:]) == size:
-        return images_N3HW
-    return F.interpolate(images_N3HW, size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
-
-
 @torch.no_grad()
-def _predict(network: nn.Module, images_E3HW: Tensor, label_size: Size, device: torch.device) -> Tensor:
+def _predict(predict: Predict, images_E3HW: Tensor, label_size: Size, device: torch.device) -> Tensor:
     """uint8 [E, h, w]; one image at a time, so that no result depends on the other images."""
     labels = []
     for image_13HW in images_E3HW.split(1):
-        logits_1KHW = network(image_13HW.to(device, memory_format=torch.channels_last)).float()
-        logits_1Khw = F.interpolate(logits_1KHW, label_size, mode="bilinear", align_corners=False)
-        labels.append(logits_1Khw.argmax(dim=1).byte().cpu())
+        probabilities_1KHW = predict(image_13HW.to(device, memory_format=torch.channels_last))
+        probabilities_1Khw = F.interpolate(probabilities_1KHW, label_size, mode="bilinear", align_corners=False)
+        labels.append(probabilities_1Khw.argmax(dim=1).byte().cpu())
     return torch.cat(labels)

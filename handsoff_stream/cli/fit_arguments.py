@@ -259,14 +259,15 @@ class CheckArguments(LabelledArguments):
         Raises:
             ValueError: a setting out of its range.
         """
-        from handsoff_stream.checking import CheckOptions, NetworkSettings
+        from handsoff_stream.checking import CheckOptions
+        from handsoff_stream.fitting import TeacherSettings
 
         return CheckOptions(
             inversion=self.inversion_options(),
             latents_folder=self.latents,
             fit=replace(self.fit_settings(), members=self.members, seed=self.seed),
             widths_of=self.domain if self.hidden is None else None,
-            network=NetworkSettings(steps=self.network_steps) if self.network_steps else None,
+            network=TeacherSettings(members=1, steps=self.network_steps) if self.network_steps else None,
             folds=self.folds,
             seed=self.seed,
             device=self.device,

@@ -148,10 +148,7 @@ def build_deeplab(
         ValueError: an unknown backbone, fewer than 2 classes, or weights of another network.
         FileNotFoundError: the ImageNet weights are missing; the message says where they are expected.
     """
-    if backbone not in BACKBONES or num_classes < 2:
-        raise ValueError(
-            f"backbone={backbone!r}, num_classes={num_classes}: pass one of {list(BACKBONES)} and at least 2 classes"
-        )
+    check_network(num_classes, backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network: Any = BACKBONES[backbone].build(num_classes)
@@ -190,6 +187,18 @@ def load_deeplab(path: str | Path, num_classes: int) -> DeepLab:
         f"{path}: holds the weights of none of {list(BACKBONES)} for {num_classes} classes; pass a file that "
         "`handsoff-stream train` has written for the same classes"
     )
+
+
+def check_network(num_classes: int, backbone: str) -> None:
+    """Refuse what `build_deeplab` cannot build.
+
+    Raises:
+        ValueError: an unknown backbone, or fewer than 2 classes.
+    """
+    if backbone not in BACKBONES or num_classes < 2:
+        raise ValueError(
+            f"backbone={backbone!r}, num_classes={num_classes}: pass one of {list(BACKBONES)} and at least 2 classes"
+        )
 
 
 def imagenet_weights(backbone: str) -> Path:

@@ -155,7 +155,7 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
     given = files.latents(labelled, network)
     names = files.class_map.class_names
     images, masks = examples(labelled, options.augmentation, latents_given=bool(given))
-    encode, settings = options.inversion.encode(network), _fit_settings(options, num_images=len(labelled))
+    settings = with_widths_of(options.widths_of, options.fit, num_images=len(labelled))
     distance = None if len(given) == len(images) else load_perceptual(options.inversion.net)
     if options.teacher is not None:
         options.teacher.check(len(names), (masks.shape[1], masks.shape[2]))
@@ -166,7 +166,7 @@ def fit_files(generator: str | Path, files: LabelledFiles, out: Path, options: F
         options.inversion.settings,
         given=given,
         perceptual=distance,
-        encode=encode,
+        encode=options.inversion.encode(network),
         progress=True,
     )
     factor, lost = options.invertibility, None
@@ -198,10 +198,13 @@ def _inputs(source: Path, files: LabelledFiles, options: FitOptions) -> list[Pat
     return [path for path in paths if isinstance(path, Path)]
 
 
-def _fit_settings(options: FitOptions, *, num_images: int) -> FitSettings:
-    if options.widths_of is None:
-        return options.fit
-    return replace(options.fit, hidden=hidden_widths(options.widths_of, num_images=num_images))
+def with_widths_of(domain: str | None, settings: FitSettings, *, num_images: int) -> FitSettings:
+    """The settings with the published hidden widths of a domain; as they are without a domain.
+
+    Raises:
+        ValueError: as `hidden_widths`.
+    """
+    return settings if domain is None else replace(settings, hidden=hidden_widths(domain, num_images=num_images))
 
 
 def _about(

@@ -45,6 +45,10 @@ class Task(ABC):
     def disagreement(self, outputs_MPK: Tensor) -> Tensor:
         """Uncertainty of each pixel by a formula of `uncertainty`, float32 [P], at least 0."""
 
+    def probabilities(self, outputs_MPK: Tensor) -> Tensor | None:
+        """The ensemble's soft label of each pixel, float32 [P, K]; None for a label type without classes."""
+        return None
+
     def config(self) -> dict[str, Any]:
         """JSON-able description, from which `from_config` builds an equal task."""
         return {"name": self.name, **asdict(self)}

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from encoder_inputs import Recorded, small_generator
 from torch import Tensor, nn
 
 from handsoff_stream.errors import CheckpointError
@@ -31,28 +32,7 @@ class Blurred(Perceptual):
         return F.avg_pool2d(images_BCHW, 4).flatten(1) / 10
 
 
-class Recorded(list[tuple[str, Tensor]]):
-    """A list of images that remembers which were read."""
-
-    def __init__(self, images: list[tuple[str, Tensor]]) -> None:
-        super().__init__(images)
-        self.read: list[str] = []
-
-    def __getitem__(self, index):
-        self.read.append(super().__getitem__(index)[0])
-        return super().__getitem__(index)
-
-
-@pytest.fixture(scope="module")
-def generator() -> StyleGAN2:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = StyleGAN2(channels=(8, 8, 8, 8), z_dim=16, w_dim=16, mapping_layers=2)
-    for block in model.blocks:
-        block.to_rgb.conv.weight.data.mul_(0.3)  # images about [-1, 1], as those of a trained generator
-    z = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
-    model.w_avg.copy_(model.mapping(z).mean(dim=0).detach())
-    return model.eval().requires_grad_(False)
+generator = pytest.fixture(scope="module")(small_generator)
 
 
 @pytest.fixture(scope="module")
