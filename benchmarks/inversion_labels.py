@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from benchmarks.common import parser, result_name, settings, write_result
-from benchmarks.downstream.batches import Experiment, class_names_of, labels_of, load_teacher
-from benchmarks.downstream.teacher import train_teacher
+from benchmarks.downstream.batches import Experiment, labels_of, load_teacher
+from benchmarks.downstream.teacher import experiment_of_teacher, train_teacher
 from benchmarks.report.bar_chart import Chart
 from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.checkpoint import load_checkpoint
@@ -64,32 +64,6 @@ class Faces:
     seen_NHW: Tensor
     """The teacher's labels of the real images."""
     class_names: tuple[str, ...]
-
-
-def experiment_of(args: argparse.Namespace, folder: Path) -> Experiment:
-    """What `train_teacher` needs to know; the fields that only arms use are empty."""
-    checkpoint = load_checkpoint(args.checkpoint)
-    return Experiment(
-        checkpoint=args.checkpoint,
-        truncation=None,
-        class_names=class_names_of(args.checkpoint),
-        labelled=args.images,
-        size=checkpoint.generator.resolution[0],
-        varied=False,
-        backbone="efficientnet-lite0",
-        pretrained=True,
-        steps=0,
-        batch=8,
-        lr=1e-3,
-        schedule="cosine",
-        warmup=20,
-        dtype=None,
-        test_images=0,
-        validation_images=args.validation_images,
-        curve=(),
-        teacher=str(folder / "teacher.pt"),
-        sampled="",
-    )
 
 
 def labelled(experiment: Experiment, teacher: nn.Module) -> Faces:
@@ -246,7 +220,9 @@ PRESENTATION = Presentation(rows, charts)
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train what is missing, invert, and measure every way."""
-    experiment = experiment_of(args, folder)
+    experiment = experiment_of_teacher(
+        args.checkpoint, folder / "teacher.pt", labelled=args.images, validation_images=args.validation_images
+    )
     record: dict[str, Any] = {"settings": settings(args)}
     if not Path(experiment.teacher).is_file():
         record["teacher_on_validation_renders"] = train_teacher(experiment, args.teacher_steps).record()

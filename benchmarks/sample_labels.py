@@ -31,8 +31,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.common import write_result
-from benchmarks.downstream.batches import Experiment, labels_of, load_teacher
-from benchmarks.downstream.teacher import train_teacher
+from benchmarks.downstream.batches import labels_of, load_teacher
+from benchmarks.downstream.teacher import experiment_of_teacher, train_teacher
 from benchmarks.report.rows import Presentation, Result, Row
 from handsoff_stream.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from handsoff_stream.class_ids import IGNORE_INDEX
@@ -177,12 +177,9 @@ def _share(which: Tensor, of: Tensor) -> float | None:
 
 def judge(folder: Path, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """The judge and its scores on validation renders; trained unless the folder has it."""
-    experiment = Experiment(
-        checkpoint="faces", truncation=None, class_names=CLASS_NAMES, labelled=16, size=128, varied=False,
-        backbone="efficientnet-lite0", pretrained=True, steps=args.judge_steps, batch=8, lr=1e-3, schedule="cosine",
-        warmup=20, dtype=None, test_images=0, validation_images=args.validation_images, curve=(),
-        teacher=str(folder / "judge.pt"), sampled="",
-    )  # fmt: skip
+    experiment = experiment_of_teacher(
+        "faces", folder / "judge.pt", labelled=16, validation_images=args.validation_images
+    )
     scores = folder / "judge.json"
     if not scores.exists():
         scores.write_text(json.dumps(train_teacher(experiment, args.judge_steps).record()))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.downstream.batches import Experiment, labels_of, load_teacher, unlimited
+from benchmarks.downstream.batches import Experiment, class_names_of, labels_of, load_teacher, unlimited
 from handsoff_stream.checkpoint import load_checkpoint
 from handsoff_stream.datasets.rendered_faces import FINE_PALETTE, PALETTE
 from handsoff_stream.device import resolve_device
@@ -22,6 +22,38 @@ TEACHER_SEED = 1000
 """Seed of the teacher; far from the compared seeds, so that no arm sees the teacher's renders."""
 SAMPLES_SEED = 2**62
 """Seed of the samples that the arm `datasetgan` is fitted on; no stream uses it."""
+
+
+def experiment_of_teacher(checkpoint: str, teacher: Path, *, labelled: int, validation_images: int) -> Experiment:
+    """What `train_teacher` and `load_teacher` need, for a teacher without arms; the fields that arms use are empty.
+
+    Args:
+        checkpoint: name or path; its classes and its size are the teacher's.
+        teacher: file of its weights.
+        labelled: labelled images.
+        validation_images: renders to score it on.
+    """
+    return Experiment(
+        checkpoint=checkpoint,
+        truncation=None,
+        class_names=class_names_of(checkpoint),
+        labelled=labelled,
+        size=load_checkpoint(checkpoint).generator.resolution[0],
+        varied=False,
+        backbone="efficientnet-lite0",
+        pretrained=True,
+        steps=0,
+        batch=8,
+        lr=1e-3,
+        schedule="cosine",
+        warmup=20,
+        dtype=None,
+        test_images=0,
+        validation_images=validation_images,
+        curve=(),
+        teacher=str(teacher),
+        sampled="",
+    )
 
 
 def train_teacher(experiment: Experiment, steps: int) -> SegmentationScores:
